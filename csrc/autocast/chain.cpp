@@ -1,0 +1,44 @@
+// Under autocast a chain runs in the lower precision, as convolution does; norm parameters stay as they are.
+#include "../chain.h"
+
+#include <ATen/autocast_mode.h>
+#include <torch/library.h>
+
+#include "../ops.h"
+#include "autocast.h"
+
+namespace fusedconvbn {
+
+bool autocast_enabled(const Tensor& t) { return at::autocast::is_autocast_enabled(t.device().type()); }
+
+namespace {
+
+template <c10::DeviceType device, c10::DispatchKey key>
+ChainResult chain_forward_autocast(at::TensorList tensors, at::IntArrayRef links, at::ArrayRef<double> eps,
+                                   at::IntArrayRef kept) {
+  c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKeySet{key});
+  const auto dtype = at::autocast::get_autocast_dtype(device);
+  auto cast = tensors.vec();
+  const auto lower = [&](int64_t i) {
+    if (i >= 0) cast[i] = at::autocast::cached_cast(dtype, cast[i], device);
+  };
+  lower(0);
+  for (const auto& link : unpack(links, eps, tensors.size())) {
+    if (!link.conv()) continue;
+    lower(link.weight);
+    lower(link.bias);
+  }
+  return chain_forward(cast, links, eps, kept);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fusedconvbn, AutocastCPU, m) {
+  m.impl("_chain_forward", (chain_forward_autocast<at::kCPU, c10::DispatchKey::AutocastCPU>));
+}
+
+TORCH_LIBRARY_IMPL(fusedconvbn, AutocastCUDA, m) {
+  m.impl("_chain_forward", (chain_forward_autocast<at::kCUDA, c10::DispatchKey::AutocastCUDA>));
+}
+
+}  // namespace fusedconvbn

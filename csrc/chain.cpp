@@ -1,0 +1,350 @@
+#include "chain.h"
+
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/convolution.h>
+#include <ATen/ops/convolution_backward.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/rsqrt.h>
+#include <ATen/ops/sqrt.h>
+#include <ATen/ops/zeros_like.h>
+#include <torch/library.h>
+
+#include <array>
+
+#include "channel_kernels.h"
+#include "ops.h"
+
+namespace fusedconvbn {
+
+// ---------------------------------------------------------------------------------------------- packing
+
+namespace {
+
+enum class Kind : int64_t { conv = 0, norm = 1 };
+
+void append(std::vector<int64_t>& to, const std::vector<int64_t>& from) {
+  to.insert(to.end(), from.begin(), from.end());
+}
+
+bool push_if(std::vector<Tensor>& tensors, const std::optional<Tensor>& t) {
+  const bool present = t.has_value() && t->defined();
+  if (present) tensors.push_back(*t);
+  return present;
+}
+
+}  // namespace
+
+void PackedChain::push(const Conv& conv, const Tensor& weight, const std::optional<Tensor>& bias) {
+  tensors.push_back(weight);
+  const bool has_bias = push_if(tensors, bias);
+  append(links, {int64_t(Kind::conv), has_bias, conv.transposed, conv.groups, int64_t(conv.stride.size())});
+  for (const auto* list : {&conv.stride, &conv.padding, &conv.dilation, &conv.output_padding}) append(links, *list);
+}
+
+void PackedChain::push(const Norm& norm, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias) {
+  const bool has_weight = push_if(tensors, weight), has_bias = push_if(tensors, bias);
+  append(links, {int64_t(Kind::norm), has_weight, has_bias, int64_t(norm.arithmetic), int64_t(norm.activation)});
+  eps.push_back(norm.eps);
+}
+
+std::vector<Link> unpack(at::IntArrayRef links, at::ArrayRef<double> eps, size_t tensor_count) {
+  constexpr auto malformed = "malformed chain: `links` ends inside a link or names what there is not";
+  std::vector<Link> chain;
+  size_t at = 0, norms = 0;
+  int64_t tensor = 1;
+  const auto next = [&] {
+    TORCH_CHECK_VALUE(at < links.size(), malformed);
+    return links[at++];
+  };
+  const auto next_list = [&](int64_t n) {
+    TORCH_CHECK_VALUE(n >= 1 && n <= 3 && at + n <= links.size(), malformed);
+    at += n;
+    return links.slice(at - n, n).vec();
+  };
+  const auto next_tensor = [&](bool present) { return present ? tensor++ : -1; };
+  while (at < links.size()) {
+    const auto kind = next();
+    Link link;
+    if (kind == int64_t(Kind::conv)) {
+      link.weight = next_tensor(true);
+      link.bias = next_tensor(next());
+      Conv conv;
+      conv.transposed = next() != 0;
+      conv.groups = next();
+      const auto n = next();
+      for (auto* list : {&conv.stride, &conv.padding, &conv.dilation, &conv.output_padding}) *list = next_list(n);
+      link.op = conv;
+    } else {
+      TORCH_CHECK_VALUE(kind == int64_t(Kind::norm) && norms < eps.size(), malformed);
+      link.weight = next_tensor(next());
+      link.bias = next_tensor(next());
+      const auto arithmetic = static_cast<Arithmetic>(next());
+      link.op = Norm{eps[norms++], arithmetic, static_cast<Activation>(next())};
+    }
+    chain.push_back(std::move(link));
+  }
+  TORCH_CHECK_VALUE(!chain.empty() && norms == eps.size() && tensor == int64_t(tensor_count), malformed);
+  return chain;
+}
+
+// ------------------------------------------------------------------------------------------- mathematics
+
+std::vector<c10::SymInt> Conv::output_sizes(c10::SymIntArrayRef input, c10::SymIntArrayRef weight) const {
+  std::vector<c10::SymInt> sizes{input[0], transposed ? weight[1] * groups : weight[0]};
+  for (size_t d = 0; d < stride.size(); ++d) {
+    const auto reach = (weight[d + 2] - 1) * dilation[d] + 1;  // of the kernel, in input values
+    sizes.push_back(transposed ? (input[d + 2] - 1) * stride[d] - 2 * padding[d] + reach + output_padding[d]
+                               // ⌊(in + 2·padding − reach) / stride⌋ + 1, never above 0 when the kernel does not fit
+                               : (input[d + 2] + 2 * padding[d] - reach + stride[d]) / stride[d]);
+  }
+  return sizes;
+}
+
+at::MemoryFormat conv_memory_format(const Tensor& input, const Tensor& weight) {
+  // ATen's rule for its fast backends; convolution in one dimension and in 3-d double is contiguous there.
+  const bool contiguous = input.dim() < 4 || (input.dim() == 5 && input.scalar_type() == at::kDouble);
+  if (contiguous) return at::MemoryFormat::Contiguous;
+  const auto format = input.suggest_memory_format();
+  return format == at::MemoryFormat::Contiguous ? weight.suggest_memory_format() : format;
+}
+
+namespace {
+
+// s/√v of the tutorial: its variance is the unbiased one.
+Tensor unbiased_std(const Tensor& var, const c10::SymInt& count) {
+  return at::sqrt(var * at::Scalar(c10::SymFloat(count) / c10::SymFloat(count - 1)));
+}
+
+}  // namespace
+
+Tensor inverse_std(const Norm& norm, const Tensor& var, const c10::SymInt& count) {
+  return norm.arithmetic == Arithmetic::batchnorm ? at::rsqrt(var + norm.eps)
+                                                  : (unbiased_std(var, count) + norm.eps).reciprocal();
+}
+
+Tensor inverse_running_std(const Norm& norm, const Tensor& running_var) {
+  return norm.arithmetic == Arithmetic::batchnorm ? at::rsqrt(running_var + norm.eps)
+                                                  : (at::sqrt(running_var) + norm.eps).reciprocal();
+}
+
+// --------------------------------------------------------------------------------------------- execution
+
+namespace {
+
+class Execution {
+ public:
+  Execution(at::TensorList tensors, at::IntArrayRef links, at::ArrayRef<double> eps, at::IntArrayRef kept)
+      : tensors_(tensors),
+        chain_(unpack(links, eps, tensors.size())),
+        maps_(chain_.size() + 1),
+        kept_(chain_.size() + 1),
+        statistics_(chain_.size()) {
+    maps_[0] = tensors[0];
+    kept_[0] = true;
+    for (const auto i : kept) {
+      TORCH_CHECK_VALUE(i > 0 && i < int64_t(chain_.size()), "`kept` names map ", i, " of a chain of ", chain_.size(),
+                        " links; inner maps are 1 to ", chain_.size() - 1);
+      kept_[i] = true;
+    }
+  }
+
+  ChainResult forward(at::IntArrayRef kept) {
+    run(0, chain_.size(), kept_);
+    std::vector<Tensor> kept_maps, statistics;
+    for (const auto i : kept) kept_maps.push_back(maps_[i]);
+    for (size_t i = 0; i < chain_.size(); ++i)
+      if (chain_[i].norm()) statistics.push_back(statistics_[i]);
+    return {maps_.back(), kept_maps, statistics};
+  }
+
+  std::vector<Tensor> backward(const Tensor& dout, at::TensorList kept_maps, at::TensorList statistics,
+                               at::IntArrayRef kept, at::IntArrayRef wanted) {
+    TORCH_CHECK_VALUE(kept_maps.size() == kept.size(), "got ", kept_maps.size(), " kept maps for ", kept.size(),
+                      " places");
+    for (size_t k = 0; k < kept.size(); ++k) maps_[kept[k]] = kept_maps[k];
+    size_t norms = 0;
+    for (size_t i = 0; i < chain_.size(); ++i) {
+      if (!chain_[i].norm()) continue;
+      TORCH_CHECK_VALUE(norms < statistics.size(), "got ", norms, " statistics, the chain has more norm links");
+      statistics_[i] = statistics[norms++];
+    }
+    plan_gradients(wanted);
+
+    grad_ = dout;
+    for (size_t i = chain_.size(); i-- > 0 && reached_[i + 1];) {
+      if (read_[i] && !maps_[i].defined()) remake(i);
+      if (const auto* conv = chain_[i].conv())
+        conv_backward(*conv, i);
+      else
+        norm_backward(*chain_[i].norm(), i, /*grad_owned=*/i + 1 < chain_.size());
+    }
+    if (wanted_[0]) grads_[0] = std::move(grad_);
+
+    std::vector<Tensor> result;
+    for (const auto t : wanted) result.push_back(std::move(grads_[t]));
+    return result;
+  }
+
+ private:
+  const Tensor& tensor(int64_t place) const { return tensors_[place]; }
+  std::optional<Tensor> optional_tensor(int64_t place) const {
+    return place < 0 ? std::nullopt : std::optional<Tensor>(tensors_[place]);
+  }
+  bool wanted(int64_t place) const { return place >= 0 && wanted_[place]; }
+
+  // Makes T_last from T_first. Statistics that are known are used, the others are computed. A map outside `retain` is
+  // let go, or overwritten, by the link that reads it.
+  void run(size_t first, size_t last, const std::vector<bool>& retain) {
+    for (size_t i = first; i < last; ++i) {
+      const bool free_to_overwrite = i > first && !retain[i];
+      Tensor in = retain[i] ? maps_[i] : std::move(maps_[i]);
+      if (const auto* conv = chain_[i].conv()) {
+        maps_[i + 1] = convolve(*conv, i, in);
+      } else {
+        const auto& norm = *chain_[i].norm();
+        const auto y = dense(in);
+        const bool in_place = free_to_overwrite || !y.is_same(in);
+        if (!statistics_[i].defined()) statistics_[i] = channel_kernels(y).stats(y);
+        maps_[i + 1] = in_place ? y : at::empty_like(y);
+        channel_kernels(y).apply_(maps_[i + 1], y, affine(norm, i, y).first, norm.activation);
+      }
+    }
+  }
+
+  // Remakes T_i, and on the way the other maps that are read by a backward still to come.
+  void remake(size_t i) {
+    size_t first = i;
+    while (!maps_[first].defined()) --first;
+    auto retain = read_;
+    retain[first] = true;
+    run(first, i, retain);
+    remade_.resize(maps_.size());
+    for (size_t m = first + 1; m <= i; ++m) remade_[m] = maps_[m].defined();
+  }
+
+  Tensor convolve(const Conv& conv, size_t i, const Tensor& in) const {
+    const auto& weight = tensor(chain_[i].weight);
+    const auto bias = bias_cancels(chain_, i) ? std::nullopt : optional_tensor(chain_[i].bias);
+    return at::convolution(in, weight, bias, conv.stride, conv.padding, conv.dilation, conv.transposed,
+                           conv.output_padding, conv.groups)
+        .contiguous(conv_memory_format(in, weight));
+  }
+
+  // The kernels read the two dense layouts; any other map is copied into the one it is nearer to.
+  static Tensor dense(const Tensor& t) { return channel_layout(t) ? t : t.contiguous(t.suggest_memory_format()); }
+  static Tensor dense_like(const Tensor& t, const Tensor& like) {
+    const auto layout = channel_layout(t);
+    if (layout && layout->channels_last == channel_layout(like)->channels_last) return t;
+    return at::empty_like(like).copy_(t);
+  }
+
+  // (mean, scale = a, shift = β) and r.
+  std::pair<Affine, Tensor> affine(const Norm& norm, size_t i, const Tensor& y) const {
+    const auto mean = statistics_[i].select(0, 0), var = statistics_[i].select(0, 1);
+    const auto r = inverse_std(norm, var, y.numel() / y.size(1));
+    const auto weight = optional_tensor(chain_[i].weight), bias = optional_tensor(chain_[i].bias);
+    return {Affine{mean, weight ? r * weight->to(r.scalar_type()) : r,
+                   bias ? bias->to(r.scalar_type()).contiguous() : at::zeros_like(r)},
+            r};
+  }
+
+  // reached: the gradient of T_i is needed. read: a backward that will run reads T_i.
+  void plan_gradients(at::IntArrayRef wanted) {
+    wanted_.resize(tensors_.size());
+    grads_.resize(tensors_.size());
+    for (const auto t : wanted) {
+      TORCH_CHECK_VALUE(t >= 0 && t < int64_t(tensors_.size()), "`wanted` names tensor ", t, " of ", tensors_.size());
+      wanted_[t] = true;
+    }
+    reached_.assign(maps_.size(), false);
+    read_.assign(maps_.size(), false);
+    reached_[0] = wanted_[0];
+    for (size_t i = 0; i < chain_.size(); ++i) {
+      reached_[i + 1] = reached_[i] || this->wanted(chain_[i].weight) || this->wanted(chain_[i].bias);
+      read_[i] = reached_[i + 1];
+    }
+  }
+
+  void conv_backward(const Conv& conv, size_t i) {
+    const auto& link = chain_[i];
+    const Tensor in = take_map(i);
+    const auto& weight = tensor(link.weight);
+    const bool cancels = bias_cancels(chain_, i);
+    std::array<bool, 3> mask{bool(reached_[i]), wanted(link.weight), wanted(link.bias) && !cancels};
+    Tensor din, dweight, dbias;
+    if (mask[0] || mask[1] || mask[2]) {
+      const auto bias_sizes = mask[2] ? at::OptionalIntArrayRef(tensor(link.bias).sizes()) : std::nullopt;
+      std::tie(din, dweight, dbias) =
+          at::convolution_backward(grad_, in, weight, bias_sizes, conv.stride, conv.padding, conv.dilation,
+                                   conv.transposed, conv.output_padding, conv.groups, mask);
+    }
+    const auto format = conv_memory_format(in, weight);
+    if (mask[1]) grads_[link.weight] = dweight.contiguous(format);
+    if (wanted(link.bias)) grads_[link.bias] = cancels ? at::zeros_like(tensor(link.bias)) : dbias;
+    grad_ = mask[0] ? din.contiguous(format) : Tensor();
+  }
+
+  void norm_backward(const Norm& norm, size_t i, bool grad_owned) {
+    const auto& link = chain_[i];
+    const bool y_owned = i < remade_.size() && remade_[i];
+    const Tensor in = take_map(i);
+    const auto y = dense(in);
+    const auto dout = dense_like(grad_, y);
+    const auto count = y.numel() / y.size(1);
+    const auto [affine, r] = this->affine(norm, i, y);
+    const auto& kernels = channel_kernels(y);
+
+    const auto sums = kernels.grad_stats(dout, y, affine, norm.activation);
+    const auto s1 = sums.select(0, 0), s2 = sums.select(0, 1);
+    if (wanted(link.weight)) grads_[link.weight] = (r * s2).to(tensor(link.weight).scalar_type());
+    if (wanted(link.bias)) grads_[link.bias] = s1.to(tensor(link.bias).scalar_type(), false, true);
+    if (!reached_[i]) return grad_.reset();
+
+    // κ without its factor a
+    const auto kappa = norm.arithmetic == Arithmetic::batchnorm
+                           ? r * r / double(count)
+                           : r / (unbiased_std(statistics_[i].select(0, 1), count) * double(count - 1));
+    const auto slope = -affine.scale * kappa * s2;
+    const auto offset = affine.scale * s1 * (-1. / double(count));
+    Tensor out = y_owned || !y.is_same(in) ? y : grad_owned || !dout.is_same(grad_) ? dout : at::empty_like(y);
+    kernels.grad_apply_(out, dout, y, affine, slope, offset, norm.activation);
+    grad_ = std::move(out);
+  }
+
+  Tensor take_map(size_t i) { return std::move(maps_[i]); }
+
+  at::TensorList tensors_;
+  std::vector<Link> chain_;
+  std::vector<Tensor> maps_;  // T_0 … T_n, undefined where not at hand
+  std::vector<bool> kept_;
+  std::vector<Tensor> statistics_;  // of link i
+  // backward
+  Tensor grad_;  // of the output of the link at hand
+  std::vector<bool> wanted_, reached_, read_, remade_;
+  std::vector<Tensor> grads_;
+};
+
+ChainResult chain_forward_kernel(at::TensorList tensors, at::IntArrayRef links, at::ArrayRef<double> eps,
+                                 at::IntArrayRef kept) {
+  return Execution(tensors, links, eps, kept).forward(kept);
+}
+
+std::vector<Tensor> chain_backward_kernel(const Tensor& dout, at::TensorList tensors, at::TensorList kept_maps,
+                                          at::TensorList statistics, at::IntArrayRef links, at::ArrayRef<double> eps,
+                                          at::IntArrayRef kept, at::IntArrayRef wanted) {
+  return Execution(tensors, links, eps, kept).backward(dout, kept_maps, statistics, kept, wanted);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fusedconvbn, CPU, m) {
+  m.impl("_chain_forward", TORCH_FN(chain_forward_kernel));
+  m.impl("_chain_backward", TORCH_FN(chain_backward_kernel));
+}
+
+TORCH_LIBRARY_IMPL(fusedconvbn, CUDA, m) {
+  m.impl("_chain_forward", TORCH_FN(chain_forward_kernel));
+  m.impl("_chain_backward", TORCH_FN(chain_backward_kernel));
+}
+
+}  // namespace fusedconvbn

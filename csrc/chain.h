@@ -1,0 +1,79 @@
+// A chain: maps T_0 … T_n with link i making T_{i+1} from T_i.
+//
+//   conv   T' = conv(T, weight) + bias
+//   norm   T' = act(u),  u = (T − μ)·a + β   per channel, with the batch statistics of T
+//
+// The backward of either link reads its input and nothing else. A plan names the inner maps that are kept;
+// the others are remade in backward from the nearest kept one before them, with the statistics already known.
+//
+//   a = γ·r      r = 1/√(v + eps)        κ = a·r²/R            batchnorm
+//                r = 1/(s + eps)         κ = a·r/((R−1)·s)     tutorial, s = √(v·R/(R−1))
+//
+//   du = act'(u)·dout      S1 = Σ du      S2 = Σ du·(T − μ)
+//   dβ = S1      dγ = r·S2      dT = a·du − κ·S2·(T − μ) − (a/R)·S1
+//
+// μ mean, v biased variance, R values per channel, γ and β affine (1 and 0 when absent).
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <variant>
+#include <vector>
+
+#include "activation.h"
+
+namespace fusedconvbn {
+
+enum class Arithmetic : int64_t { batchnorm = 0, tutorial = 1 };
+
+struct Conv {
+  std::vector<int64_t> stride, padding, dilation, output_padding;
+  bool transposed;
+  int64_t groups;
+
+  std::vector<c10::SymInt> output_sizes(c10::SymIntArrayRef input, c10::SymIntArrayRef weight) const;
+  int64_t out_channels(const at::Tensor& weight) const;
+};
+
+struct Norm {
+  double eps;
+  Arithmetic arithmetic;
+  Activation activation;
+};
+
+struct Link {
+  std::variant<Conv, Norm> op;
+  int64_t weight = -1, bias = -1;  // places in `tensors`, -1 when absent
+
+  const Conv* conv() const { return std::get_if<Conv>(&op); }
+  const Norm* norm() const { return std::get_if<Norm>(&op); }
+};
+
+// A chain as it crosses the dispatcher; `unpack` is the way back. (fusedconvbn/chain.py is this in Python.)
+struct PackedChain {
+  std::vector<at::Tensor> tensors;  // T_0, then of each link its weight and its bias, as far as present
+  std::vector<int64_t> links;       // conv: 0, has_bias, transposed, groups, d,
+                                    //       stride[d], padding[d], dilation[d], output_padding[d]
+                                    // norm: 1, has_weight, has_bias, arithmetic, activation
+  std::vector<double> eps;          // one for each norm link
+
+  explicit PackedChain(at::Tensor input) : tensors{std::move(input)} {}
+  void push(const Conv& conv, const at::Tensor& weight, const std::optional<at::Tensor>& bias);
+  void push(const Norm& norm, const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& bias);
+};
+
+std::vector<Link> unpack(at::IntArrayRef links, at::ArrayRef<double> eps, size_t tensor_count);
+
+// r of the table above, from the biased variance of `count` values or from a running variance, which is unbiased.
+at::Tensor inverse_std(const Norm& norm, const at::Tensor& var, const c10::SymInt& count);
+at::Tensor inverse_running_std(const Norm& norm, const at::Tensor& running_var);
+
+// The memory format in which a convolution returns its result and its gradients.
+at::MemoryFormat conv_memory_format(const at::Tensor& input, const at::Tensor& weight);
+
+// A bias in front of batch statistics shifts the mean and nothing else: it is left out, and its gradient is 0.
+inline bool bias_cancels(const std::vector<Link>& chain, size_t i) {
+  return i + 1 < chain.size() && chain[i + 1].norm();
+}
+
+}  // namespace fusedconvbn

@@ -1,0 +1,50 @@
+#include "channel_kernels.h"
+
+#include <array>
+
+namespace fusedconvbn {
+
+namespace {
+
+auto& registry() {
+  static std::array<const ChannelKernels*, c10::COMPILE_TIME_MAX_DEVICE_TYPES> kernels{};
+  return kernels;
+}
+
+}  // namespace
+
+RegisterChannelKernels::RegisterChannelKernels(c10::DeviceType device, const ChannelKernels& kernels) {
+  registry()[static_cast<size_t>(device)] = &kernels;
+}
+
+const ChannelKernels& channel_kernels(const at::Tensor& y) {
+  const auto* kernels = registry()[static_cast<size_t>(y.device().type())];
+  TORCH_CHECK(kernels, "fusedconvbn: this build has no kernels for device '", y.device(),
+              "'; install it again where nvcc and a CUDA build of torch are found");
+  return *kernels;
+}
+
+c10::ScalarType statistics_dtype(const at::Tensor& y) {
+  return y.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+std::optional<ChannelLayout> channel_layout(const at::Tensor& y) {
+  const int64_t batch = y.size(0), channels = y.size(1);
+  const int64_t inner = y.numel() == 0 ? 0 : y.numel() / (batch * channels);
+  const auto channels_innermost = [&] {
+    int64_t stride = channels;
+    for (int64_t d = y.dim() - 1; d >= 0; --d) {
+      if (d == 1) continue;
+      if (y.size(d) != 1 && y.stride(d) != stride) return false;
+      stride *= y.size(d);
+    }
+    return channels == 1 || y.stride(1) == 1;
+  };
+  // One value per plane is both; then the channels are the long run. One channel likewise.
+  const bool contiguous = y.is_contiguous();
+  if (contiguous && (inner > 1 || channels == 1)) return ChannelLayout{batch, channels, inner, false};
+  if (contiguous || channels_innermost()) return ChannelLayout{batch * inner, channels, 1, true};
+  return std::nullopt;
+}
+
+}  // namespace fusedconvbn

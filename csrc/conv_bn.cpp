@@ -1,0 +1,225 @@
+// The public operator: checks, the folded convolution of eval mode, and the running statistics around a chain of two
+// links. It is composite, so eager, TorchScript, compile and export all run the same steps.
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/batch_norm.h>
+#include <ATen/ops/convolution.h>
+#include <ATen/ops/relu.h>
+
+#include "autocast/autocast.h"
+#include "chain.h"
+#include "ops.h"
+
+namespace fusedconvbn {
+namespace {
+
+using Optional = std::optional<Tensor>;
+
+struct Arguments {
+  Conv conv;
+  Norm norm;
+};
+
+Activation parse_activation(std::string_view name) {
+  if (name == "none") return Activation::none;
+  if (name == "relu") return Activation::relu;
+  TORCH_CHECK_VALUE(false, "conv_bn: expected activation 'none' or 'relu', got '", name, "'");
+}
+
+Arithmetic parse_arithmetic(std::string_view name) {
+  if (name == "batchnorm") return Arithmetic::batchnorm;
+  if (name == "tutorial") return Arithmetic::tutorial;
+  TORCH_CHECK_VALUE(false, "conv_bn: expected arithmetic 'batchnorm' or 'tutorial', got '", name, "'");
+}
+
+// One value for each of the n spatial dimensions; a single one stands for all.
+std::vector<int64_t> spatial(const char* name, at::IntArrayRef values, size_t n, int64_t least) {
+  TORCH_CHECK_VALUE(values.size() == 1 || values.size() == n, "conv_bn: expected ", name, " of 1 or ", n,
+                    " values (one for each spatial dimension), got ", values);
+  for (const auto v : values)
+    TORCH_CHECK_VALUE(v >= least, "conv_bn: expected ", name, " of at least ", least, ", got ", values);
+  return values.size() == n ? values.vec() : std::vector<int64_t>(n, values[0]);
+}
+
+void check_tensor(const char* name, const Tensor& t, const Tensor& input) {
+  TORCH_CHECK_VALUE(t.defined(), "conv_bn: expected ", name, " to be a tensor, got an undefined one");
+  TORCH_CHECK_TYPE(t.layout() == at::kStrided && !t.is_quantized(), "conv_bn: expected ", name, " to be dense, got ",
+                   t.is_quantized() ? "a quantised tensor" : "layout ",
+                   t.is_quantized() ? c10::Layout::Strided : t.layout());
+  const auto dtype = t.scalar_type();
+  TORCH_CHECK_TYPE(dtype == at::kDouble || dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf,
+                   "conv_bn: expected ", name, " of dtype float64, float32, bfloat16 or float16, got ", dtype);
+  TORCH_CHECK_VALUE(t.device() == input.device(), "conv_bn: expected ", name, " on the device of input (",
+                    input.device(), "), got ", t.device());
+}
+
+// bias, bn_weight, bn_bias, running_mean, running_var
+void check_vector(const char* name, const Optional& t, const Tensor& input, const c10::SymInt& channels, bool any_dtype,
+                  bool convolution = false) {
+  if (!t) return;
+  check_tensor(name, *t, input);
+  TORCH_CHECK_VALUE(t->dim() == 1 && t->sym_size(0) == channels, "conv_bn: expected ", name, " of shape [", channels,
+                    "] (the output channels of weight), got ", t->sym_sizes());
+  const bool half = input.scalar_type() == at::kBFloat16 || input.scalar_type() == at::kHalf;
+  const bool wider = half && !convolution && t->scalar_type() == at::kFloat;
+  TORCH_CHECK_TYPE(any_dtype || t->scalar_type() == input.scalar_type() || wider, "conv_bn: expected ", name,
+                   " of the dtype of input (", input.scalar_type(),
+                   half && !convolution ? ") or Float, got " : "), got ", t->scalar_type());
+}
+
+// Everything that can be wrong is found here, before anything is computed.
+Arguments check(const Tensor& input, const Tensor& weight, const Optional& bias, const Optional& bn_weight,
+                const Optional& bn_bias, const Optional& running_mean, const Optional& running_var, bool training,
+                double eps, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, bool transposed,
+                at::IntArrayRef output_padding, int64_t groups, std::string_view activation,
+                std::string_view arithmetic) {
+  const Norm norm{eps, parse_arithmetic(arithmetic), parse_activation(activation)};
+  TORCH_CHECK_VALUE(eps >= 0, "conv_bn: expected eps of at least 0, got ", eps);
+
+  check_tensor("input", input, input);
+  check_tensor("weight", weight, input);
+  const auto dim = input.dim();
+  TORCH_CHECK_VALUE(dim >= 3 && dim <= 5,
+                    "conv_bn: expected input of 3, 4 or 5 dimensions (batch, channels, spatial), got shape ",
+                    input.sym_sizes());
+  TORCH_CHECK_VALUE(weight.dim() == dim, "conv_bn: expected weight of ", dim, " dimensions like input, got shape ",
+                    weight.sym_sizes());
+  const bool autocast = autocast_enabled(input);
+  TORCH_CHECK_TYPE(autocast || weight.scalar_type() == input.scalar_type(),
+                   "conv_bn: expected weight of the dtype of input (", input.scalar_type(), "), got ",
+                   weight.scalar_type());
+
+  const size_t n = dim - 2;
+  const Conv conv{spatial("stride", stride, n, 1),
+                  spatial("padding", padding, n, 0),
+                  spatial("dilation", dilation, n, 1),
+                  spatial("output_padding", output_padding, n, 0),
+                  transposed,
+                  groups};
+  TORCH_CHECK_VALUE(groups >= 1, "conv_bn: expected groups of at least 1, got ", groups);
+  const auto in_channels = input.sym_size(1), per_group = in_channels / groups;
+  TORCH_CHECK_VALUE(per_group * groups == in_channels && in_channels > 0,
+                    "conv_bn: expected input channels divisible by groups=", groups, ", got input shape ",
+                    input.sym_sizes());
+  if (transposed) {
+    TORCH_CHECK_VALUE(weight.sym_size(0) == in_channels, "conv_bn: expected weight of shape [", in_channels,
+                      ", out_channels / groups, ...] for input shape ", input.sym_sizes(), ", got ",
+                      weight.sym_sizes());
+  } else {
+    TORCH_CHECK_VALUE(weight.sym_size(1) == per_group, "conv_bn: expected weight of shape [out_channels, ", per_group,
+                      ", ...] for input shape ", input.sym_sizes(), " and groups=", groups, ", got ",
+                      weight.sym_sizes());
+    TORCH_CHECK_VALUE(weight.sym_size(0) % groups == 0, "conv_bn: expected out_channels divisible by groups=", groups,
+                      ", got weight shape ", weight.sym_sizes());
+  }
+  for (size_t d = 0; d < n; ++d) {
+    TORCH_CHECK_VALUE(weight.sym_size(d + 2) > 0, "conv_bn: expected weight with a kernel of at least 1, got ",
+                      weight.sym_sizes());
+    TORCH_CHECK_VALUE(
+        transposed ? conv.output_padding[d] < std::max(conv.stride[d], conv.dilation[d]) : conv.output_padding[d] == 0,
+        "conv_bn: expected output_padding ", transposed ? "below stride or dilation" : "0 unless transposed", ", got ",
+        output_padding);
+  }
+  const auto out = conv.output_sizes(input.sym_sizes(), weight.sym_sizes());
+  TORCH_CHECK_VALUE(out[1] > 0, "conv_bn: expected weight with output channels, got ", weight.sym_sizes());
+  c10::SymInt values = out[0];
+  for (size_t d = 0; d < n; ++d) {
+    TORCH_CHECK_VALUE(out[d + 2] > 0, "conv_bn: expected an output size above 0, got ", c10::SymIntArrayRef(out),
+                      " from input shape ", input.sym_sizes(), " and weight shape ", weight.sym_sizes());
+    values = values * out[d + 2];
+  }
+
+  check_vector("bias", bias, input, out[1], autocast, /*convolution=*/true);
+  check_vector("bn_weight", bn_weight, input, out[1], autocast);
+  check_vector("bn_bias", bn_bias, input, out[1], autocast);
+  check_vector("running_mean", running_mean, input, out[1], autocast);
+  check_vector("running_var", running_var, input, out[1], autocast);
+  TORCH_CHECK_VALUE(running_mean.has_value() == running_var.has_value(),
+                    "conv_bn: expected running_mean and running_var both or neither, got only ",
+                    running_mean ? "running_mean" : "running_var");
+  TORCH_CHECK_VALUE(training || running_mean,
+                    "conv_bn: expected running_mean and running_var when training=False, got None");
+  TORCH_CHECK_VALUE(!training || values != 1,
+                    "conv_bn: expected more than 1 value per channel when training, got output shape ",
+                    c10::SymIntArrayRef(out));
+  TORCH_CHECK_VALUE(!training || !running_mean || !(running_mean->requires_grad() || running_var->requires_grad()),
+                    "conv_bn: expected running_mean and running_var that do not require grad");
+  return {conv, norm};
+}
+
+Tensor convolution(const Conv& conv, const Tensor& input, const Tensor& weight, const Optional& bias) {
+  return at::convolution(input, weight, bias, conv.stride, conv.padding, conv.dilation, conv.transposed,
+                         conv.output_padding, conv.groups);
+}
+
+Tensor activate_(Tensor out, Activation activation) { return activation == Activation::relu ? at::relu_(out) : out; }
+
+// BN with given statistics is a scale and a shift per output channel: one convolution with
+//   weight' = a·weight      bias' = β + (bias − running_mean)·a
+Tensor folded(const Arguments& args, const Tensor& input, const Tensor& weight, const Optional& bias,
+              const Optional& bn_weight, const Optional& bn_bias, const Tensor& running_mean,
+              const Tensor& running_var) {
+  const auto& conv = args.conv;
+  const auto wide = running_var.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  auto scale = inverse_running_std(args.norm, running_var.to(wide));
+  if (bn_weight) scale = scale * *bn_weight;
+  const auto mean = running_mean.to(wide);
+  auto shift = (bias ? *bias - mean : -mean) * scale;
+  if (bn_bias) shift = shift + *bn_bias;
+  // The output channels are dimension 0; of a transposed weight (in, out/groups, …), those of each group in turn.
+  Tensor scaled;
+  if (conv.transposed) {
+    std::vector<int64_t> per_channel(weight.dim() + 1, 1);
+    per_channel[0] = conv.groups;
+    per_channel[2] = -1;
+    scaled = (weight.unflatten(0, {conv.groups, -1}) * scale.reshape(per_channel)).flatten(0, 1);
+  } else {
+    std::vector<int64_t> per_channel(weight.dim(), 1);
+    per_channel[0] = -1;
+    scaled = weight * scale.reshape(per_channel);
+  }
+  return activate_(convolution(conv, input, scaled.to(weight.scalar_type()), shift.to(weight.scalar_type())),
+                   args.norm.activation);
+}
+
+// running = (1 − momentum)·running + momentum·value
+void update_running(const Tensor& running, const Tensor& value, double momentum) {
+  if (running.scalar_type() == value.scalar_type())
+    running.lerp_(value, momentum);
+  else
+    running.copy_(running.to(value.scalar_type()).lerp(value, momentum));
+}
+
+}  // namespace
+
+Tensor conv_bn(const Tensor& input, const Tensor& weight, const Optional& bias, const Optional& bn_weight,
+               const Optional& bn_bias, const Optional& running_mean, const Optional& running_var, bool training,
+               double momentum, double eps, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+               bool transposed, at::IntArrayRef output_padding, int64_t groups, std::string_view activation,
+               std::string_view arithmetic) {
+  const auto args = check(input, weight, bias, bn_weight, bn_bias, running_mean, running_var, training, eps, stride,
+                          padding, dilation, transposed, output_padding, groups, activation, arithmetic);
+  if (!training) return folded(args, input, weight, bias, bn_weight, bn_bias, *running_mean, *running_var);
+
+  if (input.sym_size(0) == 0) {  // nothing to normalise, nothing to count
+    return activate_(at::batch_norm(convolution(args.conv, input, weight, bias), bn_weight, bn_bias, {}, {}, true,
+                                    momentum, eps, false),
+                     args.norm.activation);
+  }
+
+  PackedChain chain(input);
+  chain.push(args.conv, weight, bias);
+  chain.push(args.norm, bn_weight, bn_bias);
+  const auto [output, kept, statistics] = chain_forward(chain.tensors, chain.links, chain.eps, {});
+
+  if (running_mean) {
+    auto mean = statistics[0].select(0, 0);
+    if (bias) mean = mean + bias->detach();
+    const auto count = output.sym_numel() / output.sym_size(1);
+    const auto var = statistics[0].select(0, 1) * at::Scalar(c10::SymFloat(count) / c10::SymFloat(count - 1));
+    update_running(*running_mean, mean, momentum);
+    update_running(*running_var, var, momentum);
+  }
+  return output;
+}
+
+}  // namespace fusedconvbn

@@ -1,0 +1,54 @@
+// The four channel kernels (channel_kernels.h) over a slice of a feature map, on raw pointers.
+//
+// channel_loops_impl.h is compiled once per instruction set; `channel_loops_*` return the tables made so.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "../activation.h"
+
+namespace fusedconvbn::cpu {
+
+template <typename T>
+using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// outer × channels × inner values, or, channels last, outer × channels.
+struct Shape {
+  int64_t outer, channels, inner;
+};
+
+template <typename T>
+struct Vectors {
+  const acc_t<T>*mean, *scale, *shift;
+};
+
+// Reductions add to sums[c] and sums[C + c]. Contiguous: positions [begin, end) of the outer·inner ones of `channel`.
+// Channels last: rows [begin, end) of every channel (`channel` is not read).
+// Elementwise: values [begin, end) of the map (contiguous), rows [begin, end) (channels last).
+template <typename T>
+struct ChannelLoops {
+  // Σ (y − origin), Σ (y − origin)²
+  void (*stats)(Shape, int64_t channel, int64_t begin, int64_t end, const T* y, const acc_t<T>* origin, double* sums);
+  void (*grad_stats)(Shape, int64_t channel, int64_t begin, int64_t end, const T* dout, const T* y, Vectors<T>,
+                     Activation, double* sums);
+  void (*apply)(Shape, int64_t begin, int64_t end, T* out, const T* y, Vectors<T>, Activation);
+  void (*grad_apply)(Shape, int64_t begin, int64_t end, T* out, const T* dout, const T* y, Vectors<T>,
+                     const acc_t<T>* slope, const acc_t<T>* offset, Activation);
+};
+
+template <typename T>
+struct ChannelLoopsPair {
+  ChannelLoops<T> contiguous, channels_last;
+};
+
+template <typename T>
+ChannelLoopsPair<T> channel_loops_baseline();
+#if defined(__x86_64__)
+template <typename T>
+ChannelLoopsPair<T> channel_loops_avx2();
+template <typename T>
+ChannelLoopsPair<T> channel_loops_avx512();
+#endif
+
+}  // namespace fusedconvbn::cpu

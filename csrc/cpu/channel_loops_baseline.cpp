@@ -1,0 +1,7 @@
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include "channel_loops.h"
+
+#define FUSEDCONVBN_ISA baseline
+#include "channel_loops_impl.h"

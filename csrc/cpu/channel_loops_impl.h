@@ -1,0 +1,229 @@
+// Included by channel_loops_{baseline,avx2,avx512}.cpp, each with its own target and FUSEDCONVBN_ISA.
+// Plain loops over contiguous memory; the compiler makes the vector code.
+//
+// Both layouts run the same row loops: a channels-last row has one value per channel, and a contiguous plane is cut
+// into rows of `lanes` values of one channel, whose sums are added up at the end.
+
+#define FUSEDCONVBN_CONCAT_(a, b) a##b
+#define FUSEDCONVBN_CONCAT(a, b) FUSEDCONVBN_CONCAT_(a, b)
+
+namespace fusedconvbn::cpu {
+namespace {
+
+constexpr int64_t lanes = 32;
+
+// sums1[c], sums2[c] += Σ_rows term(row·stride + c, c)
+template <typename Term>
+FUSEDCONVBN_INLINE void add_rows(int64_t rows, int64_t stride, int64_t width, const Term& term,
+                                 double* __restrict sums1, double* __restrict sums2) {
+  constexpr int64_t unroll = 4;  // rows for each read and write of the sums
+  int64_t row = 0;
+  for (; row + unroll <= rows; row += unroll) {
+#pragma omp simd
+    for (int64_t c = 0; c < width; ++c) {
+      double add1 = 0, add2 = 0;
+#pragma GCC unroll 4
+      for (int64_t u = 0; u < unroll; ++u) term((row + u) * stride + c, c, add1, add2);
+      sums1[c] += add1;
+      sums2[c] += add2;
+    }
+  }
+  for (; row < rows; ++row) {
+#pragma omp simd
+    for (int64_t c = 0; c < width; ++c) {
+      double add1 = 0, add2 = 0;
+      term(row * stride + c, c, add1, add2);
+      sums1[c] += add1;
+      sums2[c] += add2;
+    }
+  }
+}
+
+// f(offset, length) for the runs of memory that positions [begin, end) of a channel consist of
+template <typename F>
+FUSEDCONVBN_INLINE void for_runs(Shape shape, int64_t channel, int64_t begin, int64_t end, const F& f) {
+  while (begin < end) {
+    const int64_t plane = begin / shape.inner, at = begin % shape.inner;
+    const int64_t length = end - begin < shape.inner - at ? end - begin : shape.inner - at;
+    f((plane * shape.channels + channel) * shape.inner + at, length);
+    begin += length;
+  }
+}
+
+template <typename T>
+struct Lanes {  // one channel's value in every lane
+  explicit Lanes(T value) {
+    for (auto& v : values) v = value;
+  }
+  T values[lanes];
+};
+
+// Sums of one channel of a contiguous map; term_at(offset) gives the term of the run that starts there.
+template <typename TermAt>
+FUSEDCONVBN_INLINE void add_channel(Shape shape, int64_t channel, int64_t begin, int64_t end, const TermAt& term_at,
+                                    double* sums) {
+  double sums1[lanes] = {}, sums2[lanes] = {};
+  for_runs(shape, channel, begin, end, [&](int64_t offset, int64_t length) {
+    const int64_t rows = length / lanes, whole = rows * lanes;
+    add_rows(rows, lanes, lanes, term_at(offset), sums1, sums2);
+    add_rows(1, lanes, length - whole, term_at(offset + whole), sums1, sums2);
+  });
+  for (int64_t l = 0; l < lanes; ++l) {
+    sums[channel] += sums1[l];
+    sums[shape.channels + channel] += sums2[l];
+  }
+}
+
+template <typename T>
+struct StatsTerm {
+  const T* y;
+  const acc_t<T>* origin;
+  FUSEDCONVBN_INLINE void operator()(int64_t i, int64_t c, double& sum, double& squares) const {
+    const double d = double(acc_t<T>(y[i])) - double(origin[c]);
+    sum += d;
+    squares += d * d;
+  }
+};
+
+template <typename T, typename Act>
+struct GradTerm {
+  const T *dout, *y;
+  Vectors<T> v;
+  FUSEDCONVBN_INLINE void operator()(int64_t i, int64_t c, double& sum, double& dot) const {
+    const acc_t<T> centred = acc_t<T>(y[i]) - v.mean[c];
+    const double du = Act::backward(centred * v.scale[c] + v.shift[c], acc_t<T>(dout[i]));
+    sum += du;
+    dot += du * double(centred);
+  }
+};
+
+template <typename T, typename Act>
+FUSEDCONVBN_INLINE T apply_value(T y, acc_t<T> mean, acc_t<T> scale, acc_t<T> shift) {
+  return T(Act::forward((acc_t<T>(y) - mean) * scale + shift));
+}
+
+template <typename T, typename Act>
+FUSEDCONVBN_INLINE T grad_value(T dout, T y, acc_t<T> mean, acc_t<T> scale, acc_t<T> shift, acc_t<T> slope,
+                                acc_t<T> offset) {
+  const acc_t<T> centred = acc_t<T>(y) - mean;
+  const acc_t<T> du = Act::backward(centred * scale + shift, acc_t<T>(dout));
+  return T(scale * du + (slope * centred + offset));
+}
+
+// ------------------------------------------------------------------------------------------- contiguous
+
+template <typename T>
+void stats_contiguous(Shape shape, int64_t channel, int64_t begin, int64_t end, const T* y, const acc_t<T>* origin,
+                      double* sums) {
+  const Lanes<acc_t<T>> origins(origin[channel]);
+  add_channel(
+      shape, channel, begin, end, [&](int64_t offset) { return StatsTerm<T>{y + offset, origins.values}; }, sums);
+}
+
+template <typename T>
+void grad_stats_contiguous(Shape shape, int64_t channel, int64_t begin, int64_t end, const T* dout, const T* y,
+                           Vectors<T> v, Activation activation, double* sums) {
+  const Lanes<acc_t<T>> mean(v.mean[channel]), scale(v.scale[channel]), shift(v.shift[channel]);
+  const Vectors<T> spread{mean.values, scale.values, shift.values};
+  with_activation(activation, [&]<typename Act>(Act) {
+    add_channel(
+        shape, channel, begin, end, [&](int64_t offset) { return GradTerm<T, Act>{dout + offset, y + offset, spread}; },
+        sums);
+  });
+}
+
+// f(offset, length, channel) for the pieces of planes that values [begin, end) consist of
+template <typename F>
+FUSEDCONVBN_INLINE void for_planes(Shape shape, int64_t begin, int64_t end, const F& f) {
+  while (begin < end) {
+    const int64_t plane = begin / shape.inner, left = (plane + 1) * shape.inner - begin;
+    const int64_t length = end - begin < left ? end - begin : left;
+    f(begin, length, plane % shape.channels);
+    begin += length;
+  }
+}
+
+template <typename T>
+void apply_contiguous(Shape shape, int64_t begin, int64_t end, T* out, const T* y, Vectors<T> v,
+                      Activation activation) {
+  with_activation(activation, [&]<typename Act>(Act) {
+    for_planes(shape, begin, end, [&](int64_t offset, int64_t length, int64_t c) {
+      const auto mean = v.mean[c], scale = v.scale[c], shift = v.shift[c];
+#pragma omp simd
+      for (int64_t i = offset; i < offset + length; ++i) out[i] = apply_value<T, Act>(y[i], mean, scale, shift);
+    });
+  });
+}
+
+template <typename T>
+void grad_apply_contiguous(Shape shape, int64_t begin, int64_t end, T* out, const T* dout, const T* y, Vectors<T> v,
+                           const acc_t<T>* slope, const acc_t<T>* offset, Activation activation) {
+  with_activation(activation, [&]<typename Act>(Act) {
+    for_planes(shape, begin, end, [&](int64_t first, int64_t length, int64_t c) {
+      const auto mean = v.mean[c], scale = v.scale[c], shift = v.shift[c];
+      const auto slope_c = slope[c], offset_c = offset[c];
+#pragma omp simd
+      for (int64_t i = first; i < first + length; ++i)
+        out[i] = grad_value<T, Act>(dout[i], y[i], mean, scale, shift, slope_c, offset_c);
+    });
+  });
+}
+
+// ---------------------------------------------------------------------------------------- channels last
+
+template <typename T>
+void stats_channels_last(Shape shape, int64_t, int64_t begin, int64_t end, const T* y, const acc_t<T>* origin,
+                         double* sums) {
+  const int64_t C = shape.channels;
+  add_rows(end - begin, C, C, StatsTerm<T>{y + begin * C, origin}, sums, sums + C);
+}
+
+template <typename T>
+void grad_stats_channels_last(Shape shape, int64_t, int64_t begin, int64_t end, const T* dout, const T* y, Vectors<T> v,
+                              Activation activation, double* sums) {
+  const int64_t C = shape.channels;
+  with_activation(activation, [&]<typename Act>(Act) {
+    add_rows(end - begin, C, C, GradTerm<T, Act>{dout + begin * C, y + begin * C, v}, sums, sums + C);
+  });
+}
+
+template <typename T>
+void apply_channels_last(Shape shape, int64_t begin, int64_t end, T* out, const T* y, Vectors<T> v,
+                         Activation activation) {
+  const int64_t C = shape.channels;
+  with_activation(activation, [&]<typename Act>(Act) {
+    for (int64_t row = begin * C; row < end * C; row += C) {
+#pragma omp simd
+      for (int64_t c = 0; c < C; ++c) out[row + c] = apply_value<T, Act>(y[row + c], v.mean[c], v.scale[c], v.shift[c]);
+    }
+  });
+}
+
+template <typename T>
+void grad_apply_channels_last(Shape shape, int64_t begin, int64_t end, T* out, const T* dout, const T* y, Vectors<T> v,
+                              const acc_t<T>* slope, const acc_t<T>* offset, Activation activation) {
+  const int64_t C = shape.channels;
+  with_activation(activation, [&]<typename Act>(Act) {
+    for (int64_t row = begin * C; row < end * C; row += C) {
+#pragma omp simd
+      for (int64_t c = 0; c < C; ++c)
+        out[row + c] =
+            grad_value<T, Act>(dout[row + c], y[row + c], v.mean[c], v.scale[c], v.shift[c], slope[c], offset[c]);
+    }
+  });
+}
+
+}  // namespace
+
+template <typename T>
+ChannelLoopsPair<T> FUSEDCONVBN_CONCAT(channel_loops_, FUSEDCONVBN_ISA)() {
+  return {{stats_contiguous<T>, grad_stats_contiguous<T>, apply_contiguous<T>, grad_apply_contiguous<T>},
+          {stats_channels_last<T>, grad_stats_channels_last<T>, apply_channels_last<T>, grad_apply_channels_last<T>}};
+}
+
+template ChannelLoopsPair<double> FUSEDCONVBN_CONCAT(channel_loops_, FUSEDCONVBN_ISA)();
+template ChannelLoopsPair<float> FUSEDCONVBN_CONCAT(channel_loops_, FUSEDCONVBN_ISA)();
+template ChannelLoopsPair<c10::BFloat16> FUSEDCONVBN_CONCAT(channel_loops_, FUSEDCONVBN_ISA)();
+template ChannelLoopsPair<c10::Half> FUSEDCONVBN_CONCAT(channel_loops_, FUSEDCONVBN_ISA)();
+
+}  // namespace fusedconvbn::cpu

@@ -1,0 +1,63 @@
+// Shapes, dtypes and strides of what the chain operators return.
+#include "../chain.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include "../channel_kernels.h"
+#include "../ops.h"
+
+namespace fusedconvbn {
+namespace {
+
+ChainResult chain_forward_meta(at::TensorList tensors, at::IntArrayRef links, at::ArrayRef<double> eps,
+                               at::IntArrayRef kept) {
+  const auto chain = unpack(links, eps, tensors.size());
+  std::vector<Tensor> maps{tensors[0]}, kept_maps, statistics;
+  for (const auto& link : chain) {
+    const auto& t = maps.back();
+    if (const auto* conv = link.conv()) {
+      const auto& weight = tensors[link.weight];
+      maps.push_back(at::empty_symint(conv->output_sizes(t.sym_sizes(), weight.sym_sizes()),
+                                      t.options().memory_format(conv_memory_format(t, weight))));
+    } else {
+      maps.push_back(t.is_non_overlapping_and_dense()
+                         ? at::empty_like(t)
+                         : at::empty_like(t, t.options().memory_format(t.suggest_memory_format())));
+      statistics.push_back(at::empty_symint({2, t.sym_size(1)}, t.options().dtype(statistics_dtype(t))));
+    }
+  }
+  for (const auto i : kept) kept_maps.push_back(maps.at(i));
+  return {maps.back(), kept_maps, statistics};
+}
+
+std::vector<Tensor> chain_backward_meta(const Tensor&, at::TensorList tensors, at::TensorList, at::TensorList,
+                                        at::IntArrayRef links, at::ArrayRef<double> eps, at::IntArrayRef,
+                                        at::IntArrayRef wanted) {
+  // A convolution returns both gradients in the format of its result.
+  auto grads = tensors.vec();
+  const auto chain = unpack(links, eps, tensors.size());
+  auto t = tensors[0];
+  for (size_t i = 0; i < chain.size(); ++i) {
+    if (const auto* conv = chain[i].conv()) {
+      auto& weight = grads[chain[i].weight];
+      const auto format = conv_memory_format(t, weight);
+      if (i == 0) grads[0] = at::empty_like(t, t.options().memory_format(format));
+      t = at::empty_symint(conv->output_sizes(t.sym_sizes(), weight.sym_sizes()), t.options().memory_format(format));
+      weight = at::empty_like(weight, weight.options().memory_format(format));
+    }
+  }
+  std::vector<Tensor> result;
+  for (const auto i : wanted) result.push_back(at::empty_like(grads[i]));
+  return result;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fusedconvbn, Meta, m) {
+  m.impl("_chain_forward", TORCH_FN(chain_forward_meta));
+  m.impl("_chain_backward", TORCH_FN(chain_backward_meta));
+}
+
+}  // namespace fusedconvbn

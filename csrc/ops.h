@@ -1,0 +1,33 @@
+// The operators as C++ callers see them; each call goes through the dispatcher.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <string_view>
+#include <tuple>
+#include <vector>
+
+namespace fusedconvbn {
+
+using at::Tensor;
+
+// Conv → BatchNorm → activation; docs in fusedconvbn/functional.py.
+Tensor conv_bn(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+               const std::optional<Tensor>& bn_weight, const std::optional<Tensor>& bn_bias,
+               const std::optional<Tensor>& running_mean, const std::optional<Tensor>& running_var, bool training,
+               double momentum, double eps, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+               bool transposed, at::IntArrayRef output_padding, int64_t groups, std::string_view activation,
+               std::string_view arithmetic);
+
+// Runs a packed chain (chain.h). Returns T_n, the inner maps T_i named by `kept`, and of each norm link
+// the (2, C) mean and biased variance.
+using ChainResult = std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>>;
+ChainResult chain_forward(at::TensorList tensors, at::IntArrayRef links, at::ArrayRef<double> eps,
+                          at::IntArrayRef kept);
+
+// The gradients of tensors[i] for each i in `wanted` (ascending), from that of T_n.
+std::vector<Tensor> chain_backward(const Tensor& dout, at::TensorList tensors, at::TensorList kept_maps,
+                                   at::TensorList statistics, at::IntArrayRef links, at::ArrayRef<double> eps,
+                                   at::IntArrayRef kept, at::IntArrayRef wanted);
+
+}  // namespace fusedconvbn

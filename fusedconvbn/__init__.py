@@ -1,0 +1,33 @@
+"""Conv → BatchNorm → activation as one operator that keeps one feature map for backward where eager keeps two."""
+
+from . import _library
+
+build_info = _library.build_info
+_library.load()
+
+from .functional import conv_bn
+from .memory import track_memory
+from .modules import (
+    FusedConvBN,
+    FusedConvBN1d,
+    FusedConvBN2d,
+    FusedConvBN3d,
+    FusedConvTransposeBN1d,
+    FusedConvTransposeBN2d,
+    FusedConvTransposeBN3d,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FusedConvBN",
+    "FusedConvBN1d",
+    "FusedConvBN2d",
+    "FusedConvBN3d",
+    "FusedConvTransposeBN1d",
+    "FusedConvTransposeBN2d",
+    "FusedConvTransposeBN3d",
+    "build_info",
+    "conv_bn",
+    "track_memory",
+]

@@ -1,0 +1,50 @@
+"""Loads the operators, and says in a sentence why where they do not load."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_REBUILD = (
+    "run `pip install --force-reinstall --no-deps .` in the fusedconvbn sources to build it again"
+)
+
+
+def _minor(version: str) -> list[str]:
+    return version.split(".")[:2]
+
+
+def build_info() -> dict[str, Any]:
+    """The facts of the build: `torch`, `cuda`, `cuda_architectures`, `compiler`, `instruction_sets`.
+
+    Needs only the small module `_C`, so it also answers where the operators do not load.
+    """
+    try:
+        from . import _C
+    except ImportError as error:
+        raise ImportError(
+            f"fusedconvbn in {Path(__file__).parent} is not built ({error}); run `pip install .` in its sources, "
+            "and import it from another folder than the sources"
+        ) from error
+    return _C.build_info()
+
+
+def load() -> None:
+    """Registers `torch.ops.fusedconvbn`.
+
+    Raises:
+        ImportError: the library is missing, or was built against another minor version of torch.
+    """
+    built = build_info()["torch"]
+    if _minor(built) != _minor(torch.__version__):
+        raise ImportError(
+            f"fusedconvbn was built against torch {built}, found torch {torch.__version__}; {_REBUILD}"
+        )
+    library = Path(__file__).with_name("_ops.so")
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        raise ImportError(
+            f"fusedconvbn, built against torch {built}, does not load with torch {torch.__version__} "
+            f"({error}); {_REBUILD}"
+        ) from error

@@ -1,0 +1,101 @@
+"""The operator as a function."""
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+from torch._jit_internal import BroadcastingList1  # an int, or one for each spatial dimension
+
+
+def conv_bn(
+    input: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor] = None,  # noqa: UP045 (TorchScript reads these annotations)
+    bn_weight: Optional[Tensor] = None,  # noqa: UP045
+    bn_bias: Optional[Tensor] = None,  # noqa: UP045
+    running_mean: Optional[Tensor] = None,  # noqa: UP045
+    running_var: Optional[Tensor] = None,  # noqa: UP045
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    stride: BroadcastingList1[int] = 1,
+    padding: BroadcastingList1[int] = 0,
+    dilation: BroadcastingList1[int] = 1,
+    transposed: bool = False,
+    output_padding: BroadcastingList1[int] = 0,
+    groups: int = 1,
+    activation: str = "none",
+    arithmetic: str = "batchnorm",
+) -> Tensor:
+    r"""Convolution, batch normalisation and activation that keep one feature map for backward.
+
+    With :math:`Y = \mathrm{conv}(X, W) + \mathrm{bias}`, and for each channel the mean :math:`\mu`, the biased variance
+    :math:`v` and the number of values :math:`R` of :math:`Y`,
+
+    .. math::
+        \mathrm{out} = \mathrm{act}\Big(\gamma\,\frac{Y - \mu}{\sqrt{v + \mathrm{eps}}} + \beta\Big),
+
+    which is ``act(F.batch_norm(F.conv*d(input, weight, bias, …), …))``. Saved for backward are ``input``, the
+    parameters and a few vectors; :math:`Y` is remade there by a second convolution. In training the running statistics
+    become :math:`(1 - m)\,\mathrm{running} + m\,\mathrm{batch}` once, with the unbiased variance
+    :math:`v R / (R - 1)`. A bias in front of batch statistics only shifts the running mean; its gradient is zero.
+    With ``training=False`` the running statistics are folded into the weight, one convolution is run, and autograd
+    keeps its input alone.
+
+    Args:
+        input: :math:`(N, C_\mathrm{in}, *)` with 1 to 3 spatial dimensions; float64, float32, bfloat16 or float16.
+        weight: :math:`(C_\mathrm{out}, C_\mathrm{in} / \mathrm{groups}, *)`, or, transposed,
+            :math:`(C_\mathrm{in}, C_\mathrm{out} / \mathrm{groups}, *)`; of the dtype of ``input``.
+        bias: :math:`(C_\mathrm{out})`, of the convolution.
+        bn_weight: :math:`\gamma`, :math:`(C_\mathrm{out})`; 1 when absent.
+        bn_bias: :math:`\beta`, :math:`(C_\mathrm{out})`; 0 when absent.
+        running_mean: :math:`(C_\mathrm{out})`, updated in place in training, read otherwise.
+        running_var: likewise. These four may be float32 when ``input`` is bfloat16 or float16.
+        training: normalise by the statistics of this batch, else by the running ones.
+        momentum: :math:`m` above.
+        eps: added to the variance, at least 0.
+        stride, padding, dilation, groups: as in ``torch.nn.functional.conv2d``; an int or one for each spatial dimension.
+        transposed: run ``conv_transpose*d`` instead, which also takes ``output_padding``.
+        activation: ``"none"`` or ``"relu"``.
+        arithmetic: ``"batchnorm"``, or ``"tutorial"``: divide by :math:`\sqrt{v R / (R - 1)} + \mathrm{eps}`.
+
+    Returns:
+        A tensor of the shape, dtype and memory format of the convolution's result. With the same inputs and number of
+        threads the result is the same to the bit.
+
+    Raises:
+        ValueError, TypeError: an argument breaks a rule above; the message names it and what was found. Nothing has
+            been computed or updated then. As in ``nn.BatchNorm``, training needs more than one value per channel.
+
+    Under autocast ``input``, ``weight`` and ``bias`` are cast as for a convolution. Second derivatives, forward-mode AD
+    and ``torch.func`` are right, but run, and keep, what the unfused layers would.
+
+    Source:
+        S. Ioffe, C. Szegedy, *Batch Normalization*, arXiv:1502.03167; the idea of remaking :math:`Y` in backward is
+        that of the PyTorch tutorial *Fusing Convolution and Batch Norm using Custom Function*.
+
+    Example:
+        >>> x, w = torch.randn(8, 3, 32, 32), torch.randn(16, 3, 3, 3, requires_grad=True)
+        >>> conv_bn(x, w, padding=1, activation="relu").shape
+        torch.Size([8, 16, 32, 32])
+    """
+    return torch.ops.fusedconvbn.conv_bn(
+        input,
+        weight,
+        bias,
+        bn_weight,
+        bn_bias,
+        running_mean,
+        running_var,
+        training=training,
+        momentum=momentum,
+        eps=eps,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        transposed=transposed,
+        output_padding=output_padding,
+        groups=groups,
+        activation=activation,
+        arithmetic=arithmetic,
+    )

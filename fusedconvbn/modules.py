@@ -1,0 +1,334 @@
+"""The operator as layers. They own real `conv` and `bn` children, so that initialisation, `state_dict`, parameter groups
+and conversion are those of `torch.nn`; only the children's `forward`, and hooks on it, are not run."""
+
+import math
+from typing import Any, ClassVar, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .functional import conv_bn
+
+
+def _activation_name(activation: str | nn.Module | None) -> str:
+    if activation is None:
+        return "none"
+    if isinstance(activation, nn.ReLU):
+        return "relu"
+    if isinstance(activation, str) and activation in ("none", "relu"):
+        return activation
+    raise ValueError(f"expected activation None, 'none', 'relu' or an nn.ReLU, got {activation!r}")
+
+
+class _ConvBN(nn.Module):
+    """What the six layers share; `transposed` and the two classes of the children tell them apart."""
+
+    conv_class: ClassVar[type[nn.Module]]
+    bn_class: ClassVar[type[nn.Module]]
+
+    # Read by TorchScript.
+    activation: str
+    transposed: bool
+    _stride: list[int]
+    _padding: list[int]
+    _dilation: list[int]
+    _output_padding: list[int]
+    _pad: list[int]
+    _pad_mode: str
+
+    def __init__(self, conv: nn.Module, bn: nn.Module, activation: str | nn.Module | None) -> None:
+        super().__init__()
+        name = type(self).__name__
+        for argument, module, expected in (
+            ("conv", conv, self.conv_class),
+            ("bn", bn, self.bn_class),
+        ):
+            if not isinstance(module, expected):
+                raise TypeError(
+                    f"{name}: expected {argument} to be an nn.{expected.__name__}, got {type(module).__name__}"
+                )
+        if bn.num_features != conv.out_channels:
+            raise ValueError(
+                f"{name}: expected bn with the out_channels of conv ({conv.out_channels}) as num_features, "
+                f"got {bn.num_features}"
+            )
+        self.conv = conv
+        self.bn = bn
+        self.activation = _activation_name(activation)
+        self.transposed = bool(conv.transposed)
+        self._stride = list(conv.stride)
+        self._dilation = list(conv.dilation)
+        self._output_padding = list(conv.output_padding)
+        # Padding that the convolution cannot do itself goes into F.pad: a mode other than zeros, and the
+        # odd value of "same", which stands at the end.
+        if conv.padding == "same":
+            total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+        elif conv.padding == "valid":
+            total = [0] * len(self._stride)
+        else:
+            total = [2 * p for p in conv.padding]
+        self._padding = [t // 2 for t in total]
+        ends = [(0, t % 2) for t in total]
+        self._pad_mode = "constant"
+        if conv.padding_mode != "zeros":
+            self._pad_mode = conv.padding_mode
+            ends = [(t // 2, t - t // 2) for t in total]
+            self._padding = [0] * len(total)
+        pad = [value for end in reversed(ends) for value in end]
+        self._pad = pad if any(pad) else []
+
+    @classmethod
+    def from_modules(
+        cls, conv: nn.Module, bn: nn.Module, activation: str | nn.Module | None = None
+    ) -> "_ConvBN":
+        """The layer for a convolution and the batch norm behind it. Both become its children: parameters and buffers are
+        shared with, not copied from, the modules given."""
+        layer = cls.__new__(cls)
+        _ConvBN.__init__(layer, conv, bn, activation)
+        return layer
+
+    def _run(self, input: Tensor, output_padding: list[int]) -> Tensor:
+        bn = self.bn
+        counts = (
+            bn.training and bn.track_running_stats and bn.running_mean is not None
+        )  # this batch, into the running statistics
+        momentum = 0.0
+        if counts:
+            if bn.momentum is not None:
+                momentum = bn.momentum
+            elif bn.num_batches_tracked is not None:
+                momentum = 1.0 / (float(bn.num_batches_tracked) + 1.0)  # the cumulative average
+        if len(self._pad) > 0:
+            input = F.pad(input, self._pad, self._pad_mode)
+        output = conv_bn(
+            input,
+            self.conv.weight,
+            self.conv.bias,
+            bn.weight,
+            bn.bias,
+            bn.running_mean if counts or not bn.training else None,
+            bn.running_var if counts or not bn.training else None,
+            training=bn.training or bn.running_mean is None,
+            momentum=momentum,
+            eps=bn.eps,
+            stride=self._stride,
+            padding=self._padding,
+            dilation=self._dilation,
+            transposed=self.transposed,
+            output_padding=output_padding,
+            groups=self.conv.groups,
+            activation=self.activation,
+        )
+        if counts and bn.num_batches_tracked is not None:
+            bn.num_batches_tracked.add_(1)
+        return output
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation}"
+
+
+_LAYER_DOC = """{conv} → {bn} → activation, the same numbers and `state_dict` keys (``conv.*``, ``bn.*``) as the two
+    modules in a row, keeping one feature map for backward. The mathematics is that of :func:`fusedconvbn.conv_bn`.
+
+    Arguments up to ``padding_mode`` are those of ``nn.{conv}``, from ``eps`` those of ``nn.{bn}``, with two
+    differences: ``bias`` is off unless asked for, as batch norm takes any bias out again, and ``activation`` is
+    None, ``"relu"`` or an ``nn.ReLU``. `from_modules(conv, bn, activation)` makes the layer of two existing modules.
+    Whether batch or running statistics are used follows ``bn.training``, as without fusion.
+
+    Shape:
+        input and result as for ``nn.{conv}``, batched.
+    """
+
+
+def _documented(layer: type[_ConvBN]) -> type[_ConvBN]:
+    layer.__doc__ = _LAYER_DOC.format(conv=layer.conv_class.__name__, bn=layer.bn_class.__name__)
+    return layer
+
+
+class _FusedConvBN(_ConvBN):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, ...],
+        stride: int | tuple[int, ...] = 1,
+        padding: int | tuple[int, ...] | str = 0,
+        dilation: int | tuple[int, ...] = 1,
+        groups: int = 1,
+        bias: bool = False,
+        padding_mode: str = "zeros",
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        activation: str | nn.Module | None = None,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        conv = self.conv_class(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device,
+            dtype,
+        )
+        bn = self.bn_class(
+            out_channels, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
+        )
+        super().__init__(conv, bn, activation)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._run(input, self._output_padding)
+
+
+class _FusedConvTransposeBN(_ConvBN):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, ...],
+        stride: int | tuple[int, ...] = 1,
+        padding: int | tuple[int, ...] = 0,
+        output_padding: int | tuple[int, ...] = 0,
+        groups: int = 1,
+        bias: bool = False,
+        dilation: int | tuple[int, ...] = 1,
+        padding_mode: str = "zeros",
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        activation: str | nn.Module | None = None,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        conv = self.conv_class(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            output_padding,
+            groups,
+            bias,
+            dilation,
+            padding_mode,
+            device,
+            dtype,
+        )
+        bn = self.bn_class(
+            out_channels, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
+        )
+        super().__init__(conv, bn, activation)
+
+    def forward(
+        self,
+        input: Tensor,
+        output_size: Optional[list[int]] = None,  # noqa: UP045 (TorchScript reads this annotation)
+    ) -> Tensor:
+        output_padding = self._output_padding
+        if output_size is not None:
+            output_padding = self.conv._output_padding(
+                input,
+                output_size,
+                self._stride,
+                self._padding,
+                self.conv.kernel_size,
+                len(self._stride),
+                self._dilation,
+            )
+        return self._run(input, output_padding)
+
+
+@_documented
+class FusedConvBN1d(_FusedConvBN):
+    conv_class = nn.Conv1d
+    bn_class = nn.BatchNorm1d
+
+
+@_documented
+class FusedConvBN2d(_FusedConvBN):
+    conv_class = nn.Conv2d
+    bn_class = nn.BatchNorm2d
+
+
+@_documented
+class FusedConvBN3d(_FusedConvBN):
+    conv_class = nn.Conv3d
+    bn_class = nn.BatchNorm3d
+
+
+@_documented
+class FusedConvTransposeBN1d(_FusedConvTransposeBN):
+    conv_class = nn.ConvTranspose1d
+    bn_class = nn.BatchNorm1d
+
+
+@_documented
+class FusedConvTransposeBN2d(_FusedConvTransposeBN):
+    conv_class = nn.ConvTranspose2d
+    bn_class = nn.BatchNorm2d
+
+
+@_documented
+class FusedConvTransposeBN3d(_FusedConvTransposeBN):
+    conv_class = nn.ConvTranspose3d
+    bn_class = nn.BatchNorm3d
+
+
+class FusedConvBN(nn.Module):
+    r"""The layer of the PyTorch tutorial *Fusing Convolution and Batch Norm using Custom Function*.
+
+    Convolution with stride 1 and neither padding nor bias, then, for each channel with mean :math:`\mu` and unbiased
+    variance :math:`s^2` of the batch (in eval mode too: there are no running statistics),
+
+    .. math:: \mathrm{out} = (Y - \mu) / (s + \mathrm{eps}).
+
+    The mean and the variance are not those of ``nn.BatchNorm2d``; for that see :class:`FusedConvBN2d`.
+
+    Args:
+        in_channels, out_channels, kernel_size: as in ``nn.Conv2d``, with a square kernel.
+        exp_avg_factor: taken for the tutorial's signature; without running statistics it has no effect, there as here.
+        eps: added to the standard deviation.
+
+    Shape:
+        :math:`(N, C_\mathrm{in}, H, W)` to :math:`(N, C_\mathrm{out}, H - k + 1, W - k + 1)`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        exp_avg_factor: float = 0.1,
+        eps: float = 1e-3,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        self.exp_avg_factor = exp_avg_factor
+        self.eps = eps
+        self.conv_weight = nn.Parameter(
+            torch.empty(
+                out_channels, in_channels, kernel_size, kernel_size, device=device, dtype=dtype
+            )
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The initialisation of ``nn.Conv2d``."""
+        nn.init.kaiming_uniform_(self.conv_weight, a=math.sqrt(5))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return conv_bn(input, self.conv_weight, eps=self.eps, arithmetic="tutorial")
+
+    def extra_repr(self) -> str:
+        out_channels, in_channels, kernel_size, _ = self.conv_weight.shape
+        return f"{in_channels}, {out_channels}, kernel_size={kernel_size}, eps={self.eps}"

@@ -1,0 +1,82 @@
+"""Builds the two compiled parts: `_ops` (the operators, free of Python) and `_C` (the build's facts).
+
+The build uses the torch that is already installed. Environment: FORCE_CUDA=1/0 (default: where torch has CUDA and nvcc
+is found), TORCH_CUDA_ARCH_LIST, MAX_JOBS.
+"""
+
+import importlib.util
+import os
+import site
+import sys
+import sysconfig
+from glob import glob
+
+import pybind11
+from setuptools import Extension, setup
+
+if importlib.util.find_spec("torch") is None:
+    # pip builds in isolation but with the user's interpreter, whose packages hold the torch to build against.
+    paths = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    if sys.prefix == sys.base_prefix:
+        paths.append(site.getusersitepackages())
+    sys.path.extend(dict.fromkeys(paths))  # behind the build's own packages
+    if importlib.util.find_spec("torch") is None:
+        sys.exit(
+            "fusedconvbn: torch was not found. Install torch first, then `pip install .`; under uv or "
+            "`python -m build`, install torch, ninja, pybind11 and setuptools, and add --no-build-isolation "
+            "(uv) or --no-isolation (build)."
+        )
+
+import torch
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+
+force_cuda = os.environ.get("FORCE_CUDA")
+build_cuda = force_cuda == "1" if force_cuda else bool(torch.version.cuda and CUDA_HOME is not None)
+if build_cuda and not (torch.version.cuda and CUDA_HOME):
+    sys.exit(
+        f"fusedconvbn: FORCE_CUDA=1 needs a CUDA build of torch and nvcc; found torch {torch.__version__} "
+        f"(CUDA {torch.version.cuda}) and CUDA_HOME={CUDA_HOME}"
+    )
+
+warnings = ["-Wall", "-Wextra"]
+cxx_flags = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", *warnings]
+sources = sorted(
+    glob("csrc/*.cpp")
+    + [
+        path
+        for key in ("autograd", "autocast", "meta", "cpu")
+        for path in glob(f"csrc/{key}/*.cpp")
+    ]
+    + (glob("csrc/cuda/*.cpp") + glob("csrc/cuda/*.cu") if build_cuda else [])
+)
+ops = (CUDAExtension if build_cuda else CppExtension)(
+    "fusedconvbn._ops",
+    sources,
+    define_macros=[("AT_PER_OPERATOR_HEADERS", None)],
+    extra_compile_args={"cxx": cxx_flags, "nvcc": ["-O3"]},
+    extra_link_args=["-fopenmp"],
+    py_limited_api=True,  # does not link libtorch_python: a C++ program can load the library
+)
+
+facts = {
+    "TORCH_VERSION": torch.__version__,
+    "CUDA_VERSION": torch.version.cuda if build_cuda else "",
+    "CUDA_ARCHITECTURES": os.environ.get("TORCH_CUDA_ARCH_LIST", "of the devices present")
+    if build_cuda
+    else "",
+}
+info = Extension(
+    "fusedconvbn._C",
+    ["csrc/python/build_info.cpp"],
+    include_dirs=[pybind11.get_include()],
+    define_macros=[(f"FUSEDCONVBN_{name}", f'"{value}"') for name, value in facts.items()],
+    extra_compile_args={"cxx": ["-O1", "-g0", "-fvisibility=hidden", *warnings]},
+    language="c++",
+)
+
+major, minor = torch.__version__.split(".")[:2]
+setup(
+    ext_modules=[ops, info],
+    install_requires=[f"torch=={major}.{minor}.*"],  # C++ symbols differ between minor versions
+    cmdclass={"build_ext": BuildExtension.with_options(no_python_abi_suffix=True)},
+)
