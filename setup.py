@@ -39,7 +39,8 @@ if build_cuda and not (torch.version.cuda and CUDA_HOME):
     )
 
 warnings = ["-Wall", "-Wextra"]
-cxx_flags = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", *warnings]
+# Without trapping mathematics a select becomes a masked vector operation; no value changes.
+cxx_flags = ["-O3", "-g0", "-fno-trapping-math", "-fopenmp", "-fvisibility=hidden", *warnings]
 sources = sorted(
     glob("csrc/*.cpp")
     + [

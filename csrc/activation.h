@@ -41,7 +41,7 @@ struct Relu {
 
 // Calls f with the functor of `activation`.
 template <typename F>
-FUSEDCONVBN_INLINE void with_activation(Activation activation, F&& f) {
+void with_activation(Activation activation, F&& f) {
   switch (activation) {
     case Activation::none:
       return f(Identity{});

@@ -1,0 +1,90 @@
+// The channel kernels on CUDA: tensors in, launches on the current stream.
+#include "../channel_kernels.h"
+
+#include <ATen/ops/empty.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include "channel_launch.h"
+
+namespace fusedconvbn {
+namespace {
+
+using at::Tensor;
+
+cuda::Map map_of(const Tensor& y) {
+  const auto layout = *channel_layout(y);
+  const auto dtype = [&] {
+    switch (y.scalar_type()) {
+      case at::kDouble:
+        return cuda::Dtype::f64;
+      case at::kFloat:
+        return cuda::Dtype::f32;
+      case at::kBFloat16:
+        return cuda::Dtype::bf16;
+      default:
+        TORCH_INTERNAL_ASSERT(y.scalar_type() == at::kHalf);
+        return cuda::Dtype::f16;
+    }
+  }();
+  return {dtype, layout.channels_last, layout.outer, layout.channels, layout.inner};
+}
+
+cuda::Vectors vectors_of(const Affine& a) {
+  return {a.mean.const_data_ptr(), a.scale.const_data_ptr(), a.shift.const_data_ptr()};
+}
+
+// run(map, scratch, result, stream)
+template <typename Run>
+Tensor reduce(const Tensor& y, const Run& run) {
+  const c10::cuda::CUDAGuard guard(y.device());
+  const auto map = map_of(y);
+  const auto options = at::TensorOptions().device(y.device());
+  auto result = at::empty({2, map.channels}, options.dtype(statistics_dtype(y)));
+  const auto scratch = at::empty({cuda::scratch_bytes(map)}, options.dtype(at::kByte));
+  run(map, scratch.mutable_data_ptr(), result.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream().stream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return result;
+}
+
+// run(map, stream)
+template <typename Run>
+void elementwise(const Tensor& y, const Run& run) {
+  const c10::cuda::CUDAGuard guard(y.device());
+  run(map_of(y), c10::cuda::getCurrentCUDAStream().stream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+Tensor channel_stats(const Tensor& y) {
+  return reduce(y, [&](const cuda::Map& map, void* scratch, void* result, cudaStream_t stream) {
+    cuda::channel_stats(map, y.const_data_ptr(), scratch, result, stream);
+  });
+}
+
+Tensor channel_grad_stats(const Tensor& dout, const Tensor& y, const Affine& a, Activation activation) {
+  return reduce(y, [&](const cuda::Map& map, void* scratch, void* result, cudaStream_t stream) {
+    cuda::channel_grad_stats(map, dout.const_data_ptr(), y.const_data_ptr(), vectors_of(a), activation, scratch, result,
+                             stream);
+  });
+}
+
+void channel_apply_(Tensor& out, const Tensor& y, const Affine& a, Activation activation) {
+  elementwise(y, [&](const cuda::Map& map, cudaStream_t stream) {
+    cuda::channel_apply_(map, out.mutable_data_ptr(), y.const_data_ptr(), vectors_of(a), activation, stream);
+  });
+}
+
+void channel_grad_apply_(Tensor& out, const Tensor& dout, const Tensor& y, const Affine& a, const Tensor& slope,
+                         const Tensor& offset, Activation activation) {
+  elementwise(y, [&](const cuda::Map& map, cudaStream_t stream) {
+    cuda::channel_grad_apply_(map, out.mutable_data_ptr(), dout.const_data_ptr(), y.const_data_ptr(), vectors_of(a),
+                              slope.const_data_ptr(), offset.const_data_ptr(), activation, stream);
+  });
+}
+
+const ChannelKernels kernels{channel_stats, channel_apply_, channel_grad_stats, channel_grad_apply_};
+const RegisterChannelKernels registered(at::kCUDA, kernels);
+
+}  // namespace
+}  // namespace fusedconvbn

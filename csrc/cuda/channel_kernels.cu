@@ -1,0 +1,484 @@
+// How the four kernels walk a map:
+//
+//   contiguous      A plane (one sample, one channel) is read as the aligned vectors that cover it. Those that
+//                   stick out at its ends, as planes need not begin at a vector, are done value by value.
+//   channels last   A thread stays on one vector of channels and goes down the rows. Where the channels are no whole
+//                   number of vectors, a vector is one value.
+//
+// A reduction has two stages. In the first a block makes one partial result of each channel it saw, in the second they
+// are merged. Both add in an order that depends on the shape alone.
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <algorithm>
+#include <type_traits>
+
+#include "channel_launch.h"
+#include "launch.cuh"
+
+namespace fusedconvbn::cuda {
+namespace {
+
+template <typename T>
+using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+constexpr unsigned threads = 256;      // of a block
+constexpr int64_t most_blocks = 1184;  // 8 for each of 148 multiprocessors, a B200's
+constexpr int64_t vector_bytes = 16;
+constexpr int64_t steps = 4;  // vectors a thread should do, before more blocks are used
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <typename T, int V>
+struct alignas(sizeof(T) * V) Vector {
+  T values[V];
+};
+
+template <int V, typename T>
+__device__ __forceinline__ Vector<T, V> load(const T* from, int64_t at) {
+  return *reinterpret_cast<const Vector<T, V>*>(from + at);
+}
+
+// ------------------------------------------------------------------------------- what is done with a vector
+//
+// run<V, stride> does the V values at `at`; value j belongs to channels[j · stride]. (stride 0: all to one channel)
+
+template <typename acc>
+struct ChannelVectors {  // those of one channel
+  acc mean, scale, shift;
+};
+
+template <typename acc>
+__device__ __forceinline__ ChannelVectors<acc> at(const Vectors& v, int64_t c) {
+  return {static_cast<const acc*>(v.mean)[c], static_cast<const acc*>(v.scale)[c], static_cast<const acc*>(v.shift)[c]};
+}
+
+template <typename T, typename Act>
+struct Apply {
+  using acc = acc_t<T>;
+  using Channel = ChannelVectors<acc>;
+  T* out;
+  const T* y;
+  Vectors vectors;
+
+  __device__ Channel channel(int64_t c) const { return at<acc>(vectors, c); }
+  template <int V, int stride>
+  __device__ __forceinline__ void run(int64_t at, const Channel* channels) const {
+    auto v = load<V>(y, at);
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      const auto& c = channels[j * stride];
+      v.values[j] = T(Act::forward((acc(v.values[j]) - c.mean) * c.scale + c.shift));
+    }
+    *reinterpret_cast<Vector<T, V>*>(out + at) = v;
+  }
+};
+
+template <typename T, typename Act>
+struct GradApply {
+  using acc = acc_t<T>;
+  struct Channel {
+    ChannelVectors<acc> norm;
+    acc slope, offset;
+  };
+  T* out;
+  const T *dout, *y;
+  Vectors vectors;
+  const acc *slope, *offset;
+
+  __device__ Channel channel(int64_t c) const { return {at<acc>(vectors, c), slope[c], offset[c]}; }
+  template <int V, int stride>
+  __device__ __forceinline__ void run(int64_t at, const Channel* channels) const {
+    const auto v = load<V>(y, at);
+    auto d = load<V>(dout, at);
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      const auto& c = channels[j * stride];
+      const acc centred = acc(v.values[j]) - c.norm.mean;
+      const acc du = Act::backward(centred * c.norm.scale + c.norm.shift, acc(d.values[j]));
+      d.values[j] = T(c.norm.scale * du + (c.slope * centred + c.offset));
+    }
+    *reinterpret_cast<Vector<T, V>*>(out + at) = d;
+  }
+};
+
+// Mean and Σ (y − mean)² of `count` values.
+template <typename acc>
+struct Moments {
+  acc count, mean, squares;
+
+  template <typename other>
+  __device__ void merge(const Moments<other>& b) {
+    const acc total = count + b.count;
+    if (total == acc(0)) return;
+    const acc delta = acc(b.mean) - mean, share = acc(b.count) / total;
+    mean += delta * share;
+    squares += acc(b.squares) + delta * delta * count * share;
+    count = total;
+  }
+  __device__ acc first() const { return mean; }
+  __device__ acc second() const { return squares / count; }  // the variance
+};
+
+template <typename acc>
+struct Sums {
+  acc sum, dot;
+
+  template <typename other>
+  __device__ void merge(const Sums<other>& b) {
+    sum += acc(b.sum);
+    dot += acc(b.dot);
+  }
+  __device__ acc first() const { return sum; }
+  __device__ acc second() const { return dot; }
+};
+
+template <typename T>
+struct Stats {
+  using acc = acc_t<T>;
+  template <typename other>
+  using Partial = Moments<other>;
+  struct Channel {};
+  const T* y;
+
+  __device__ Channel channel(int64_t) const { return {}; }
+
+  // Sums are taken from the first value that the thread sees: exact when |mean| ≫ std, and the values of one thread are
+  // too few for one that stands far out to spoil them.
+  struct Accumulator {
+    acc origin = 0, sum = 0, squares = 0;
+    int count = 0;
+
+    __device__ __forceinline__ void add(acc value) {
+      if (count == 0) origin = value - value == acc(0) ? value : acc(0);  // 0 where it is not finite
+      const acc d = value - origin;
+      sum += d;
+      squares += d * d;
+      ++count;
+    }
+    __device__ Partial<acc> partial() const {
+      if (count == 0) return {0, 0, 0};
+      const acc shifted = sum / acc(count), rest = squares - sum * shifted;
+      return {acc(count), origin + shifted, rest < acc(0) ? acc(0) : rest};
+    }
+  };
+
+  template <int V, int stride>
+  __device__ __forceinline__ void run(int64_t at, const Channel*, Accumulator* accumulators) const {
+    const auto v = load<V>(y, at);
+#pragma unroll
+    for (int j = 0; j < V; ++j) accumulators[j * stride].add(acc(v.values[j]));
+  }
+};
+
+template <typename T, typename Act>
+struct GradStats {
+  using acc = acc_t<T>;
+  template <typename other>
+  using Partial = Sums<other>;
+  using Channel = ChannelVectors<acc>;
+  const T *dout, *y;
+  Vectors vectors;
+
+  __device__ Channel channel(int64_t c) const { return at<acc>(vectors, c); }
+
+  struct Accumulator {
+    acc sum = 0, dot = 0;
+    __device__ Partial<acc> partial() const { return {sum, dot}; }
+  };
+
+  template <int V, int stride>
+  __device__ __forceinline__ void run(int64_t at, const Channel* channels, Accumulator* accumulators) const {
+    const auto v = load<V>(y, at), d = load<V>(dout, at);
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      const auto& c = channels[j * stride];
+      auto& sums = accumulators[j * stride];
+      const acc centred = acc(v.values[j]) - c.mean;
+      const acc du = Act::backward(centred * c.scale + c.shift, acc(d.values[j]));
+      sums.sum += du;
+      sums.dot += du * centred;
+    }
+  }
+};
+
+// ---------------------------------------------------------------------------------------------- contiguous
+
+// The aligned vectors that cover planes, `width` places for each: as many as a plane can touch.
+template <int V>
+struct Planes {
+  int64_t inner, width;
+
+  __host__ explicit Planes(int64_t inner) : inner(inner), width(ceil_div(inner, V) + (inner % V != 0)) {}
+
+  // f(vector offset) for vector `v` of the plane at `start` if it lies inside, else g(offset) for each value of it that
+  // does.
+  template <typename F, typename G>
+  __device__ __forceinline__ void visit(int64_t start, int64_t v, const F& f, const G& g) const {
+    const int64_t first = start / V * V + v * V, end = start + inner;
+    if (first >= start && first + V <= end) {
+      f(first);
+    } else {
+      for (int64_t i = first < start ? start : first; i < first + V && i < end; ++i) g(i);
+    }
+  }
+};
+
+template <typename Op, int V>
+__global__ void __launch_bounds__(threads)
+    elementwise_contiguous(Op op, Planes<V> planes, int64_t count, int64_t channels) {
+  const int64_t stride = int64_t(gridDim.x) * threads, index = int64_t(blockIdx.x) * threads + threadIdx.x;
+  const int64_t plane_step = stride / planes.width, vector_step = stride % planes.width;
+  const int64_t channel_step = plane_step % channels;
+  int64_t plane = index / planes.width, vector = index % planes.width, c = plane % channels;
+  while (plane < count) {
+    const auto channel = op.channel(c);
+    planes.visit(
+        plane * planes.inner, vector, [&](int64_t at) { op.template run<V, 0>(at, &channel); },
+        [&](int64_t at) { op.template run<1, 0>(at, &channel); });
+    plane += plane_step, vector += vector_step, c += channel_step;
+    if (vector >= planes.width) vector -= planes.width, ++plane, ++c;
+    if (c >= channels) c -= channels;
+  }
+}
+
+// Block (c, k) reduces the vectors [k·length, (k + 1)·length) of channel c. partial: (gridDim.y, C)
+template <typename Op, int V>
+__global__ void __launch_bounds__(threads)
+    reduce_contiguous(Op op, Planes<V> planes, int64_t samples, int64_t channels, int64_t length,
+                      typename Op::template Partial<typename Op::acc>* partial) {
+  using Partial = typename Op::template Partial<typename Op::acc>;
+  const int64_t c = blockIdx.x, total = samples * planes.width, first = blockIdx.y * length;
+  const int64_t last = first + length < total ? first + length : total;
+  const int64_t sample_step = threads / planes.width, vector_step = threads % planes.width;
+  int64_t sample = (first + threadIdx.x) / planes.width, vector = (first + threadIdx.x) % planes.width;
+  const auto channel = op.channel(c);
+  typename Op::Accumulator accumulator;
+  for (int64_t i = first + threadIdx.x; i < last; i += threads) {
+    planes.visit((sample * channels + c) * planes.inner, vector,
+                 [&](int64_t at) { op.template run<V, 0>(at, &channel, &accumulator); },
+                 [&](int64_t at) { op.template run<1, 0>(at, &channel, &accumulator); });
+    sample += sample_step, vector += vector_step;
+    if (vector >= planes.width) vector -= planes.width, ++sample;
+  }
+
+  __shared__ Partial shared[threads];
+  const unsigned t = threadIdx.x;
+  shared[t] = accumulator.partial();
+  for (unsigned half = threads / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (t < half) shared[t].merge(shared[t + half]);
+  }
+  if (t == 0) partial[blockIdx.y * channels + c] = shared[0];
+}
+
+// ------------------------------------------------------------------------------------------- channels last
+
+// Block (x, y): blockDim.x vectors of channels by blockDim.y rows at a time, from row blockIdx.y·blockDim.y on.
+template <typename Op, int V>
+__global__ void __launch_bounds__(threads) elementwise_channels_last(Op op, int64_t rows, int64_t channels) {
+  const int64_t c = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * V;
+  if (c >= channels) return;
+  typename Op::Channel channel[V];
+#pragma unroll
+  for (int j = 0; j < V; ++j) channel[j] = op.channel(c + j);
+  for (int64_t row = int64_t(blockIdx.y) * blockDim.y + threadIdx.y; row < rows; row += int64_t(gridDim.y) * blockDim.y)
+    op.template run<V, 1>(row * channels + c, channel);
+}
+
+// Block (x, k) reduces rows [k·length, (k + 1)·length) of its channels. partial: (gridDim.y, C)
+template <typename Op, int V>
+__global__ void __launch_bounds__(threads)
+    reduce_channels_last(Op op, int64_t rows, int64_t channels, int64_t length,
+                         typename Op::template Partial<typename Op::acc>* partial) {
+  using Partial = typename Op::template Partial<typename Op::acc>;
+  const int64_t c = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * V;
+  typename Op::Accumulator accumulator[V];
+  if (c < channels) {
+    typename Op::Channel channel[V];
+#pragma unroll
+    for (int j = 0; j < V; ++j) channel[j] = op.channel(c + j);
+    const int64_t first = blockIdx.y * length, last = first + length < rows ? first + length : rows;
+    for (int64_t row = first + threadIdx.y; row < last; row += blockDim.y)
+      op.template run<V, 1>(row * channels + c, channel, accumulator);
+  }
+
+  __shared__ Partial shared[threads * V];
+  const unsigned t = threadIdx.y * blockDim.x + threadIdx.x;
+#pragma unroll
+  for (int j = 0; j < V; ++j) shared[j * threads + t] = accumulator[j].partial();
+  for (unsigned half = blockDim.y / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (threadIdx.y < half)
+      for (int j = 0; j < V; ++j) shared[j * threads + t].merge(shared[j * threads + t + half * blockDim.x]);
+  }
+  if (threadIdx.y == 0 && c < channels)
+    for (int j = 0; j < V; ++j) partial[blockIdx.y * channels + c + j] = shared[j * threads + t];
+}
+
+// -------------------------------------------------------------------------------------------- second stage
+
+constexpr unsigned merged_channels = 8;  // of a block
+
+// result: (2, C), from partial: (parts, C)
+template <template <typename> typename Partial, typename acc>
+__global__ void __launch_bounds__(threads)
+    merge_partials(const Partial<acc>* partial, int64_t parts, int64_t channels, acc* result) {
+  const int64_t c = int64_t(blockIdx.x) * merged_channels + threadIdx.x;
+  Partial<double> merged{};
+  if (c < channels)
+    for (int64_t k = threadIdx.y; k < parts; k += blockDim.y) merged.merge(partial[k * channels + c]);
+
+  __shared__ Partial<double> shared[threads];
+  const unsigned t = threadIdx.y * merged_channels + threadIdx.x;
+  shared[t] = merged;
+  for (unsigned half = threads / merged_channels / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (threadIdx.y < half) shared[t].merge(shared[t + half * merged_channels]);
+  }
+  if (threadIdx.y == 0 && c < channels) {
+    result[c] = acc(shared[t].first());
+    result[channels + c] = acc(shared[t].second());
+  }
+}
+
+// -------------------------------------------------------------------------------------------------- launch
+
+template <typename T>
+constexpr int whole_vector = vector_bytes / sizeof(T);
+
+// f(std::integral_constant<int, V>) with the vector that every pointer and, channels last, every row allows.
+template <typename T, typename F>
+void with_vector(const Map& map, std::initializer_list<const void*> pointers, const F& f) {
+  const bool aligned = std::all_of(pointers.begin(), pointers.end(),
+                                   [](const void* p) { return reinterpret_cast<uintptr_t>(p) % vector_bytes == 0; });
+  if (aligned && (!map.channels_last || map.channels % whole_vector<T> == 0))
+    f(std::integral_constant<int, whole_vector<T>>{});
+  else
+    f(std::integral_constant<int, 1>{});
+}
+
+// A block of `threads`, as wide as the vectors of a row, at most a warp.
+dim3 row_block(int64_t vectors) {
+  unsigned x = 1;
+  while (x < 32 && x < vectors) x *= 2;
+  return {x, threads / x, 1};
+}
+
+// How many parts a reduction is cut into, when `blocks` blocks are there anyway and each part could have `units`
+// steps of all its threads.
+int64_t parts_for(int64_t blocks, int64_t units) {
+  return std::clamp<int64_t>(std::min(most_blocks / blocks, units / steps), 1, most_blocks);
+}
+
+template <typename Op>
+void reduce(const Map& map, const Op& op, std::initializer_list<const void*> pointers, void* scratch, void* result,
+            cudaStream_t stream) {
+  using acc = typename Op::acc;
+  using Partial = typename Op::template Partial<acc>;
+  auto* partial = static_cast<Partial*>(scratch);
+  int64_t parts = 1;
+  with_vector<std::remove_const_t<std::remove_pointer_t<decltype(op.y)>>>(map, pointers, [&](auto width) {
+    constexpr int V = width();
+    if (map.channels_last) {
+      const int64_t vectors = map.channels / V;
+      const dim3 block = row_block(vectors);
+      const int64_t columns = ceil_div(vectors, block.x);
+      parts = parts_for(columns, map.outer / block.y);
+      const int64_t length = ceil_div(map.outer, parts);
+      launch(reduce_channels_last<Op, V>, dim3(columns, parts), block, stream, op, map.outer, map.channels, length,
+             partial);
+    } else {
+      const Planes<V> planes(map.inner);
+      parts = parts_for(map.channels, map.outer * planes.width / threads);
+      const int64_t length = ceil_div(map.outer * planes.width, parts);
+      launch(reduce_contiguous<Op, V>, dim3(map.channels, parts), dim3(threads), stream, op, planes, map.outer,
+             map.channels, length, partial);
+    }
+  });
+  launch(merge_partials<Op::template Partial, acc>, dim3(ceil_div(map.channels, merged_channels)),
+         dim3(merged_channels, threads / merged_channels), stream, static_cast<const Partial*>(partial), parts,
+         map.channels, static_cast<acc*>(result));
+}
+
+template <typename Op>
+void elementwise(const Map& map, const Op& op, std::initializer_list<const void*> pointers, cudaStream_t stream) {
+  with_vector<std::remove_pointer_t<decltype(op.out)>>(map, pointers, [&](auto width) {
+    constexpr int V = width();
+    if (map.channels_last) {
+      const int64_t vectors = map.channels / V;
+      const dim3 block = row_block(vectors);
+      const int64_t columns = ceil_div(vectors, block.x);
+      const int64_t parts = parts_for(columns, map.outer / block.y);
+      launch(elementwise_channels_last<Op, V>, dim3(columns, parts), block, stream, op, map.outer, map.channels);
+    } else {
+      const Planes<V> planes(map.inner);
+      const int64_t count = map.outer * map.channels;
+      const int64_t blocks = parts_for(1, count * planes.width / threads);
+      launch(elementwise_contiguous<Op, V>, dim3(blocks), dim3(threads), stream, op, planes, count, map.channels);
+    }
+  });
+}
+
+template <typename F>
+void with_dtype(Dtype dtype, const F& f) {
+  switch (dtype) {
+    case Dtype::f64:
+      return f(double{});
+    case Dtype::f32:
+      return f(float{});
+    case Dtype::bf16:
+      return f(c10::BFloat16{});
+    case Dtype::f16:
+      return f(c10::Half{});
+  }
+}
+
+}  // namespace
+
+int64_t scratch_bytes(const Map& map) {
+  const int64_t acc = map.dtype == Dtype::f64 ? sizeof(double) : sizeof(float);
+  // At most parts_for's parts of the widest blocks, 32 channels each, or of one channel each.
+  const int64_t blocks = map.channels_last ? ceil_div(map.channels, 32 * whole_vector<c10::Half>) : map.channels;
+  return std::max<int64_t>(most_blocks / blocks, 1) * map.channels * 3 * acc;
+}
+
+void channel_stats(const Map& map, const void* y, void* scratch, void* result, cudaStream_t stream) {
+  with_dtype(map.dtype,
+             [&]<typename T>(T) { reduce(map, Stats<T>{static_cast<const T*>(y)}, {y}, scratch, result, stream); });
+}
+
+void channel_grad_stats(const Map& map, const void* dout, const void* y, Vectors vectors, Activation activation,
+                        void* scratch, void* result, cudaStream_t stream) {
+  with_dtype(map.dtype, [&]<typename T>(T) {
+    with_activation(activation, [&]<typename Act>(Act) {
+      const GradStats<T, Act> op{static_cast<const T*>(dout), static_cast<const T*>(y), vectors};
+      reduce(map, op, {dout, y}, scratch, result, stream);
+    });
+  });
+}
+
+void channel_apply_(const Map& map, void* out, const void* y, Vectors vectors, Activation activation,
+                    cudaStream_t stream) {
+  with_dtype(map.dtype, [&]<typename T>(T) {
+    with_activation(activation, [&]<typename Act>(Act) {
+      const Apply<T, Act> op{static_cast<T*>(out), static_cast<const T*>(y), vectors};
+      elementwise(map, op, {out, y}, stream);
+    });
+  });
+}
+
+void channel_grad_apply_(const Map& map, void* out, const void* dout, const void* y, Vectors vectors, const void* slope,
+                         const void* offset, Activation activation, cudaStream_t stream) {
+  with_dtype(map.dtype, [&]<typename T>(T) {
+    with_activation(activation, [&]<typename Act>(Act) {
+      using acc = acc_t<T>;
+      const GradApply<T, Act> op{static_cast<T*>(out),           static_cast<const T*>(dout),
+                                 static_cast<const T*>(y),       vectors,
+                                 static_cast<const acc*>(slope), static_cast<const acc*>(offset)};
+      elementwise(map, op, {out, dout, y}, stream);
+    });
+  });
+}
+
+}  // namespace fusedconvbn::cuda

@@ -1,0 +1,55 @@
+// Stands in for CUDA's header of this name, so that the kernel sources compile as C++ and run on the CPU: the threads
+// of a block are threads, __syncthreads is a barrier, and the blocks run one after another.
+#pragma once
+
+#include <barrier>
+#include <cstdint>
+#include <thread>
+#include <vector>
+
+#define __global__
+#define __host__
+#define __device__
+#define __forceinline__ inline
+#define __launch_bounds__(threads)
+#define __shared__ static  // of the block that runs; all its threads see it
+
+using cudaStream_t = void*;
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace cuda_shim {
+
+inline std::barrier<>* barrier;
+
+template <typename Kernel>
+void launch(dim3 grid, dim3 block, const Kernel& kernel) {
+  const unsigned count = block.x * block.y * block.z;
+  std::barrier<> all(count);
+  barrier = &all;
+  std::vector<std::thread> team;
+  for (unsigned t = 0; t < count; ++t) {
+    team.emplace_back([&, t] {
+      threadIdx = {t % block.x, t / block.x % block.y, t / block.x / block.y};
+      blockDim = block;
+      gridDim = grid;
+      for (unsigned z = 0; z < grid.z; ++z)
+        for (unsigned y = 0; y < grid.y; ++y)
+          for (unsigned x = 0; x < grid.x; ++x) {
+            blockIdx = {x, y, z};
+            kernel();
+            all.arrive_and_wait();  // the next block has the same shared memory
+          }
+    });
+  }
+  for (auto& thread : team) thread.join();
+}
+
+}  // namespace cuda_shim
+
+inline void __syncthreads() { cuda_shim::barrier->arrive_and_wait(); }

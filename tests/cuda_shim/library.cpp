@@ -1,0 +1,38 @@
+// C entry points for tests/test_cuda_kernels.py: the CUDA kernels through the shim.
+#include "../../csrc/cuda/channel_launch.h"
+
+using namespace fusedconvbn;
+
+namespace {
+
+cuda::Map map_of(const int64_t* m) { return {static_cast<cuda::Dtype>(m[0]), m[1] != 0, m[2], m[3], m[4]}; }
+
+}  // namespace
+
+// map: dtype, channels_last, outer, channels, inner. vectors: mean, scale, shift, slope, offset.
+extern "C" {
+
+int64_t scratch_bytes(const int64_t* map) { return cuda::scratch_bytes(map_of(map)); }
+
+void channel_stats(const int64_t* map, const void* y, void* scratch, void* result) {
+  cuda::channel_stats(map_of(map), y, scratch, result, nullptr);
+}
+
+void channel_grad_stats(const int64_t* map, const void* dout, const void* y, const void* const* vectors,
+                        int64_t activation, void* scratch, void* result) {
+  cuda::channel_grad_stats(map_of(map), dout, y, {vectors[0], vectors[1], vectors[2]},
+                           static_cast<Activation>(activation), scratch, result, nullptr);
+}
+
+void channel_apply_(const int64_t* map, void* out, const void* y, const void* const* vectors, int64_t activation) {
+  cuda::channel_apply_(map_of(map), out, y, {vectors[0], vectors[1], vectors[2]}, static_cast<Activation>(activation),
+                       nullptr);
+}
+
+void channel_grad_apply_(const int64_t* map, void* out, const void* dout, const void* y, const void* const* vectors,
+                         int64_t activation) {
+  cuda::channel_grad_apply_(map_of(map), out, dout, y, {vectors[0], vectors[1], vectors[2]}, vectors[3], vectors[4],
+                            static_cast<Activation>(activation), nullptr);
+}
+
+}  // extern "C"

@@ -1,0 +1,256 @@
+"""The CUDA kernel sources, run on the CPU through tests/cuda_shim, against float64 and against the CPU kernels."""
+
+import ctypes
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from fusedconvbn.chain import Norm, pack
+
+ROOT = Path(__file__).parent.parent
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+ACTIVATIONS = ("none", "relu")
+
+# channels_last, outer, channels, inner. Vectors hold 2, 4 or 8 values, a block has 256 threads, and a part is cut
+# off when each of them has four vectors.
+MAPS = {
+    "one value": (False, 1, 1, 2),
+    "tails": (False, 3, 5, 49),
+    "whole vectors": (False, 2, 3, 64),
+    "shorter than a vector": (False, 5, 7, 3),
+    "C=1, several parts": (False, 3, 1, 9001),
+    "a ragged last part": (False, 1, 3, 8229),
+    "C=1000": (False, 2, 70, 5),
+    "rows, whole vectors": (True, 37, 16, 1),
+    "rows, half a vector": (True, 37, 6, 1),
+    "rows, C=1": (True, 300, 1, 1),
+    "rows, C=1000": (True, 9, 1000, 1),
+    "more rows than a part": (True, 4099, 8, 1),
+    "fewer rows than threads": (True, 2, 24, 1),
+}
+
+
+@pytest.fixture(scope="module")
+def shim(tmp_path_factory):
+    library = tmp_path_factory.mktemp("shim") / "libshim.so"
+    include = Path(torch.__file__).parent / "include"
+    subprocess.run(
+        ["g++", "-std=c++20", "-O1", "-fPIC", "-shared", "-pthread"]
+        + ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+        + [f"-I{ROOT}/tests/cuda_shim", "-isystem", include, "-o", library]
+        + ["-x", "c++", ROOT / "csrc/cuda/channel_kernels.cu"]
+        + ["-x", "c++", ROOT / "tests/cuda_shim/library.cpp"],
+        check=True,
+    )
+    library = ctypes.CDLL(str(library))
+    library.scratch_bytes.restype = ctypes.c_int64
+    return library
+
+
+class Kernels:
+    """The four kernels on tensors of the map's memory order: (outer, C, inner), or (outer, C) channels last."""
+
+    def __init__(self, shim, shape, dtype):
+        self.shim = shim
+        self.map = (ctypes.c_int64 * 5)(DTYPES.index(dtype), *shape)
+        self.channels = shape[2]
+        self.acc = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def _scratch(self):
+        return torch.empty(self.shim.scratch_bytes(self.map), dtype=torch.uint8)
+
+    def _vectors(self, vectors):
+        assert all(v.dtype == self.acc and v.is_contiguous() for v in vectors)
+        return (ctypes.c_void_p * len(vectors))(*(v.data_ptr() for v in vectors))
+
+    def stats(self, y):
+        result, scratch = torch.empty(2, self.channels, dtype=self.acc), self._scratch()
+        self.shim.channel_stats(self.map, *map(_pointer, (y, scratch, result)))
+        return result
+
+    def grad_stats(self, dout, y, vectors, activation):
+        result, scratch = torch.empty(2, self.channels, dtype=self.acc), self._scratch()
+        self.shim.channel_grad_stats(
+            self.map,
+            _pointer(dout),
+            _pointer(y),
+            self._vectors(vectors),
+            ctypes.c_int64(activation),
+            _pointer(scratch),
+            _pointer(result),
+        )
+        return result
+
+    def apply_(self, out, y, vectors, activation):
+        self.shim.channel_apply_(
+            self.map,
+            _pointer(out),
+            _pointer(y),
+            self._vectors(vectors),
+            ctypes.c_int64(activation),
+        )
+
+    def grad_apply_(self, out, dout, y, vectors, activation):
+        self.shim.channel_grad_apply_(
+            self.map,
+            *map(_pointer, (out, dout, y)),
+            self._vectors(vectors),
+            ctypes.c_int64(activation),
+        )
+
+
+def _pointer(t):
+    return ctypes.c_void_p(t.data_ptr())
+
+
+def _map(shape, dtype, offset=0, mean=0.3):
+    """A random map that starts `offset` values behind an aligned address."""
+    channels_last, *sizes = shape
+    count = sizes[0] * sizes[1] * sizes[2]
+    values = torch.randn(count + offset, dtype=torch.float64).add(mean).to(dtype)[offset:]
+    return values.view(sizes if not channels_last else sizes[:2])
+
+
+def _channels(v, y):
+    return v.double()[:, None] if y.dim() == 3 else v.double()
+
+
+def _dims(y):
+    return (0, 2) if y.dim() == 3 else (0,)
+
+
+def _check_all(kernels, y, dout, dtype, activation):
+    """All four kernels against their formulas in float64; the maps are written in place, as the chain does."""
+    act = ACTIVATIONS[activation]
+    wide, dims = y.double(), _dims(y)
+    count = y.numel() // kernels.channels
+    acc = torch.finfo(kernels.acc).eps
+    exact = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[
+        dtype
+    ]
+
+    var, mean = torch.var_mean(wide, dims, correction=0)
+    stats = kernels.stats(y)
+    torch.testing.assert_close(stats[0].double(), mean, rtol=8 * acc, atol=8 * acc)
+    torch.testing.assert_close(stats[1].double(), var, rtol=32 * acc, atol=32 * acc)
+
+    scale, shift, slope, offset = (
+        torch.randn(kernels.channels, dtype=kernels.acc) for _ in range(4)
+    )
+    vectors = [stats[0].contiguous(), scale, shift, slope, offset]
+    mean, scale, shift, slope, offset = (_channels(v, y) for v in vectors)
+    u = ((y.to(kernels.acc) - _channels(vectors[0], y).to(kernels.acc)).double()) * scale + shift
+    du = dout.double() * (u > 0) if act == "relu" else dout.double()
+
+    sums = kernels.grad_stats(dout, y, vectors[:3], activation)
+    tolerance = 64 * acc * count**0.5
+    torch.testing.assert_close(sums[0].double(), du.sum(dims), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(
+        sums[1].double(), (du * (wide - mean)).sum(dims), rtol=tolerance, atol=tolerance
+    )
+
+    expected = scale * du + slope * (wide - mean) + offset
+    for target in ("fresh", "y", "dout"):
+        maps = {"y": y.clone(), "dout": dout.clone(), "fresh": torch.full_like(y, 7)}
+        # The aligned and the misaligned address go with the tensor, so clones are put where the original was.
+        maps = {name: _same_alignment(t, y) for name, t in maps.items()}
+        kernels.grad_apply_(maps[target], maps["dout"], maps["y"], vectors, activation)
+        torch.testing.assert_close(maps[target].double(), expected, rtol=exact, atol=exact)
+
+    expected = u.relu() if act == "relu" else u
+    for target in ("fresh", "y"):
+        maps = {
+            "y": _same_alignment(y, y),
+            "fresh": _same_alignment(torch.full_like(y, 7), y),
+        }
+        kernels.apply_(maps[target], maps["y"], vectors[:3], activation)
+        torch.testing.assert_close(maps[target].double(), expected, rtol=exact, atol=exact)
+
+
+def _same_alignment(t, like):
+    offset = like.data_ptr() % 16 // like.element_size()
+    values = torch.empty(t.numel() + offset, dtype=t.dtype)[offset:].view(t.shape)
+    assert values.data_ptr() % 16 == like.data_ptr() % 16
+    return values.copy_(t)
+
+
+@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_kernel_is_its_formula(shim, name, dtype):
+    torch.manual_seed(0)
+    shape = MAPS[name]
+    activation = (DTYPES.index(dtype) + list(MAPS).index(name)) % 2
+    kernels = Kernels(shim, shape, dtype)
+    _check_all(kernels, _map(shape, dtype), _map(shape, dtype), dtype, activation)
+
+
+@pytest.mark.parametrize("channels_last", (False, True))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_maps_that_start_between_vectors(shim, channels_last, dtype):
+    torch.manual_seed(0)
+    shape = (True, 5, 16, 1) if channels_last else (False, 2, 3, 21)
+    kernels = Kernels(shim, shape, dtype)
+    _check_all(kernels, _map(shape, dtype, offset=1), _map(shape, dtype, offset=1), dtype, 1)
+
+
+@pytest.mark.parametrize("shape", [(False, 2, 3, 1500), (True, 1500, 3, 1)])
+def test_statistics_far_from_zero(shim, shape):
+    torch.manual_seed(0)
+    y = _map(shape, torch.float32, mean=1e4)
+    y.view(-1)[0] = -3e4  # where a sum that is taken from the first value would lose the variance
+    kernels = Kernels(shim, shape, torch.float32)
+    var, mean = torch.var_mean(y.double(), _dims(y), correction=0)
+    stats = kernels.stats(y).double()
+    torch.testing.assert_close(stats[0], mean, rtol=1e-6, atol=0)
+    torch.testing.assert_close(stats[1], var, rtol=1e-4, atol=0)
+
+
+def test_not_finite_values_stay_in_their_channel(shim):
+    torch.manual_seed(0)
+    shape = (False, 2, 3, 70)
+    y = _map(shape, torch.float32)
+    y[0, 0, 5], y[1, 1, 0] = float("nan"), float("inf")
+    stats = Kernels(shim, shape, torch.float32).stats(y)
+    assert stats[:, 0].isnan().all()
+    assert not stats[:, 1].isfinite().any()
+    assert stats[:, 2].isfinite().all()
+
+
+@pytest.mark.parametrize("channels_last", (False, True))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_same_as_the_cpu_kernels(shim, channels_last, dtype):
+    """A chain of one norm link is the four CPU kernels, one after another."""
+    torch.manual_seed(0)
+    n, c, h, w = 3, 16, 7, 5
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    y = torch.randn(n, c, h, w, dtype=torch.float64).add(0.5).to(dtype)
+    dout = torch.randn(n, c, h, w, dtype=torch.float64).to(dtype)
+    if channels_last:
+        y, dout = (t.to(memory_format=torch.channels_last) for t in (y, dout))
+    weight, bias = torch.rand(c, dtype=acc) + 0.5, torch.randn(c, dtype=acc)
+    chain = pack(y, [Norm(weight, bias, activation="relu")])
+    ops = torch.ops.fusedconvbn
+    out, _, (stats,) = ops._chain_forward(chain.tensors, chain.links, chain.eps, [])
+    dy, dweight, dbias = ops._chain_backward(
+        dout, chain.tensors, [], [stats], chain.links, chain.eps, [], [0, 1, 2]
+    )
+
+    shape = (True, n * h * w, c, 1) if channels_last else (False, n, c, h * w)
+    kernels = Kernels(shim, shape, dtype)
+    shim_stats = kernels.stats(y)
+    tolerance = dict(rtol=16 * torch.finfo(acc).eps, atol=16 * torch.finfo(acc).eps)
+    torch.testing.assert_close(shim_stats, stats, **tolerance)
+    r = (stats[1] + 1e-5).rsqrt()
+    vectors = [stats[0].contiguous(), r * weight, bias]
+    s1, s2 = kernels.grad_stats(dout, y, vectors, 1)
+    torch.testing.assert_close(s1, dbias, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(r * s2, dweight, rtol=1e-5, atol=1e-5)
+    count = n * h * w
+    vectors += [-vectors[1] * r * r * s2 / count, -vectors[1] * s1 / count]
+    result = torch.empty_like(y)
+    kernels.grad_apply_(result, dout, y, vectors, 1)
+    torch.testing.assert_close(result, dy)
+    kernels.apply_(result, y, vectors[:3], 1)
+    torch.testing.assert_close(result, out)
