@@ -110,7 +110,7 @@ at::MemoryFormat conv_memory_format(const Tensor& input, const Tensor& weight) {
 
 namespace {
 
-// s/√v of the tutorial: its variance is the unbiased one.
+// s of the table in chain.h
 Tensor unbiased_std(const Tensor& var, const c10::SymInt& count) {
   return at::sqrt(var * at::Scalar(c10::SymFloat(count) / c10::SymFloat(count - 1)));
 }
@@ -126,6 +126,18 @@ Tensor inverse_running_std(const Norm& norm, const Tensor& running_var) {
   return norm.arithmetic == Arithmetic::batchnorm ? at::rsqrt(running_var + norm.eps)
                                                   : (at::sqrt(running_var) + norm.eps).reciprocal();
 }
+
+namespace {
+
+// κ / a
+Tensor kappa_over_scale(const Norm& norm, const Tensor& var, const Tensor& r, int64_t count) {
+  if (norm.arithmetic == Arithmetic::batchnorm) return r * r / double(count);
+  const auto s = unbiased_std(var, count);
+  // In a constant channel S2 is 0 as well as s, and so is the term.
+  return (r / (s * double(count - 1))).masked_fill_(s == 0, 0);
+}
+
+}  // namespace
 
 // --------------------------------------------------------------------------------------------- execution
 
@@ -300,10 +312,7 @@ class Execution {
     if (wanted(link.bias)) grads_[link.bias] = s1.to(tensor(link.bias).scalar_type(), false, true);
     if (!reached_[i]) return grad_.reset();
 
-    // κ without its factor a
-    const auto kappa = norm.arithmetic == Arithmetic::batchnorm
-                           ? r * r / double(count)
-                           : r / (unbiased_std(statistics_[i].select(0, 1), count) * double(count - 1));
+    const auto kappa = kappa_over_scale(norm, statistics_[i].select(0, 1), r, count);
     const auto slope = -affine.scale * kappa * s2;
     const auto offset = affine.scale * s1 * (-1. / double(count));
     Tensor out = y_owned || !y.is_same(in) ? y : grad_owned || !dout.is_same(grad_) ? dout : at::empty_like(y);

@@ -147,8 +147,9 @@ Arguments check(const Tensor& input, const Tensor& weight, const Optional& bias,
 }
 
 Tensor convolution(const Conv& conv, const Tensor& input, const Tensor& weight, const Optional& bias) {
-  return at::convolution(input, weight, bias, conv.stride, conv.padding, conv.dilation, conv.transposed,
-                         conv.output_padding, conv.groups);
+  const auto dtype = conv_dtype(input);
+  return at::convolution(input.to(dtype), weight.to(dtype), bias ? Optional(bias->to(dtype)) : bias, conv.stride,
+                         conv.padding, conv.dilation, conv.transposed, conv.output_padding, conv.groups);
 }
 
 Tensor activate_(Tensor out, Activation activation) { return activation == Activation::relu ? at::relu_(out) : out; }
@@ -177,8 +178,7 @@ Tensor folded(const Arguments& args, const Tensor& input, const Tensor& weight, 
     per_channel[0] = -1;
     scaled = weight * scale.reshape(per_channel);
   }
-  return activate_(convolution(conv, input, scaled.to(weight.scalar_type()), shift.to(weight.scalar_type())),
-                   args.norm.activation);
+  return activate_(convolution(conv, input, scaled, shift), args.norm.activation);
 }
 
 // running = (1 − momentum)·running + momentum·value

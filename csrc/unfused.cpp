@@ -30,7 +30,7 @@ ChainResult unfused_chain(at::TensorList tensors, at::IntArrayRef links, at::Arr
   const auto chain = unpack(links, eps, tensors.size());
   std::vector<Tensor> maps{tensors[0]}, kept_maps, statistics;
   for (size_t i = 0; i < chain.size(); ++i) {
-    const auto& t = maps.back();
+    const auto t = maps.back();
     const auto tensor = [&](int64_t place) { return place < 0 ? std::nullopt : std::optional<Tensor>(tensors[place]); };
     const auto weight = tensor(chain[i].weight), bias = tensor(chain[i].bias);
     if (const auto* conv = chain[i].conv()) {

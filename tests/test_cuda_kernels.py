@@ -36,14 +36,12 @@ MAPS = {
 def shim(tmp_path_factory):
     library = tmp_path_factory.mktemp("shim") / "libshim.so"
     include = Path(torch.__file__).parent / "include"
-    subprocess.run(
-        ["g++", "-std=c++20", "-O1", "-fPIC", "-shared", "-pthread"]
-        + ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-        + [f"-I{ROOT}/tests/cuda_shim", "-isystem", include, "-o", library]
-        + ["-x", "c++", ROOT / "csrc/cuda/channel_kernels.cu"]
-        + ["-x", "c++", ROOT / "tests/cuda_shim/library.cpp"],
-        check=True,
-    )
+    command = ["g++", "-std=c++20", "-O1", "-fPIC", "-shared", "-pthread", "-o", library]
+    command += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    command += [f"-I{ROOT}/tests/cuda_shim", "-isystem", include]
+    for source in ("csrc/cuda/channel_launch.cu", "tests/cuda_shim/library.cpp"):
+        command += ["-x", "c++", ROOT / source]
+    subprocess.run(command, check=True)
     library = ctypes.CDLL(str(library))
     library.scratch_bytes.restype = ctypes.c_int64
     return library

@@ -6,4 +6,7 @@ namespace fusedconvbn {
 
 bool autocast_enabled(const at::Tensor& t);
 
+// The dtype in which a convolution of `input` runs: its own, or that of an enabled autocast.
+at::ScalarType conv_dtype(const at::Tensor& input);
+
 }  // namespace fusedconvbn

@@ -11,6 +11,12 @@ namespace fusedconvbn {
 
 bool autocast_enabled(const Tensor& t) { return at::autocast::is_autocast_enabled(t.device().type()); }
 
+at::ScalarType conv_dtype(const Tensor& input) {
+  const auto device = input.device().type();
+  const bool eligible = autocast_enabled(input) && input.scalar_type() != at::kDouble;
+  return eligible ? at::autocast::get_autocast_dtype(device) : input.scalar_type();
+}
+
 namespace {
 
 template <c10::DeviceType device, c10::DispatchKey key>

@@ -16,7 +16,7 @@ ChainResult chain_forward_meta(at::TensorList tensors, at::IntArrayRef links, at
   const auto chain = unpack(links, eps, tensors.size());
   std::vector<Tensor> maps{tensors[0]}, kept_maps, statistics;
   for (const auto& link : chain) {
-    const auto& t = maps.back();
+    const auto t = maps.back();
     if (const auto* conv = link.conv()) {
       const auto& weight = tensors[link.weight];
       maps.push_back(at::empty_symint(conv->output_sizes(t.sym_sizes(), weight.sym_sizes()),

@@ -1,0 +1,65 @@
+# make demo, make test: everything else they need is made first, and not again without need.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := torch==2.13.0
+
+CUDA_VENV := .venv-cuda
+CUDA_TORCH := torch==2.11.0
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: demo test lint check-cuda test-cuda bench build format clean
+
+demo: build
+	$(BIN)/python examples/mnist.py
+
+test: build lint check-cuda
+	$(BIN)/pytest
+
+bench: build
+	$(BIN)/python benchmarks/conv_bn.py
+
+lint: $(VENV)/requirements
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+format: $(VENV)/requirements
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $(CPP)
+
+# Compiles the CUDA sources for sm_80, sm_90 and sm_100 wherever nvcc is found, with or without a GPU.
+check-cuda: $(VENV)/requirements
+	$(BIN)/python tests/compile_cuda.py
+
+build: $(VENV)/built
+
+$(VENV)/requirements: requirements-dev.txt Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -r requirements-dev.txt $(TORCH)
+	touch $@
+
+$(VENV)/built: $(VENV)/requirements $(SOURCES)
+	$(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
+	touch $@
+
+# The whole suite on a CUDA build of torch, in an environment and a build folder of its own. Runs what needs a GPU where
+# there is one.
+test-cuda: $(CUDA_VENV)/built
+	$(CUDA_VENV)/bin/pytest
+
+$(CUDA_VENV)/requirements: requirements-dev.txt Makefile
+	$(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/pip install --quiet -r requirements-dev.txt $(CUDA_TORCH)
+	touch $@
+
+$(CUDA_VENV)/built: $(CUDA_VENV)/requirements $(SOURCES) $(wildcard fusedconvbn/*.py)
+	PATH=$(CURDIR)/$(CUDA_VENV)/bin:$$PATH ./tests/build_cuda.sh $(CUDA_VENV)
+	touch $@
+
+clean:
+	rm -rf build $(VENV) $(CUDA_VENV) fusedconvbn/*.so *.egg-info

@@ -1,0 +1,124 @@
+"""One table of cases that the tests draw from, and how a case is made and run without fusion."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fusedconvbn import reference
+
+FORMATS = {3: torch.contiguous_format, 4: torch.channels_last, 5: torch.channels_last_3d}
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Shapes are small and all different, so that no two sizes can be mixed up unseen."""
+
+    input: Sequence[int]
+    weight: Sequence[int]
+    bias: bool = False
+    affine: bool = True
+    stride: Sequence[int] = (1,)
+    padding: Sequence[int] = (0,)
+    dilation: Sequence[int] = (1,)
+    transposed: bool = False
+    output_padding: Sequence[int] = (0,)
+    groups: int = 1
+    activation: str = "relu"
+    arithmetic: str = "batchnorm"
+    eps: float = 1e-5
+
+    @property
+    def out_channels(self) -> int:
+        return self.weight[1] * self.groups if self.transposed else self.weight[0]
+
+    @property
+    def options(self) -> dict:
+        names = "stride padding dilation transposed output_padding groups activation arithmetic eps"
+        return {name: getattr(self, name) for name in names.split()}
+
+    def tensors(
+        self,
+        dtype: torch.dtype = torch.float64,
+        channels_last: bool = False,
+        device: str = "cpu",
+        requires_grad: bool = True,
+    ) -> dict[str, Tensor]:
+        """input, weight and what else the case has, drawn in float64 whatever `dtype` is. Parameters of the norm
+        are float32 for half types."""
+        narrow = dtype in (torch.bfloat16, torch.float16)
+        vector_dtype = torch.float32 if narrow else dtype
+        generator = torch.Generator().manual_seed(
+            hash((tuple(self.input), tuple(self.weight))) % 2**31
+        )
+
+        def draw(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            t = torch.randn(*shape, generator=generator, dtype=torch.float64)
+            return t.to(device, dtype)
+
+        format = FORMATS[len(self.input)] if channels_last else torch.contiguous_format
+        tensors = {
+            "input": draw(*self.input).to(memory_format=format),
+            "weight": draw(*self.weight).to(memory_format=format),
+        }
+        if self.bias:
+            tensors["bias"] = draw(self.out_channels)
+        if self.affine:
+            tensors["bn_weight"] = draw(self.out_channels, dtype=vector_dtype)
+            tensors["bn_bias"] = draw(self.out_channels, dtype=vector_dtype)
+        return {name: t.requires_grad_(requires_grad) for name, t in tensors.items()}
+
+    def running(self, dtype: torch.dtype = torch.float64, device: str = "cpu") -> dict[str, Tensor]:
+        c = torch.arange(self.out_channels, dtype=dtype, device=device)
+        return {"running_mean": c / 7 - 0.3, "running_var": c / 5 + 0.6}
+
+
+CASES = {
+    "1d": Case((3, 4, 11), (6, 4, 3), bias=True, stride=(2,), padding=(1,)),
+    "1d dilated groups": Case((2, 6, 13), (4, 3, 3), dilation=(3,), groups=2, activation="none"),
+    "2d plain": Case((3, 2, 7, 5), (4, 2, 3, 2)),
+    "2d bias": Case((3, 2, 7, 5), (5, 2, 2, 3), bias=True, activation="none"),
+    "2d no affine": Case((3, 2, 6, 5), (4, 2, 3, 3), affine=False),
+    "2d every option": Case(
+        (2, 6, 9, 8),
+        (8, 3, 3, 2),
+        bias=True,
+        stride=(2, 1),
+        padding=(1, 2),
+        dilation=(1, 3),
+        groups=2,
+    ),
+    "2d 1x1": Case((3, 5, 4, 7), (6, 5, 1, 1)),
+    "2d depthwise": Case((2, 5, 8, 7), (5, 1, 3, 3), padding=(1,), groups=5),
+    "2d one position": Case((7, 3, 3, 2), (5, 3, 3, 2)),
+    "2d one channel": Case((3, 2, 6, 7), (1, 2, 3, 3)),
+    "2d one sample": Case((1, 3, 6, 5), (4, 3, 2, 2)),
+    "2d wide": Case((2, 3, 9, 11), (70, 3, 3, 3), padding=(1,)),
+    "2d large eps": Case((3, 2, 7, 5), (4, 2, 3, 2), eps=0.7, activation="none"),
+    "3d": Case((2, 3, 5, 4, 6), (4, 3, 2, 3, 2), stride=(1, 2, 1), padding=(1, 0, 1)),
+    "3d bias dilated": Case((2, 2, 6, 5, 4), (3, 2, 2, 2, 2), bias=True, dilation=(2, 1, 1)),
+    "transposed 1d": Case(
+        (3, 4, 7), (4, 5, 3), transposed=True, stride=(3,), padding=(1,), output_padding=(2,)
+    ),
+    "transposed 2d": Case(
+        (2, 6, 5, 4),
+        (6, 2, 3, 2),
+        bias=True,
+        transposed=True,
+        stride=(2, 3),
+        padding=(1, 0),
+        output_padding=(1, 2),
+        groups=2,
+    ),
+    "transposed 2d dilated": Case((2, 3, 4, 5), (3, 4, 2, 3), transposed=True, dilation=(2, 1)),
+    "transposed 3d": Case((2, 3, 3, 4, 2), (3, 4, 2, 2, 3), transposed=True, stride=(2, 1, 2)),
+    "tutorial": Case((3, 2, 7, 6), (4, 2, 3, 3), affine=False, arithmetic="tutorial", eps=1e-3),
+    "tutorial affine": Case((3, 2, 7, 6), (4, 2, 3, 2), bias=True, arithmetic="tutorial", eps=0.1),
+}
+
+
+def unfused(tensors: dict[str, Tensor], case: Case, **more) -> Tensor:
+    """The layers in a row: F.conv*, F.batch_norm, F.relu."""
+    return reference.conv_bn(**tensors, **{**case.options, **more})

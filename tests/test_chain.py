@@ -1,0 +1,143 @@
+"""Chains of up to six links, under every plan."""
+
+from itertools import chain as concatenate
+from itertools import combinations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fusedconvbn.chain import Conv, Norm, pack
+
+ops = torch.ops.fusedconvbn
+
+
+def draw(*shape):
+    return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+
+def links(pattern):
+    """`pattern` has a letter for each link: c, d (depthwise), t (transposed) or n."""
+    channels, made = 3, []
+    for letter in pattern:
+        if letter == "n":
+            activation = "relu" if len(made) % 2 else "none"
+            made.append(Norm(draw(channels), draw(channels), activation=activation))
+        elif letter == "d":
+            made.append(Conv(draw(channels, 1, 3, 2), None, padding=(1, 1), groups=channels))
+        elif letter == "t":
+            made.append(Conv(draw(channels, 2, 2, 1), draw(2), transposed=True, stride=(2, 1)))
+            channels = 2
+        else:
+            made.append(
+                Conv(draw(channels + 1, channels, 2, 1), draw(channels + 1), padding=(1, 0))
+            )
+            channels += 1
+    return made
+
+
+def unfused(input, chain):
+    for link in chain:
+        if isinstance(link, Norm):
+            input = F.batch_norm(
+                input, None, None, link.weight, link.bias, training=True, eps=link.eps
+            )
+            input = F.relu(input) if link.activation == "relu" else input
+        else:
+            options = [list(v) for v in (link.stride, link.padding, link.dilation)]
+            input = torch.convolution(
+                input,
+                link.weight,
+                link.bias,
+                *options,
+                link.transposed,
+                list(link.output_padding),
+                link.groups,
+            )
+    return input
+
+
+def plans(n):
+    inner = range(1, n)
+    return concatenate.from_iterable(combinations(inner, k) for k in range(n))
+
+
+PATTERNS = ("cn", "nc", "cnc", "ncn", "cnd", "cncn", "ncnc", "ccnn", "dncnt", "cndncn", "ncntnc")
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_every_plan_gives_the_unfused_gradients(pattern, device):
+    chain, input = links(pattern), draw(2, 3, 4, 3)
+    packed = pack(input, chain)
+    expected_out = unfused(input, chain)
+    dout = torch.randn_like(expected_out)
+    expected = torch.autograd.grad(expected_out, packed.tensors, dout)
+    tensors = [t.detach().to(device).requires_grad_() for t in packed.tensors]
+    for kept in plans(len(chain)):
+        out, maps, statistics = ops._chain_forward(tensors, packed.links, packed.eps, kept)
+        assert len(maps) == len(kept)
+        assert len(statistics) == pattern.count("n")
+        torch.testing.assert_close(out.cpu(), expected_out)
+        grads = torch.autograd.grad(out, tensors, dout.to(device))
+        for grad, value in zip(grads, expected, strict=True):
+            torch.testing.assert_close(grad.cpu(), value, rtol=1e-8, atol=1e-8, msg=str(kept))
+
+
+@pytest.mark.parametrize("pattern", ("cnc", "ncn", "cncn", "dncnt", "cndncn"))
+def test_gradcheck_under_every_plan(pattern):
+    chain, input = links(pattern), draw(2, 3, 3, 2)
+    packed = pack(input, chain)
+    for kept in plans(len(chain)):
+
+        def function(*tensors, kept=kept):
+            return ops._chain_forward(tensors, packed.links, packed.eps, kept)[0]
+
+        assert torch.autograd.gradcheck(function, packed.tensors, fast_mode=True)
+
+
+@pytest.mark.parametrize("wanted", range(8))
+def test_each_gradient_alone(wanted):
+    chain, input = links("cncn"), draw(2, 3, 4, 3)
+    packed = pack(input, chain)
+    out, maps, statistics = ops._chain_forward(packed.tensors, packed.links, packed.eps, [2])
+    dout = torch.randn_like(out)
+    expected = torch.autograd.grad(out, packed.tensors, dout)
+    tensors = [t.detach() for t in packed.tensors]
+    (grad,) = ops._chain_backward(
+        dout, tensors, maps, statistics, packed.links, packed.eps, [2], [wanted]
+    )
+    assert torch.equal(grad, expected[wanted])
+
+
+def test_what_was_kept_is_not_written_to():
+    chain, input = links("cncn"), draw(2, 3, 4, 3)
+    packed = pack(input, chain)
+    out, maps, _ = ops._chain_forward(packed.tensors, packed.links, packed.eps, [1, 2, 3])
+    before = [t.clone() for t in maps]
+    first = torch.autograd.grad(out.sum(), packed.tensors, retain_graph=True)
+    second = torch.autograd.grad(out.sum(), packed.tensors)
+    assert all(torch.equal(a, b) for a, b in zip(maps, before, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(links=[0, 0, 0]), "ends inside a link"),
+        (dict(links=[7]), "ends inside a link or names what there is not"),
+        (dict(eps=[]), "malformed chain"),
+        (dict(kept=[2]), "`kept` names map 2 of a chain of 2 links"),
+        (dict(kept=[0]), "`kept` names map 0"),
+        (dict(tensors=2), "malformed chain"),
+    ],
+)
+def test_malformed_chains(change, message):
+    packed = pack(draw(2, 3, 4, 3), links("cn"))
+    tensors = packed.tensors[: change.get("tensors")]
+    with pytest.raises(ValueError, match=message):
+        ops._chain_forward(
+            tensors,
+            change.get("links", packed.links),
+            change.get("eps", packed.eps),
+            change.get("kept", []),
+        )

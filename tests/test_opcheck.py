@@ -1,0 +1,62 @@
+"""torch.library.opcheck on every operator."""
+
+import pytest
+import torch
+from cases import CASES
+
+from fusedconvbn.chain import Conv, Norm, pack
+
+ops = torch.ops.fusedconvbn
+
+
+@pytest.mark.parametrize("channels_last", (False, True), ids=("nchw", "nhwc"))
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)
+@pytest.mark.parametrize("training", (True, False), ids=("training", "eval"))
+@pytest.mark.parametrize("name", CASES)
+def test_conv_bn(name, training, dtype, channels_last):
+    case = CASES[name]
+    tensors = case.tensors(dtype, channels_last)
+    keywords = {**tensors, **case.running(dtype), **case.options, "training": training}
+    positional = [keywords.pop("input"), keywords.pop("weight")]
+    torch.library.opcheck(ops.conv_bn.default, positional, _lists(keywords), rtol=1e-4, atol=1e-4)
+
+
+def _lists(keywords):
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in keywords.items()}
+
+
+def chain(dtype=torch.float64, channels_last=False, requires_grad=True):
+    """Four links, norm first, and a bias that does not cancel."""
+    format = torch.channels_last if channels_last else torch.contiguous_format
+
+    def draw(*shape):
+        t = torch.randn(shape, dtype=dtype)
+        return (t.to(memory_format=format) if t.dim() == 4 else t).requires_grad_(requires_grad)
+
+    links = [
+        Norm(draw(3), None, activation="relu"),
+        Conv(draw(4, 3, 3, 2), draw(4), stride=(2, 1), padding=(1, 0)),
+        Norm(draw(4), draw(4)),
+        Conv(draw(5, 4, 1, 1), draw(5)),
+    ]
+    return pack(draw(2, 3, 7, 5), links)
+
+
+@pytest.mark.parametrize("kept", ([], [1], [2, 3]), ids=str)
+@pytest.mark.parametrize("channels_last", (False, True), ids=("nchw", "nhwc"))
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16), ids=str)
+def test_chain(dtype, channels_last, kept):
+    tolerances = dict(rtol=1e-4, atol=1e-4)
+    packed = chain(dtype, channels_last)
+    arguments = (packed.tensors, packed.links, packed.eps)
+    torch.library.opcheck(ops._chain_forward.default, (*arguments, kept), **tolerances)
+
+    packed = chain(dtype, channels_last, requires_grad=False)
+    arguments = (packed.tensors, packed.links, packed.eps)
+    out, maps, statistics = ops._chain_forward(*arguments, kept)
+    for wanted in (list(range(len(packed.tensors))), [1, 4]):
+        torch.library.opcheck(
+            ops._chain_backward.default,
+            (torch.randn_like(out), packed.tensors, maps, statistics, *arguments[1:], kept, wanted),
+            **tolerances,
+        )
