@@ -5,6 +5,9 @@
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/relu.h>
 
+#include <cmath>
+#include <limits>
+
 #include "autocast/autocast.h"
 #include "chain.h"
 #include "ops.h"
@@ -36,7 +39,9 @@ std::vector<int64_t> spatial(const char* name, at::IntArrayRef values, size_t n,
   TORCH_CHECK_VALUE(values.size() == 1 || values.size() == n, "conv_bn: expected ", name, " of 1 or ", n,
                     " values (one for each spatial dimension), got ", values);
   for (const auto v : values)
-    TORCH_CHECK_VALUE(v >= least, "conv_bn: expected ", name, " of at least ", least, ", got ", values);
+    TORCH_CHECK_VALUE(v >= least && v <= std::numeric_limits<int32_t>::max(), "conv_bn: expected ", name, " of at ",
+                      v < least ? "least " : "most ", v < least ? least : std::numeric_limits<int32_t>::max(), ", got ",
+                      values);
   return values.size() == n ? values.vec() : std::vector<int64_t>(n, values[0]);
 }
 
@@ -69,20 +74,21 @@ void check_vector(const char* name, const Optional& t, const Tensor& input, cons
 // Everything that can be wrong is found here, before anything is computed.
 Arguments check(const Tensor& input, const Tensor& weight, const Optional& bias, const Optional& bn_weight,
                 const Optional& bn_bias, const Optional& running_mean, const Optional& running_var, bool training,
-                double eps, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, bool transposed,
-                at::IntArrayRef output_padding, int64_t groups, std::string_view activation,
+                double momentum, double eps, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                bool transposed, at::IntArrayRef output_padding, int64_t groups, std::string_view activation,
                 std::string_view arithmetic) {
   const Norm norm{eps, parse_arithmetic(arithmetic), parse_activation(activation)};
   TORCH_CHECK_VALUE(eps >= 0, "conv_bn: expected eps of at least 0, got ", eps);
+  TORCH_CHECK_VALUE(!std::isnan(momentum), "conv_bn: expected momentum that is a number, got ", momentum);
 
   check_tensor("input", input, input);
   check_tensor("weight", weight, input);
-  const auto dim = input.dim();
+  const auto dim = weight.dim();
   TORCH_CHECK_VALUE(dim >= 3 && dim <= 5,
-                    "conv_bn: expected input of 3, 4 or 5 dimensions (batch, channels, spatial), got shape ",
-                    input.sym_sizes());
-  TORCH_CHECK_VALUE(weight.dim() == dim, "conv_bn: expected weight of ", dim, " dimensions like input, got shape ",
+                    "conv_bn: expected weight of 3, 4 or 5 dimensions (two of channels, then spatial), got shape ",
                     weight.sym_sizes());
+  TORCH_CHECK_VALUE(input.dim() == dim, "conv_bn: expected input of ", dim,
+                    " dimensions (batch, channels, spatial) like weight, got shape ", input.sym_sizes());
   const bool autocast = autocast_enabled(input);
   TORCH_CHECK_TYPE(autocast || weight.scalar_type() == input.scalar_type(),
                    "conv_bn: expected weight of the dtype of input (", input.scalar_type(), "), got ",
@@ -196,8 +202,8 @@ Tensor conv_bn(const Tensor& input, const Tensor& weight, const Optional& bias, 
                double momentum, double eps, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
                bool transposed, at::IntArrayRef output_padding, int64_t groups, std::string_view activation,
                std::string_view arithmetic) {
-  const auto args = check(input, weight, bias, bn_weight, bn_bias, running_mean, running_var, training, eps, stride,
-                          padding, dilation, transposed, output_padding, groups, activation, arithmetic);
+  const auto args = check(input, weight, bias, bn_weight, bn_bias, running_mean, running_var, training, momentum, eps,
+                          stride, padding, dilation, transposed, output_padding, groups, activation, arithmetic);
   if (!training) return folded(args, input, weight, bias, bn_weight, bn_bias, *running_mean, *running_var);
 
   if (input.sym_size(0) == 0) {  // nothing to normalise, nothing to count

@@ -1,0 +1,170 @@
+"""What the operator promises about bytes: what it saves, and what it allocates."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fusedconvbn import FusedConvBN2d, conv_bn, track_memory
+from fusedconvbn.chain import Conv, Norm, pack
+
+SMALL = (
+    64 << 10
+)  # vectors of C values, weights and their gradients, and what autograd allocates by the way
+CHANNELS_IN, CHANNELS_OUT, SIZE, BATCH = 12, 20, 40, 8
+MAP = BATCH * CHANNELS_OUT * SIZE * SIZE * 4
+INPUT = BATCH * CHANNELS_IN * SIZE * SIZE * 4
+
+LAYOUTS = pytest.mark.parametrize(
+    "format", (torch.contiguous_format, torch.channels_last), ids=("nchw", "nhwc")
+)
+
+
+def tensors(format, input_grad=True, weight_grad=True, device="cpu"):
+    x = torch.randn(BATCH, CHANNELS_IN, SIZE, SIZE, device=device).to(memory_format=format)
+    w = torch.randn(CHANNELS_OUT, CHANNELS_IN, 3, 3, device=device).to(memory_format=format)
+    dout = torch.randn(BATCH, CHANNELS_OUT, SIZE, SIZE, device=device).to(memory_format=format)
+    return x.requires_grad_(input_grad), w.requires_grad_(weight_grad), dout
+
+
+def layer(x, w):
+    return conv_bn(x, w, padding=1, activation="relu")
+
+
+@LAYOUTS
+def test_saves_its_input_and_nothing_of_its_size(format, device):
+    x, w, _ = tensors(format, input_grad=False, device=device)
+    with track_memory(device) as fused:
+        layer(x, w)
+    with track_memory(device) as eager:
+        F.relu(F.batch_norm(F.conv2d(x, w, padding=1), None, None, training=True))
+    assert INPUT <= fused.saved < INPUT + SMALL
+    assert eager.saved >= INPUT + 2 * MAP
+
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda t: t):
+        layer(x, w)
+    assert saved[0].data_ptr() == x.data_ptr()  # the input itself, not a copy
+
+
+def step(function, *arguments, dout=None):
+    """What a call takes, or a call and its backward; the first one makes the library's own buffers."""
+    for _ in range(2):
+        with track_memory() as memory:
+            out = function(*arguments)
+            if dout is not None:
+                out.backward(dout)
+    return memory
+
+
+def convolution(x, w):
+    return F.conv2d(x, w, padding=1)
+
+
+@LAYOUTS
+def test_forward_allocates_one_map(format):
+    """The convolution's result becomes the layer's; oneDNN's own workspace is the convolution's in both."""
+    x, w, _ = tensors(format)
+    memory = step(layer, x, w)
+    assert MAP <= memory.end_of_forward < MAP + SMALL
+    assert memory.peak < step(convolution, x, w).peak + SMALL
+
+
+@pytest.mark.parametrize("input_grad", (True, False))
+@LAYOUTS
+def test_backward_allocates_the_remade_map_and_the_gradient_asked_for(format, input_grad):
+    x, w, dout = tensors(format, input_grad=input_grad)
+    memory = step(layer, x, w, dout=dout)
+    assert memory.peak < step(convolution, x, w, dout=dout).peak + MAP + SMALL
+    if format == torch.channels_last:  # where the convolution has no workspace
+        assert memory.peak < 2 * MAP + input_grad * INPUT + 2 * SMALL
+
+
+@LAYOUTS
+def test_eval_with_gradients_takes_a_convolution(format):
+    x, w, dout = tensors(format)
+    running = {"running_mean": torch.zeros(CHANNELS_OUT), "running_var": torch.ones(CHANNELS_OUT)}
+
+    def evaluate(x, w):
+        return conv_bn(x, w, padding=1, training=False, **running)
+
+    memory, plain = step(evaluate, x, w, dout=dout), step(convolution, x, w, dout=dout)
+    assert memory.end_of_forward < MAP + SMALL
+    assert memory.peak < plain.peak + SMALL
+    assert memory.saved < SMALL  # the input is a leaf that requires grad, and not counted
+
+
+@pytest.mark.parametrize(
+    ("trained", "masks"),
+    [
+        ("input", [(True, False, False)]),
+        ("weight", [(False, True, False)]),
+        ("bn_bias", []),
+        ("bn_weight", []),
+    ],
+)
+def test_nothing_is_computed_that_nobody_asked_for(trained, masks):
+    """The gradients asked of the convolution, seen at the dispatcher."""
+    x, w, dout = tensors(torch.contiguous_format, False, False)
+    named = {"input": x, "weight": w, "bn_weight": torch.ones(CHANNELS_OUT)}
+    named["bn_bias"] = torch.zeros(CHANNELS_OUT)
+    named[trained].requires_grad_()
+    out = conv_bn(**named, padding=1, activation="relu")
+    with torch.profiler.profile(record_shapes=True) as profiler:
+        out.backward(dout)
+    events = [e for e in profiler.events() if e.name == "aten::convolution_backward"]
+    assert len(events) == len(masks)
+    assert [tuple(e.concrete_inputs[-1]) for e in events] == masks
+    convolutions = [e for e in profiler.events() if e.name == "aten::convolution"]
+    assert len(convolutions) == 1  # the map that is remade
+
+
+@pytest.mark.parametrize("kept", ([], [1], [2], [1, 3], [1, 2, 3]), ids=str)
+def test_a_chain_saves_what_its_plan_keeps(kept):
+    x, w, _ = tensors(torch.channels_last)
+    second = torch.randn(16, CHANNELS_OUT, 1, 1, requires_grad=True)
+    packed = pack(x, [Conv(w, padding=(1, 1)), Norm(activation="relu"), Conv(second), Norm()])
+    with track_memory() as memory:
+        out = torch.ops.fusedconvbn._chain_forward(packed.tensors, packed.links, packed.eps, kept)[
+            0
+        ]
+    sizes = {1: MAP, 2: MAP, 3: BATCH * 16 * SIZE * SIZE * 4}
+    expected = sum(sizes[i] for i in kept)
+    assert expected <= memory.saved < expected + SMALL
+    assert memory.end_of_forward < expected + out.nbytes + SMALL
+
+
+class Network(nn.Module):
+    """The experiment's network, on a smaller batch."""
+
+    def __init__(self, fused):
+        super().__init__()
+
+        def pair(*sizes):
+            if fused:
+                return FusedConvBN2d(*sizes, activation="relu")
+            return nn.Sequential(nn.Conv2d(*sizes, bias=False), nn.BatchNorm2d(sizes[1]), nn.ReLU())
+
+        self.layers = nn.Sequential(
+            pair(1, 32, 3), pair(32, 64, 3), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(9216, 128)
+        )
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+@LAYOUTS
+def test_the_experiments_network(format):
+    reports = []
+    for fused in (False, True):
+        network = Network(fused).to(memory_format=format)
+        x = torch.randn(64, 1, 28, 28)
+        network(x).sum().backward()
+        network.zero_grad()
+        with track_memory() as memory:
+            network(x).sum().backward()
+        reports.append(memory)
+    eager, fused = reports
+    assert fused.saved <= 0.61 * eager.saved
+    assert fused.end_of_forward <= 0.61 * eager.end_of_forward
+    assert fused.peak <= eager.peak
