@@ -169,8 +169,8 @@ class Execution {
     return {maps_.back(), kept_maps, statistics};
   }
 
-  std::vector<Tensor> backward(const Tensor& dout, at::TensorList kept_maps, at::TensorList statistics,
-                               at::IntArrayRef kept, at::IntArrayRef wanted) {
+  std::vector<Tensor> backward(Tensor dout, at::TensorList kept_maps, at::TensorList statistics, at::IntArrayRef kept,
+                               at::IntArrayRef wanted) {
     TORCH_CHECK_VALUE(kept_maps.size() == kept.size(), "got ", kept_maps.size(), " kept maps for ", kept.size(),
                       " places");
     for (size_t k = 0; k < kept.size(); ++k) maps_[kept[k]] = kept_maps[k];
@@ -182,7 +182,7 @@ class Execution {
     }
     plan_gradients(wanted);
 
-    grad_ = dout;
+    grad_ = std::move(dout);
     for (size_t i = chain_.size(); i-- > 0 && reached_[i + 1];) {
       if (read_[i] && !maps_[i].defined()) remake(i);
       if (const auto* conv = chain_[i].conv())
@@ -338,22 +338,28 @@ ChainResult chain_forward_kernel(at::TensorList tensors, at::IntArrayRef links, 
   return Execution(tensors, links, eps, kept).forward(kept);
 }
 
-std::vector<Tensor> chain_backward_kernel(const Tensor& dout, at::TensorList tensors, at::TensorList kept_maps,
-                                          at::TensorList statistics, at::IntArrayRef links, at::ArrayRef<double> eps,
-                                          at::IntArrayRef kept, at::IntArrayRef wanted) {
-  return Execution(tensors, links, eps, kept).backward(dout, kept_maps, statistics, kept, wanted);
+std::vector<Tensor> chain_backward_op(const Tensor& dout, at::TensorList tensors, at::TensorList kept_maps,
+                                      at::TensorList statistics, at::IntArrayRef links, at::ArrayRef<double> eps,
+                                      at::IntArrayRef kept, at::IntArrayRef wanted) {
+  return chain_backward_kernel(dout, tensors, kept_maps, statistics, links, eps, kept, wanted);
 }
 
 }  // namespace
 
+std::vector<Tensor> chain_backward_kernel(Tensor dout, at::TensorList tensors, at::TensorList kept_maps,
+                                          at::TensorList statistics, at::IntArrayRef links, at::ArrayRef<double> eps,
+                                          at::IntArrayRef kept, at::IntArrayRef wanted) {
+  return Execution(tensors, links, eps, kept).backward(std::move(dout), kept_maps, statistics, kept, wanted);
+}
+
 TORCH_LIBRARY_IMPL(fusedconvbn, CPU, m) {
   m.impl("_chain_forward", TORCH_FN(chain_forward_kernel));
-  m.impl("_chain_backward", TORCH_FN(chain_backward_kernel));
+  m.impl("_chain_backward", TORCH_FN(chain_backward_op));
 }
 
 TORCH_LIBRARY_IMPL(fusedconvbn, CUDA, m) {
   m.impl("_chain_forward", TORCH_FN(chain_forward_kernel));
-  m.impl("_chain_backward", TORCH_FN(chain_backward_kernel));
+  m.impl("_chain_backward", TORCH_FN(chain_backward_op));
 }
 
 }  // namespace fusedconvbn

@@ -30,4 +30,10 @@ std::vector<Tensor> chain_backward(const Tensor& dout, at::TensorList tensors, a
                                    at::TensorList statistics, at::IntArrayRef links, at::ArrayRef<double> eps,
                                    at::IntArrayRef kept, at::IntArrayRef wanted);
 
+// What the dispatcher ends in on CPU and CUDA. The caller that gives its dout away has it freed as soon as it is used
+// up.
+std::vector<Tensor> chain_backward_kernel(Tensor dout, at::TensorList tensors, at::TensorList kept_maps,
+                                          at::TensorList statistics, at::IntArrayRef links, at::ArrayRef<double> eps,
+                                          at::IntArrayRef kept, at::IntArrayRef wanted);
+
 }  // namespace fusedconvbn

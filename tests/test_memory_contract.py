@@ -80,6 +80,13 @@ def test_backward_allocates_the_remade_map_and_the_gradient_asked_for(format, in
         assert memory.peak < 2 * MAP + input_grad * INPUT + 2 * SMALL
 
 
+def test_backward_lets_go_of_the_gradient_that_it_was_given():
+    """It is used up when the gradient of the map is made, before that of the input is."""
+    x, w, dout = tensors(torch.channels_last)
+    memory = step(lambda x, w: layer(x, w) * 2, x, w, dout=dout)
+    assert memory.peak < 3 * MAP + 2 * SMALL  # the result, its gradient halfway, the remade map
+
+
 @LAYOUTS
 def test_eval_with_gradients_takes_a_convolution(format):
     x, w, dout = tensors(format)

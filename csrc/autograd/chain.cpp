@@ -1,6 +1,7 @@
 // Autograd of a chain: what is saved is its tensors, the kept maps and the statistics.
 #include <ATen/TensorOperators.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/record_function.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -25,6 +26,16 @@ bool needs_unfused(at::TensorList tensors) {
          std::any_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return t._fw_grad(/*level=*/0).defined(); });
 }
 
+// Whether nothing stands between a call without grad mode and the kernel: no tracing, no subclass, no mode.
+bool ends_in_kernel(const Tensor& dout) {
+  if (at::GradMode::is_enabled()) return false;
+  at::AutoDispatchBelowADInplaceOrView guard;
+  const auto all = c10::DispatchKeySet(c10::DispatchKeySet::FULL).remove(c10::DispatchKey::BackendSelect);
+  const auto keys = c10::impl::computeDispatchKeySet(dout.key_set(), all);
+  const auto key = keys.highestPriorityTypeId();
+  return key == c10::DispatchKey::CPU || key == c10::DispatchKey::CUDA;
+}
+
 struct ChainFunction : torch::autograd::Function<ChainFunction> {
   static Tensor forward(AutogradContext* ctx, at::TensorList tensors, at::IntArrayRef links, at::ArrayRef<double> eps,
                         at::IntArrayRef kept, ChainResult* result) {
@@ -42,7 +53,7 @@ struct ChainFunction : torch::autograd::Function<ChainFunction> {
     return output;
   }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+  static variable_list backward(AutogradContext* ctx, variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
     const auto all = at::TensorList(saved);
     const auto links = ctx->saved_data["links"].toIntVector();
@@ -53,8 +64,17 @@ struct ChainFunction : torch::autograd::Function<ChainFunction> {
     std::vector<int64_t> wanted;
     for (size_t i = 0; i < count; ++i)
       if (ctx->needs_input_grad(i)) wanted.push_back(i);
-    const auto computed = chain_backward(grads[0], all.slice(0, count), all.slice(count, kept.size()),
-                                         all.slice(last_kept), links, eps, kept, wanted);
+    const auto call = [&](const auto& backward, auto&& dout) {
+      return backward(std::forward<decltype(dout)>(dout), all.slice(0, count), all.slice(count, kept.size()),
+                      all.slice(last_kept), links, eps, kept, wanted);
+    };
+    std::vector<Tensor> computed;
+    if (ends_in_kernel(grads[0])) {
+      RECORD_FUNCTION("fusedconvbn::_chain_backward", {});
+      computed = call(chain_backward_kernel, std::move(grads[0]));
+    } else {
+      computed = call(chain_backward, grads[0]);
+    }
     variable_list result(count + 4);  // one for each argument of forward
     for (size_t k = 0; k < wanted.size(); ++k) result[wanted[k]] = computed[k];
     return result;
