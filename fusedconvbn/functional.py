@@ -1,4 +1,7 @@
-"""The operator as a function."""
+"""The operator as a function.
+
+TorchScript reads the signature: it takes no `X | None`, and for a list no default but None.
+"""
 
 from typing import Optional
 
@@ -10,7 +13,7 @@ from torch._jit_internal import BroadcastingList1  # an int, or one for each spa
 def conv_bn(
     input: Tensor,
     weight: Tensor,
-    bias: Optional[Tensor] = None,  # noqa: UP045 (TorchScript reads these annotations)
+    bias: Optional[Tensor] = None,  # noqa: UP045
     bn_weight: Optional[Tensor] = None,  # noqa: UP045
     bn_bias: Optional[Tensor] = None,  # noqa: UP045
     running_mean: Optional[Tensor] = None,  # noqa: UP045
@@ -18,11 +21,11 @@ def conv_bn(
     training: bool = True,
     momentum: float = 0.1,
     eps: float = 1e-5,
-    stride: BroadcastingList1[int] = 1,
-    padding: BroadcastingList1[int] = 0,
-    dilation: BroadcastingList1[int] = 1,
+    stride: Optional[BroadcastingList1[int]] = None,  # noqa: UP045
+    padding: Optional[BroadcastingList1[int]] = None,  # noqa: UP045
+    dilation: Optional[BroadcastingList1[int]] = None,  # noqa: UP045
     transposed: bool = False,
-    output_padding: BroadcastingList1[int] = 0,
+    output_padding: Optional[BroadcastingList1[int]] = None,  # noqa: UP045
     groups: int = 1,
     activation: str = "none",
     arithmetic: str = "batchnorm",
@@ -54,8 +57,9 @@ def conv_bn(
         training: normalise by the statistics of this batch, else by the running ones.
         momentum: :math:`m` above.
         eps: added to the variance, at least 0.
-        stride, padding, dilation, groups: as in ``torch.nn.functional.conv2d``; an int or one for each spatial dimension.
-        transposed: run ``conv_transpose*d`` instead, which also takes ``output_padding``.
+        stride, padding, dilation, groups: as in ``torch.nn.functional.conv2d``; an int, or one for each spatial
+            dimension. None stands for 1, 0 and 1.
+        transposed: run ``conv_transpose*d`` instead, which also takes ``output_padding`` (None: 0).
         activation: ``"none"`` or ``"relu"``.
         arithmetic: ``"batchnorm"``, or ``"tutorial"``: divide by :math:`\sqrt{v R / (R - 1)} + \mathrm{eps}`.
 
@@ -90,11 +94,11 @@ def conv_bn(
         training=training,
         momentum=momentum,
         eps=eps,
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
+        stride=[1] if stride is None else stride,
+        padding=[0] if padding is None else padding,
+        dilation=[1] if dilation is None else dilation,
         transposed=transposed,
-        output_padding=output_padding,
+        output_padding=[0] if output_padding is None else output_padding,
         groups=groups,
         activation=activation,
         arithmetic=arithmetic,

@@ -1,0 +1,89 @@
+"""What is installed: the two compiled parts, the metadata, and what is said when they do not fit."""
+
+import importlib.metadata
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fusedconvbn
+
+PACKAGE = Path(fusedconvbn.__file__).parent
+
+
+def python(*arguments, **options):
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, **options)
+
+
+def test_the_operators_have_no_python_symbol():
+    if shutil.which("nm") is None:
+        pytest.skip("nm was not found")
+    symbols = subprocess.run(
+        ["nm", "-D", "--undefined-only", PACKAGE / "_ops.so"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "conv" in symbols.stdout  # it did list them
+    assert not [s for s in symbols.stdout.split() if s.startswith(("Py", "_Py"))]
+
+
+def test_the_build_facts_need_no_torch(tmp_path):
+    """They are what can speak when the operators do not load."""
+    (library,) = PACKAGE.glob("_C*.so")
+    shutil.copy(library, tmp_path)
+    code = "import sys, json, _C; assert 'torch' not in sys.modules; print(json.dumps(_C.build_info()))"
+    result = python("-c", code, cwd=tmp_path, check=True)
+    assert json.loads(result.stdout)["torch"] == torch.__version__
+
+
+def test_command_line_shows_the_facts(tmp_path):
+    result = python("-m", "fusedconvbn", cwd=tmp_path, check=True)
+    for name, value in fusedconvbn.build_info().items():
+        assert name in result.stdout
+        assert str(value) in result.stdout or isinstance(value, tuple)
+
+
+def test_metadata_requires_the_torch_of_the_build():
+    minor = ".".join(torch.__version__.split(".")[:2])
+    assert importlib.metadata.requires("fusedconvbn") == [f"torch=={minor}.*"]
+    assert importlib.metadata.version("fusedconvbn") == fusedconvbn.__version__
+
+
+def copy_package(tmp_path):
+    shutil.copytree(PACKAGE, tmp_path / "fusedconvbn", ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path / "fusedconvbn"
+
+
+def test_another_torch_is_named(tmp_path):
+    package = copy_package(tmp_path)
+    (package / "_C.py").write_text("def build_info(): return {'torch': '2.3.1'}")
+    for library in package.glob("_C*.so"):
+        library.unlink()
+    result = python("-c", "import fusedconvbn", cwd=tmp_path)
+    assert (
+        f"ImportError: fusedconvbn was built against torch 2.3.1, found torch {torch.__version__}; run `pip install"
+        in result.stderr
+    )
+
+
+def test_a_library_that_does_not_load_is_explained(tmp_path):
+    package = copy_package(tmp_path)
+    (package / "_ops.so").write_bytes(b"not a library")
+    result = python("-c", "import fusedconvbn", cwd=tmp_path)
+    assert "ImportError: fusedconvbn, built against torch" in result.stderr
+    assert "to build it again" in result.stderr
+
+
+def test_sources_that_are_not_built_are_explained(tmp_path):
+    for library in copy_package(tmp_path).glob("*.so"):
+        library.unlink()
+    # An editable install would find the libraries of the sources.
+    code = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in str(f)]"
+    result = python("-c", f"{code}; import fusedconvbn", cwd=tmp_path)
+    assert "is not built" in result.stderr
+    assert "run `pip install .`" in result.stderr
