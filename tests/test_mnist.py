@@ -10,8 +10,8 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 
-idx = pytest.importorskip("idx")
-mnist = pytest.importorskip("mnist")
+import idx
+import mnist
 
 COUNTS = {"train": 5, "t10k": 3}
 
@@ -118,7 +118,6 @@ def test_load_mnist_digits(tmp_path):
 
 
 def test_load_digits():
-    pytest.importorskip("sklearn")
     data = mnist.load_digits(seed=1)
     assert data.train_images.shape == (1536, 1, 28, 28)
     assert data.test_images.shape == (261, 1, 28, 28)

@@ -1,0 +1,122 @@
+"""What only a GPU shows: streams, graphs, indices above 2³¹, and compute-sanitizer. The tests with a `device` argument
+run there too."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import requires_cuda
+from torch import nn
+
+from fusedconvbn import FusedConvBN2d, conv_bn
+from fusedconvbn.chain import Norm, pack
+
+pytestmark = requires_cuda
+
+
+def unfused(x, w):
+    return F.relu(F.batch_norm(F.conv2d(x, w, padding=1), None, None, training=True))
+
+
+def fused(x, w):
+    return conv_bn(x, w, padding=1, activation="relu")
+
+
+def test_the_current_stream_is_used():
+    x, w = torch.randn(8, 16, 64, 64, device="cuda"), torch.randn(32, 16, 3, 3, device="cuda")
+    expected = unfused(x + 1, w)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        late = x + 1
+        out = fused(late, w)
+    stream.synchronize()
+    torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("format", (torch.contiguous_format, torch.channels_last))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_a_training_step_can_be_captured_in_a_graph(dtype, format):
+    layer = (
+        FusedConvBN2d(16, 32, 3, padding=1, activation="relu")
+        .cuda()
+        .to(dtype, memory_format=format)
+    )
+    x = torch.randn(8, 16, 32, 32, device="cuda", dtype=dtype).to(memory_format=format)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            layer(x).sum().backward()
+    torch.cuda.current_stream().wait_stream(stream)
+    layer.zero_grad(set_to_none=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = layer(x)
+        out.float().square().sum().backward()
+    x.normal_()
+    before = layer.bn.running_mean.clone()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert not torch.equal(layer.bn.running_mean, before)
+    captured = [out.clone(), layer.conv.weight.grad.clone()]
+    layer.zero_grad()
+    again = layer(x)
+    again.float().square().sum().backward()
+    torch.testing.assert_close(captured, [again, layer.conv.weight.grad], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("channels_last", (False, True))
+def test_indices_above_32_bits(channels_last):
+    if torch.cuda.mem_get_info()[0] < 24 << 30:
+        pytest.skip("needs 24 GiB of free GPU memory")
+    shape = (2, 8, 11_600, 11_600)  # 2.15e9 values
+    format = torch.channels_last if channels_last else torch.contiguous_format
+    y = torch.empty(shape, device="cuda", dtype=torch.bfloat16, memory_format=format).normal_()
+    y[-1, -1] += 3
+    packed = pack(y, [Norm(activation="relu")])
+    out, _, (statistics,) = torch.ops.fusedconvbn._chain_forward(
+        packed.tensors, packed.links, packed.eps, []
+    )
+    last = torch.stack([y[n, -1].double().mean() for n in range(2)]).mean()
+    torch.testing.assert_close(statistics[0, -1].double(), last, rtol=1e-4, atol=1e-4)
+    mean, var = statistics[:, -1]
+    expected = ((y[-1, -1, -1].float() - mean) * (var + 1e-5).rsqrt()).relu()
+    torch.testing.assert_close(out[-1, -1, -1].float(), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_trains_like_the_unfused_network():
+    torch.backends.cudnn.allow_tf32 = False
+    results = []
+    for kind in ("fused", "unfused"):
+        torch.manual_seed(0)
+        conv, bn = nn.Conv2d(3, 32, 3, bias=False).cuda(), nn.BatchNorm2d(32).cuda()
+        layer = (
+            FusedConvBN2d.from_modules(conv, bn, "relu")
+            if kind == "fused"
+            else nn.Sequential(conv, bn, nn.ReLU())
+        )
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        x = torch.randn(16, 3, 32, 32, device="cuda")
+        for _ in range(5):
+            optimizer.zero_grad()
+            layer(x).square().mean().backward()
+            optimizer.step()
+        results.append([*layer.parameters(), bn.running_mean, bn.running_var])
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
+
+
+def test_compute_sanitizer():
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("compute-sanitizer was not found")
+    here = os.path.dirname(__file__)
+    tests = "test_float64_training and cuda and (every or wide or depthwise)"
+    command = [sanitizer, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q"]
+    command += ["-p", "no:cacheprovider", f"{here}/test_conv_bn.py", "-k", tests]
+    subprocess.run(command, check=True, cwd=here)
