@@ -14,7 +14,7 @@ CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 .PHONY: demo test lint check-cuda test-cuda bench build format clean
 
 demo: build
-	$(BIN)/python examples/mnist.py
+	$(BIN)/python examples/mnist.py --output output/mnist.png
 
 test: build lint check-cuda
 	$(BIN)/pytest

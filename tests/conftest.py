@@ -20,9 +20,13 @@ def device(request):
 
 @pytest.fixture(autouse=True)
 def seed():
-    """Every test draws the same numbers and leaves the generator and the number of threads as they were."""
+    """Every test draws the same numbers and leaves the generator and the number of threads as they were. cuDNN's
+    convolutions are exact float32, and the same every time."""
     threads = torch.get_num_threads()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    with (
+        torch.random.fork_rng(devices=range(torch.cuda.device_count())),
+        torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False),
+    ):
         torch.manual_seed(0)
         yield
     torch.set_num_threads(threads)

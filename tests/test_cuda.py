@@ -91,7 +91,6 @@ def test_indices_above_32_bits(channels_last):
 
 
 def test_trains_like_the_unfused_network():
-    torch.backends.cudnn.allow_tf32 = False
     results = []
     for kind in ("fused", "unfused"):
         torch.manual_seed(0)

@@ -1,0 +1,281 @@
+"""The layer and the experiment's network against their rivals, on one device and in one process.
+
+    python benchmarks/conv_bn.py [--device cuda] [--threads 1 2] [--quick]
+
+Every variant of a comparison does the same work on the same data. The variants take turns, step by step, and the ratio of
+their medians is what counts: on a shared machine the times themselves drift. Prints tables and writes
+benchmarks/results/conv_bn-<device>.json.
+"""
+
+import argparse
+import copy
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+import fusedconvbn
+from fusedconvbn import FusedConvBN, FusedConvBN2d, reference, track_memory
+
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "examples"))
+
+import mnist
+
+Step = Callable[[], None]
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+# in, out, kernel, image size, at batch 16 and channels_last: what a bottleneck of ResNet-50 is made of
+LAYERS = {
+    "64→256 1×1, 56²": (64, 256, 1, 56),
+    "64→64 3×3, 56²": (64, 64, 3, 56),
+    "512→128 1×1, 28²": (512, 128, 1, 28),
+}
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def time_interleaved(
+    steps: dict[str, Step], device: torch.device, rounds: int, label: str
+) -> dict[str, list[float]]:
+    """Seconds of each step of each variant; which one begins a round moves on."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    names = list(steps)
+    for i in tqdm(range(rounds + 2), desc=label, leave=False):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            synchronize(device)
+            start = time.perf_counter()
+            steps[name]()
+            synchronize(device)
+            if i >= 2:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def summarise(times: dict[str, list[float]], baseline: str) -> dict[str, dict[str, float]]:
+    medians = {name: statistics.median(t) for name, t in times.items()}
+    rows = {}
+    for name, t in times.items():
+        low, _, high = statistics.quantiles(t, n=4)
+        rows[name] = {
+            "milliseconds": 1e3 * medians[name],
+            "spread": (high - low) / medians[name],
+            "ratio": medians[name] / medians[baseline],
+        }
+    return rows
+
+
+def layer_steps(sizes: tuple[int, int, int, int], device: torch.device) -> dict[str, Step]:
+    cin, cout, k, size = sizes
+    format = torch.channels_last
+    conv = nn.Conv2d(cin, cout, k, padding=k // 2, bias=False).to(device, memory_format=format)
+    bn = nn.BatchNorm2d(cout).to(device)
+    layer = FusedConvBN2d.from_modules(copy.deepcopy(conv), copy.deepcopy(bn), "relu")
+    x = torch.randn(16, cin, size, size, device=device).to(memory_format=format).requires_grad_()
+    dout = torch.randn(16, cout, size, size, device=device).to(memory_format=format)
+
+    def unfused(x: Tensor) -> Tensor:
+        return F.relu_(bn(conv(x)))
+
+    forwards = {
+        "unfused": unfused,
+        "fused": layer,
+        "checkpoint": lambda x: checkpoint(unfused, x, use_reentrant=False),
+        "convolution alone": conv,
+    }
+
+    def step(forward: Callable[[Tensor], Tensor]) -> Step:
+        def run() -> None:
+            x.grad = None
+            forward(x).backward(dout)
+
+        return run
+
+    return {name: step(forward) for name, forward in forwards.items()}
+
+
+def networks(device: torch.device, format: torch.memory_format) -> dict[str, nn.Module]:
+    """The experiment's network: as it is, fused, and with the tutorial's layer, in Python and as ours."""
+    unfused = mnist.Net("batchnorm")
+    tutorial = mnist.Net("tutorial")
+    nets = {"unfused": unfused, "fused": unfused.fused()}
+    nets["tutorial, fused"] = tutorial.fused()
+    python = copy.deepcopy(tutorial.fused())
+    for block in (python.block1, python.block2):
+        block[0] = PythonConvBN(block[0])
+    nets["tutorial, Python reference"] = python
+    checkpointed = copy.deepcopy(unfused)
+    for name in ("block1", "block2"):
+        setattr(checkpointed, name, Checkpointed(getattr(checkpointed, name)))
+    nets["checkpoint"] = checkpointed
+    return {name: net.to(device, memory_format=format) for name, net in nets.items()}
+
+
+class PythonConvBN(nn.Module):
+    def __init__(self, layer: FusedConvBN) -> None:
+        super().__init__()
+        self.conv_weight, self.eps = layer.conv_weight, layer.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return reference.FusedConvBN2DFunction.apply(x, self.conv_weight, self.eps)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.block, x, use_reentrant=False)
+
+
+def network_step(net: nn.Module, images: Tensor, labels: Tensor) -> Step:
+    def run() -> None:
+        net.zero_grad()
+        F.nll_loss(net(images), labels).backward()
+
+    return run
+
+
+def measure_memory(step: Step, net: nn.Module, device: torch.device) -> dict[str, int]:
+    step()
+    net.zero_grad()
+    with track_memory(device) as memory:
+        step()
+    return {"saved": memory.saved, "end_of_forward": memory.end_of_forward, "peak": memory.peak}
+
+
+def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    print(f"\n{title}")
+    for first, *rest in (columns, *rows):
+        cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
+        print("  " + "  ".join([first.ljust(widths[0]), *cells]))
+
+
+def machine(device: torch.device) -> dict[str, str | int]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+    )
+    return {
+        "device": name,
+        "cores": os.cpu_count(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        **{key: str(value) for key, value in fusedconvbn.build_info().items()},
+        "torch": torch.__version__,
+        "fusedconvbn": fusedconvbn.__version__,
+        "commit": commit.stdout.strip(),
+    }
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--threads", type=int, nargs="+", default=[2, 1])
+    parser.add_argument("--batch", type=int, default=512, help="of the network")
+    parser.add_argument("--rounds", type=int, default=15, help="steps of each variant")
+    parser.add_argument("--quick", action="store_true", help="3 rounds, to see that it runs")
+    parser.add_argument(
+        "--output", type=Path, help="default: benchmarks/results/conv_bn-<device>.json"
+    )
+    arguments = parser.parse_args()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    device, rounds = arguments.device, 3 if arguments.quick else arguments.rounds
+    torch.manual_seed(0)
+    results: dict = {
+        "machine": machine(device),
+        "batch": arguments.batch,
+        "layers": {},
+        "network": {},
+        "memory": {},
+    }
+    print(", ".join(f"{k} {v}" for k, v in results["machine"].items() if v))
+
+    images = torch.randn(arguments.batch, 1, 28, 28, device=device)
+    labels = torch.randint(10, (arguments.batch,), device=device)
+    for format_name, format in FORMATS.items():
+        nets = networks(device, format)
+        steps = {name: network_step(net, images, labels) for name, net in nets.items()}
+        memory = {name: measure_memory(steps[name], nets[name], device) for name in nets}
+        results["memory"][format_name] = memory
+        base = memory["unfused"]
+        print_table(
+            f"Memory of a training step, batch {arguments.batch}, {format_name} (ratio to unfused)",
+            ["", "saved MiB", "", "end of forward", "", "peak", ""],
+            [
+                [
+                    name,
+                    *(
+                        cell
+                        for key in base
+                        for cell in (f"{m[key] / 2**20:.1f}", f"{m[key] / base[key]:.3f}")
+                    ),
+                ]
+                for name, m in memory.items()
+            ],
+        )
+
+    for threads in arguments.threads if device.type == "cpu" else [torch.get_num_threads()]:
+        torch.set_num_threads(threads)
+        key = f"{threads} threads"
+        results["network"][key], results["layers"][key] = {}, {}
+        for format_name, format in FORMATS.items():
+            nets = networks(device, format)
+            steps = {name: network_step(net, images, labels) for name, net in nets.items()}
+            rows = summarise(
+                time_interleaved(steps, device, rounds, f"network, {format_name}"), "unfused"
+            )
+            results["network"][key][format_name] = rows
+            show_times(f"Training step, batch {arguments.batch}, {format_name}, {key}", rows)
+        for name, sizes in LAYERS.items():
+            rows = summarise(
+                time_interleaved(layer_steps(sizes, device), device, rounds, name), "unfused"
+            )
+            results["layers"][key][name] = rows
+            show_times(
+                f"Forward and backward of one layer, {name}, batch 16, channels_last, {key}", rows
+            )
+
+    output = arguments.output or ROOT / f"benchmarks/results/conv_bn-{device.type}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    print(f"\n{output}")
+
+
+def show_times(title: str, rows: dict[str, dict[str, float]]) -> None:
+    print_table(
+        title,
+        ["", "ms", "spread", "ratio"],
+        [
+            [n, f"{r['milliseconds']:.1f}", f"{r['spread']:.0%}", f"{r['ratio']:.2f}"]
+            for n, r in rows.items()
+        ],
+    )
+
+
+if __name__ == "__main__":
+    main()
