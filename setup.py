@@ -11,7 +11,6 @@ import sys
 import sysconfig
 from glob import glob
 
-import pybind11
 from setuptools import Extension, setup
 
 if importlib.util.find_spec("torch") is None:
@@ -20,13 +19,16 @@ if importlib.util.find_spec("torch") is None:
     if sys.prefix == sys.base_prefix:
         paths.append(site.getusersitepackages())
     sys.path.extend(dict.fromkeys(paths))  # behind the build's own packages
-    if importlib.util.find_spec("torch") is None:
-        sys.exit(
-            "fusedconvbn: torch was not found. Install torch first, then `pip install .`; under uv or "
-            "`python -m build`, install torch, ninja, pybind11 and setuptools, and add --no-build-isolation "
-            "(uv) or --no-isolation (build)."
-        )
+if missing := [
+    name for name in ("torch", "pybind11", "ninja") if importlib.util.find_spec(name) is None
+]:
+    sys.exit(
+        f"fusedconvbn: {' and '.join(missing)} not found. Install torch first, then type `pip install .`; "
+        "under uv or `python -m build`, install torch, ninja, pybind11 and setuptools, and add "
+        "--no-build-isolation (uv) or --no-isolation (build)."
+    )
 
+import pybind11
 import torch
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
