@@ -48,6 +48,7 @@ void PackedChain::push(const Norm& norm, const std::optional<Tensor>& weight, co
 }
 
 std::vector<Link> unpack(at::IntArrayRef links, at::ArrayRef<double> eps, size_t tensor_count) {
+  // For users of the packed form alone; conv_bn has checked its arguments by name.
   constexpr auto malformed = "malformed chain: `links` ends inside a link or names what there is not";
   std::vector<Link> chain;
   size_t at = 0, norms = 0;
@@ -73,13 +74,16 @@ std::vector<Link> unpack(at::IntArrayRef links, at::ArrayRef<double> eps, size_t
       conv.groups = next();
       const auto n = next();
       for (auto* list : {&conv.stride, &conv.padding, &conv.dilation, &conv.output_padding}) *list = next_list(n);
+      for (const auto stride : conv.stride) TORCH_CHECK_VALUE(stride > 0, malformed);
       link.op = conv;
     } else {
       TORCH_CHECK_VALUE(kind == int64_t(Kind::norm) && norms < eps.size(), malformed);
       link.weight = next_tensor(next());
       link.bias = next_tensor(next());
-      const auto arithmetic = static_cast<Arithmetic>(next());
-      link.op = Norm{eps[norms++], arithmetic, static_cast<Activation>(next())};
+      const auto arithmetic = next(), activation = next();
+      TORCH_CHECK_VALUE(arithmetic >= 0 && arithmetic <= int64_t(Arithmetic::tutorial), malformed);
+      TORCH_CHECK_VALUE(activation >= 0 && activation <= int64_t(Activation::relu), malformed);
+      link.op = Norm{eps[norms++], static_cast<Arithmetic>(arithmetic), static_cast<Activation>(activation)};
     }
     chain.push_back(std::move(link));
   }
@@ -90,6 +94,8 @@ std::vector<Link> unpack(at::IntArrayRef links, at::ArrayRef<double> eps, size_t
 // ------------------------------------------------------------------------------------------- mathematics
 
 std::vector<c10::SymInt> Conv::output_sizes(c10::SymIntArrayRef input, c10::SymIntArrayRef weight) const {
+  TORCH_CHECK_VALUE(input.size() == stride.size() + 2 && weight.size() == input.size(),
+                    "expected a map and a weight of ", stride.size() + 2, " dimensions, got ", input, " and ", weight);
   std::vector<c10::SymInt> sizes{input[0], transposed ? weight[1] * groups : weight[0]};
   for (size_t d = 0; d < stride.size(); ++d) {
     const auto reach = (weight[d + 2] - 1) * dilation[d] + 1;  // of the kernel, in input values
@@ -115,6 +121,14 @@ Tensor unbiased_std(const Tensor& var, const c10::SymInt& count) {
   return at::sqrt(var * at::Scalar(c10::SymFloat(count) / c10::SymFloat(count - 1)));
 }
 
+// κ / a
+Tensor kappa_over_scale(const Norm& norm, const Tensor& var, const Tensor& r, int64_t count) {
+  if (norm.arithmetic == Arithmetic::batchnorm) return r * r / double(count);
+  const auto s = unbiased_std(var, count);
+  // In a constant channel S2 is 0 as well as s, and so is the term.
+  return (r / (s * double(count - 1))).masked_fill_(s == 0, 0);
+}
+
 }  // namespace
 
 Tensor inverse_std(const Norm& norm, const Tensor& var, const c10::SymInt& count) {
@@ -126,18 +140,6 @@ Tensor inverse_running_std(const Norm& norm, const Tensor& running_var) {
   return norm.arithmetic == Arithmetic::batchnorm ? at::rsqrt(running_var + norm.eps)
                                                   : (at::sqrt(running_var) + norm.eps).reciprocal();
 }
-
-namespace {
-
-// κ / a
-Tensor kappa_over_scale(const Norm& norm, const Tensor& var, const Tensor& r, int64_t count) {
-  if (norm.arithmetic == Arithmetic::batchnorm) return r * r / double(count);
-  const auto s = unbiased_std(var, count);
-  // In a constant channel S2 is 0 as well as s, and so is the term.
-  return (r / (s * double(count - 1))).masked_fill_(s == 0, 0);
-}
-
-}  // namespace
 
 // --------------------------------------------------------------------------------------------- execution
 
@@ -193,7 +195,9 @@ class Execution {
     if (wanted_[0]) grads_[0] = std::move(grad_);
 
     std::vector<Tensor> result;
-    for (const auto t : wanted) result.push_back(std::move(grads_[t]));
+    for (const auto t : wanted) {  // that of a bias that cancels was not computed
+      result.push_back(grads_[t].defined() ? grads_[t] : at::zeros_like(tensor(t)));
+    }
     return result;
   }
 
@@ -215,6 +219,7 @@ class Execution {
       } else {
         const auto& norm = *chain_[i].norm();
         const auto y = dense(in);
+        TORCH_CHECK_VALUE(y.numel() > 0, "a norm link needs values, got shape ", y.sizes());
         const bool in_place = free_to_overwrite || !y.is_same(in);
         if (!statistics_[i].defined()) statistics_[i] = channel_kernels(y).stats(y);
         maps_[i + 1] = in_place ? y : at::empty_like(y);
@@ -245,19 +250,35 @@ class Execution {
   // The kernels read the two dense layouts; any other map is copied into the one it is nearer to.
   static Tensor dense(const Tensor& t) { return channel_layout(t) ? t : t.contiguous(t.suggest_memory_format()); }
   static Tensor dense_like(const Tensor& t, const Tensor& like) {
+    TORCH_CHECK_VALUE(t.sizes() == like.sizes() && t.scalar_type() == like.scalar_type() && t.device() == like.device(),
+                      "expected a gradient like the output, ", like.toString(), like.sizes(), ", got ", t.toString(),
+                      t.sizes());
     const auto layout = channel_layout(t);
     if (layout && layout->channels_last == channel_layout(like)->channels_last) return t;
     return at::empty_like(like).copy_(t);
   }
 
+  // A vector of the norm link at `y`, as the kernels read it; undefined when absent.
+  Tensor channel_vector(int64_t place, const Tensor& y) const {
+    if (place < 0) return {};
+    const auto& t = tensors_[place];
+    TORCH_CHECK_VALUE(t.dim() == 1 && t.size(0) == y.size(1) && t.device() == y.device(), "expected a vector of ",
+                      y.size(1), " values on ", y.device(), ", got ", t.toString(), t.sizes());
+    return t.to(statistics_dtype(y)).contiguous();
+  }
+
   // (mean, scale = a, shift = β) and r.
   std::pair<Affine, Tensor> affine(const Norm& norm, size_t i, const Tensor& y) const {
-    const auto mean = statistics_[i].select(0, 0), var = statistics_[i].select(0, 1);
-    const auto r = inverse_std(norm, var, y.numel() / y.size(1));
-    const auto weight = optional_tensor(chain_[i].weight), bias = optional_tensor(chain_[i].bias);
-    return {Affine{mean, weight ? r * weight->to(r.scalar_type()) : r,
-                   bias ? bias->to(r.scalar_type()).contiguous() : at::zeros_like(r)},
-            r};
+    const auto& statistics = statistics_[i];
+    TORCH_CHECK_VALUE(statistics.sizes() == at::IntArrayRef({2, y.size(1)}) && statistics.is_contiguous() &&
+                          statistics.scalar_type() == statistics_dtype(y) && statistics.device() == y.device(),
+                      "expected the statistics of a map of shape ", y.sizes(), ", got ", statistics.toString(),
+                      statistics.sizes());
+    const auto r = inverse_std(norm, statistics.select(0, 1), y.numel() / y.size(1));
+    const auto weight = channel_vector(chain_[i].weight, y), bias = channel_vector(chain_[i].bias, y);
+    return {
+        Affine{statistics.select(0, 0), weight.defined() ? r * weight : r, bias.defined() ? bias : at::zeros_like(r)},
+        r};
   }
 
   // reached: the gradient of T_i is needed. read: a backward that will run reads T_i.
@@ -272,34 +293,31 @@ class Execution {
     read_.assign(maps_.size(), false);
     reached_[0] = wanted_[0];
     for (size_t i = 0; i < chain_.size(); ++i) {
-      reached_[i + 1] = reached_[i] || this->wanted(chain_[i].weight) || this->wanted(chain_[i].bias);
+      const bool bias = this->wanted(chain_[i].bias) && !bias_cancels(chain_, i);
+      reached_[i + 1] = reached_[i] || this->wanted(chain_[i].weight) || bias;
       read_[i] = reached_[i + 1];
     }
   }
 
   void conv_backward(const Conv& conv, size_t i) {
     const auto& link = chain_[i];
-    const Tensor in = take_map(i);
+    const Tensor in = std::move(maps_[i]);
     const auto& weight = tensor(link.weight);
-    const bool cancels = bias_cancels(chain_, i);
-    std::array<bool, 3> mask{bool(reached_[i]), wanted(link.weight), wanted(link.bias) && !cancels};
-    Tensor din, dweight, dbias;
-    if (mask[0] || mask[1] || mask[2]) {
-      const auto bias_sizes = mask[2] ? at::OptionalIntArrayRef(tensor(link.bias).sizes()) : std::nullopt;
-      std::tie(din, dweight, dbias) =
-          at::convolution_backward(grad_, in, weight, bias_sizes, conv.stride, conv.padding, conv.dilation,
-                                   conv.transposed, conv.output_padding, conv.groups, mask);
-    }
+    const std::array<bool, 3> mask{reached_[i], wanted(link.weight), wanted(link.bias) && !bias_cancels(chain_, i)};
+    const auto bias_sizes = mask[2] ? at::OptionalIntArrayRef(tensor(link.bias).sizes()) : std::nullopt;
+    auto [din, dweight, dbias] =
+        at::convolution_backward(grad_, in, weight, bias_sizes, conv.stride, conv.padding, conv.dilation,
+                                 conv.transposed, conv.output_padding, conv.groups, mask);
     const auto format = conv_memory_format(in, weight);
     if (mask[1]) grads_[link.weight] = dweight.contiguous(format);
-    if (wanted(link.bias)) grads_[link.bias] = cancels ? at::zeros_like(tensor(link.bias)) : dbias;
+    if (mask[2]) grads_[link.bias] = dbias;
     grad_ = mask[0] ? din.contiguous(format) : Tensor();
   }
 
   void norm_backward(const Norm& norm, size_t i, bool grad_owned) {
     const auto& link = chain_[i];
     const bool y_owned = i < remade_.size() && remade_[i];
-    const Tensor in = take_map(i);
+    const Tensor in = std::move(maps_[i]);
     const auto y = dense(in);
     const auto dout = dense_like(grad_, y);
     const auto count = y.numel() / y.size(1);
@@ -319,8 +337,6 @@ class Execution {
     kernels.grad_apply_(out, dout, y, affine, slope, offset, norm.activation);
     grad_ = std::move(out);
   }
-
-  Tensor take_map(size_t i) { return std::move(maps_[i]); }
 
   at::TensorList tensors_;
   std::vector<Link> chain_;

@@ -129,6 +129,10 @@ def test_what_was_kept_is_not_written_to():
         (dict(kept=[2]), "`kept` names map 2 of a chain of 2 links"),
         (dict(kept=[0]), "`kept` names map 0"),
         (dict(tensors=2), "malformed chain"),
+        (dict(links=[0, 0, 0, 1, 2, 0, 1, 0, 0, 1, 1, 0, 0, 1, 0, 0, 0, 0]), "malformed chain"),
+        (dict(links=[1, 0, 0, 2, 0], tensors=1), "malformed chain"),
+        (dict(links=[1, 0, 0, 0, 9], tensors=1), "malformed chain"),
+        (dict(links=[1, 1, 0, 0, 0], tensors=2), "expected a vector of 3 values"),
     ],
 )
 def test_malformed_chains(change, message):
@@ -141,3 +145,46 @@ def test_malformed_chains(change, message):
             change.get("eps", packed.eps),
             change.get("kept", []),
         )
+
+
+BACKWARD = {
+    "dout of another shape": (
+        dict(dout=torch.zeros(2, 4, 5, 4)),
+        "expected a gradient like the output",
+    ),
+    "dout of another dtype": (
+        dict(dout=torch.zeros(2, 4, 5, 3)),
+        "expected a gradient like the output",
+    ),
+    "statistics missing": (dict(statistics=[]), "the chain has more norm links"),
+    "statistics of another shape": (
+        dict(statistics=[torch.zeros(2, 9)]),
+        "expected the statistics",
+    ),
+    "statistics of another dtype": (
+        dict(statistics=[torch.zeros(2, 4)]),
+        "expected the statistics",
+    ),
+    "kept maps missing": (dict(kept=[1]), "got 0 kept maps for 1 places"),
+    "wanted": (dict(wanted=[5]), "`wanted` names tensor 5 of 4"),
+}
+
+
+@pytest.mark.parametrize("name", BACKWARD)
+def test_malformed_backward(name):
+    change, message = BACKWARD[name]
+    packed = pack(
+        draw(2, 3, 4, 3), [Conv(draw(4, 3, 2, 1), padding=(1, 0)), Norm(draw(4), draw(4))]
+    )
+    tensors = [t.detach() for t in packed.tensors]
+    out, _, statistics = ops._chain_forward(tensors, packed.links, packed.eps, [])
+    arguments = dict(
+        dout=torch.ones_like(out),
+        tensors=tensors,
+        kept_maps=[],
+        statistics=statistics,
+        links=packed.links,
+    )
+    arguments |= dict(eps=packed.eps, kept=[], wanted=[0]) | change
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        ops._chain_backward(**arguments)
