@@ -60,3 +60,20 @@ def test_chain(dtype, channels_last, kept):
             (torch.randn_like(out), packed.tensors, maps, statistics, *arguments[1:], kept, wanted),
             **tolerances,
         )
+
+
+@pytest.mark.parametrize("formats", [(False, True), (True, False)], ids=("input", "weight"))
+def test_chain_whose_input_and_weight_differ_in_memory_format(formats):
+    x, w = torch.randn(2, 3, 7, 5), torch.randn(4, 3, 3, 2)
+    x, w = (
+        t.contiguous() if contiguous else t.to(memory_format=torch.channels_last)
+        for t, contiguous in zip((x, w), formats, strict=True)
+    )
+    packed = pack(x, [Conv(w), Norm()])
+    arguments = (packed.tensors, packed.links, packed.eps)
+    torch.library.opcheck(ops._chain_forward.default, (*arguments, []))
+    out, _, statistics = ops._chain_forward(*arguments, [])
+    torch.library.opcheck(
+        ops._chain_backward.default,
+        (torch.randn_like(out), packed.tensors, [], statistics, *arguments[1:], [], [0, 1]),
+    )
