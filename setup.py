@@ -42,7 +42,15 @@ if build_cuda and not (torch.version.cuda and CUDA_HOME):
 
 warnings = ["-Wall", "-Wextra"]
 # Without trapping mathematics a select becomes a masked vector operation; no value changes.
-cxx_flags = ["-O3", "-g0", "-fno-trapping-math", "-fopenmp", "-fvisibility=hidden", *warnings]
+cxx_flags = [
+    "-std=c++20",
+    "-O3",
+    "-g0",
+    "-fno-trapping-math",
+    "-fopenmp",
+    "-fvisibility=hidden",
+    *warnings,
+]
 sources = sorted(
     glob("csrc/*.cpp")
     + [
@@ -56,7 +64,7 @@ ops = (CUDAExtension if build_cuda else CppExtension)(
     "fusedconvbn._ops",
     sources,
     define_macros=[("AT_PER_OPERATOR_HEADERS", None)],
-    extra_compile_args={"cxx": cxx_flags, "nvcc": ["-O3"]},
+    extra_compile_args={"cxx": cxx_flags, "nvcc": ["-std=c++20", "-O3"]},
     extra_link_args=["-fopenmp"],
     py_limited_api=True,  # does not link libtorch_python: a C++ program can load the library
 )

@@ -169,9 +169,11 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 
 def machine(device: torch.device) -> dict[str, str | int]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    )
+    git = ["git", "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        commit = "unknown"
     return {
         "device": name,
         "cores": os.cpu_count(),
@@ -180,7 +182,7 @@ def machine(device: torch.device) -> dict[str, str | int]:
         **{key: str(value) for key, value in fusedconvbn.build_info().items()},
         "torch": torch.__version__,
         "fusedconvbn": fusedconvbn.__version__,
-        "commit": commit.stdout.strip(),
+        "commit": commit,
     }
 
 

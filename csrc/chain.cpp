@@ -74,6 +74,7 @@ std::vector<Link> unpack(at::IntArrayRef links, at::ArrayRef<double> eps, size_t
       conv.groups = next();
       const auto n = next();
       for (auto* list : {&conv.stride, &conv.padding, &conv.dilation, &conv.output_padding}) *list = next_list(n);
+      TORCH_CHECK_VALUE(conv.groups > 0, malformed);
       for (const auto stride : conv.stride) TORCH_CHECK_VALUE(stride > 0, malformed);
       link.op = conv;
     } else {
@@ -89,6 +90,12 @@ std::vector<Link> unpack(at::IntArrayRef links, at::ArrayRef<double> eps, size_t
   }
   TORCH_CHECK_VALUE(!chain.empty() && norms == eps.size() && tensor == int64_t(tensor_count), malformed);
   return chain;
+}
+
+void check_places(const char* name, at::IntArrayRef places, int64_t first, int64_t last) {
+  for (const auto i : places)
+    TORCH_CHECK_VALUE(i >= first && i <= last, "expected `", name, "` between ", first, " and ", last, ", got ",
+                      places);
 }
 
 // ------------------------------------------------------------------------------------------- mathematics
@@ -121,12 +128,12 @@ Tensor unbiased_std(const Tensor& var, const c10::SymInt& count) {
   return at::sqrt(var * at::Scalar(c10::SymFloat(count) / c10::SymFloat(count - 1)));
 }
 
-// κ / a
-Tensor kappa_over_scale(const Norm& norm, const Tensor& var, const Tensor& r, int64_t count) {
-  if (norm.arithmetic == Arithmetic::batchnorm) return r * r / double(count);
+// ρ in κ = (a/R)·r·ρ
+Tensor rho(const Norm& norm, const Tensor& var, const Tensor& r, int64_t count) {
+  if (norm.arithmetic == Arithmetic::batchnorm) return r;
   const auto s = unbiased_std(var, count);
   // In a constant channel S2 is 0 as well as s, and so is the term.
-  return (r / (s * double(count - 1))).masked_fill_(s == 0, 0);
+  return (s.reciprocal() * (double(count) / double(count - 1))).masked_fill_(s == 0, 0);
 }
 
 }  // namespace
@@ -155,11 +162,8 @@ class Execution {
         statistics_(chain_.size()) {
     maps_[0] = tensors[0];
     kept_[0] = true;
-    for (const auto i : kept) {
-      TORCH_CHECK_VALUE(i > 0 && i < int64_t(chain_.size()), "`kept` names map ", i, " of a chain of ", chain_.size(),
-                        " links; inner maps are 1 to ", chain_.size() - 1);
-      kept_[i] = true;
-    }
+    check_places("kept", kept, 1, int64_t(chain_.size()) - 1);
+    for (const auto i : kept) kept_[i] = true;
   }
 
   ChainResult forward(at::IntArrayRef kept) {
@@ -177,11 +181,10 @@ class Execution {
                       " places");
     for (size_t k = 0; k < kept.size(); ++k) maps_[kept[k]] = kept_maps[k];
     size_t norms = 0;
-    for (size_t i = 0; i < chain_.size(); ++i) {
-      if (!chain_[i].norm()) continue;
-      TORCH_CHECK_VALUE(norms < statistics.size(), "got ", norms, " statistics, the chain has more norm links");
-      statistics_[i] = statistics[norms++];
-    }
+    for (const auto& link : chain_) norms += link.norm() != nullptr;
+    TORCH_CHECK_VALUE(statistics.size() == norms, "got ", statistics.size(), " statistics for ", norms, " norm links");
+    for (size_t i = chain_.size(); i-- > 0;)
+      if (chain_[i].norm()) statistics_[i] = statistics[--norms];
     plan_gradients(wanted);
 
     grad_ = std::move(dout);
@@ -219,7 +222,6 @@ class Execution {
       } else {
         const auto& norm = *chain_[i].norm();
         const auto y = dense(in);
-        TORCH_CHECK_VALUE(y.numel() > 0, "a norm link needs values, got shape ", y.sizes());
         const bool in_place = free_to_overwrite || !y.is_same(in);
         if (!statistics_[i].defined()) statistics_[i] = channel_kernels(y).stats(y);
         maps_[i + 1] = in_place ? y : at::empty_like(y);
@@ -248,7 +250,10 @@ class Execution {
   }
 
   // The kernels read the two dense layouts; any other map is copied into the one it is nearer to.
-  static Tensor dense(const Tensor& t) { return channel_layout(t) ? t : t.contiguous(t.suggest_memory_format()); }
+  static Tensor dense(const Tensor& t) {
+    TORCH_CHECK_VALUE(t.dim() >= 2 && t.numel() > 0, "a norm link needs values in channels, got shape ", t.sizes());
+    return channel_layout(t) ? t : t.contiguous(t.suggest_memory_format());
+  }
   static Tensor dense_like(const Tensor& t, const Tensor& like) {
     TORCH_CHECK_VALUE(t.sizes() == like.sizes() && t.scalar_type() == like.scalar_type() && t.device() == like.device(),
                       "expected a gradient like the output, ", like.toString(), like.sizes(), ", got ", t.toString(),
@@ -285,10 +290,8 @@ class Execution {
   void plan_gradients(at::IntArrayRef wanted) {
     wanted_.resize(tensors_.size());
     grads_.resize(tensors_.size());
-    for (const auto t : wanted) {
-      TORCH_CHECK_VALUE(t >= 0 && t < int64_t(tensors_.size()), "`wanted` names tensor ", t, " of ", tensors_.size());
-      wanted_[t] = true;
-    }
+    check_places("wanted", wanted, 0, int64_t(tensors_.size()) - 1);
+    for (const auto t : wanted) wanted_[t] = true;
     reached_.assign(maps_.size(), false);
     read_.assign(maps_.size(), false);
     reached_[0] = wanted_[0];
@@ -326,13 +329,14 @@ class Execution {
 
     const auto sums = kernels.grad_stats(dout, y, affine, norm.activation);
     const auto s1 = sums.select(0, 0), s2 = sums.select(0, 1);
-    if (wanted(link.weight)) grads_[link.weight] = (r * s2).to(tensor(link.weight).scalar_type());
+    const auto dweight = r * s2;
+    if (wanted(link.weight)) grads_[link.weight] = dweight.to(tensor(link.weight).scalar_type());
     if (wanted(link.bias)) grads_[link.bias] = s1.to(tensor(link.bias).scalar_type(), false, true);
     if (!reached_[i]) return grad_.reset();
 
-    const auto kappa = kappa_over_scale(norm, statistics_[i].select(0, 1), r, count);
-    const auto slope = -affine.scale * kappa * s2;
-    const auto offset = affine.scale * s1 * (-1. / double(count));
+    const auto factor = affine.scale * (-1. / double(count));  // −a/R
+    const auto slope = factor * dweight * rho(norm, statistics_[i].select(0, 1), r, count);
+    const auto offset = factor * s1;
     Tensor out = y_owned || !y.is_same(in) ? y : grad_owned || !dout.is_same(grad_) ? dout : at::empty_like(y);
     kernels.grad_apply_(out, dout, y, affine, slope, offset, norm.activation);
     grad_ = std::move(out);

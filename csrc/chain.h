@@ -6,8 +6,8 @@
 // The backward of either link reads its input and nothing else. A plan names the inner maps that are kept;
 // the others are remade in backward from the nearest kept one before them, with the statistics already known.
 //
-//   a = γ·r      r = 1/√(v + eps)        κ = a·r²/R            batchnorm
-//                r = 1/(s + eps)         κ = a·r/((R−1)·s)     tutorial, s = √(v·R/(R−1))
+//   a = γ·r      κ = (a/R)·r·ρ      r = 1/√(v + eps)      ρ = r                  batchnorm
+//                                   r = 1/(s + eps)       ρ = R/((R−1)·s)        tutorial, s = √(v·R/(R−1))
 //
 //   du = act'(u)·dout      S1 = Σ du      S2 = Σ du·(T − μ)
 //   dβ = S1      dγ = r·S2      dT = a·du − κ·S2·(T − μ) − (a/R)·S1
@@ -63,6 +63,9 @@ struct PackedChain {
 };
 
 std::vector<Link> unpack(at::IntArrayRef links, at::ArrayRef<double> eps, size_t tensor_count);
+
+// An error unless every place is one of first … last.
+void check_places(const char* name, at::IntArrayRef places, int64_t first, int64_t last);
 
 // r of the table above, from the biased variance of `count` values or from a running variance, which is unbiased.
 at::Tensor inverse_std(const Norm& norm, const at::Tensor& var, const c10::SymInt& count);

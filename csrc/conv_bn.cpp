@@ -71,6 +71,15 @@ void check_vector(const char* name, const Optional& t, const Tensor& input, cons
                    half && !convolution ? ") or Float, got " : "), got ", t->scalar_type());
 }
 
+// Of a running statistic that is to be updated: an error there would come after the other one was.
+void check_writable(const char* name, const Tensor& t) {
+  TORCH_CHECK_VALUE(!t.requires_grad(), "conv_bn: expected ", name, " that does not require grad");
+  TORCH_CHECK_VALUE(t.sym_size(0) <= 1 || t.sym_stride(0) != 0, "conv_bn: expected ", name,
+                    " with a place in memory for each value, got an expanded tensor");
+  TORCH_CHECK_VALUE(!t.is_inference() || c10::InferenceMode::is_enabled(), "conv_bn: expected ", name,
+                    " that can be updated, got an inference tensor outside inference mode");
+}
+
 // Everything that can be wrong is found here, before anything is computed.
 Arguments check(const Tensor& input, const Tensor& weight, const Optional& bias, const Optional& bn_weight,
                 const Optional& bn_bias, const Optional& running_mean, const Optional& running_var, bool training,
@@ -147,8 +156,10 @@ Arguments check(const Tensor& input, const Tensor& weight, const Optional& bias,
   TORCH_CHECK_VALUE(!training || values != 1,
                     "conv_bn: expected more than 1 value per channel when training, got output shape ",
                     c10::SymIntArrayRef(out));
-  TORCH_CHECK_VALUE(!training || !running_mean || !(running_mean->requires_grad() || running_var->requires_grad()),
-                    "conv_bn: expected running_mean and running_var that do not require grad");
+  if (training && running_mean) {
+    check_writable("running_mean", *running_mean);
+    check_writable("running_var", *running_var);
+  }
   return {conv, norm};
 }
 
@@ -218,10 +229,11 @@ Tensor conv_bn(const Tensor& input, const Tensor& weight, const Optional& bias, 
   const auto [output, kept, statistics] = chain_forward(chain.tensors, chain.links, chain.eps, {});
 
   if (running_mean) {
-    auto mean = statistics[0].select(0, 0);
+    const auto batch = statistics[0].detach();
+    auto mean = batch.select(0, 0);
     if (bias) mean = mean + bias->detach();
     const auto count = output.sym_numel() / output.sym_size(1);
-    const auto var = statistics[0].select(0, 1) * at::Scalar(c10::SymFloat(count) / c10::SymFloat(count - 1));
+    const auto var = batch.select(0, 1) * at::Scalar(c10::SymFloat(count) / c10::SymFloat(count - 1));
     update_running(*running_mean, mean, momentum);
     update_running(*running_var, var, momentum);
   }

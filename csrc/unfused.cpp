@@ -28,6 +28,7 @@ Tensor activate(const Tensor& u, Activation activation) {
 ChainResult unfused_chain(at::TensorList tensors, at::IntArrayRef links, at::ArrayRef<double> eps,
                           at::IntArrayRef kept) {
   const auto chain = unpack(links, eps, tensors.size());
+  check_places("kept", kept, 1, int64_t(chain.size()) - 1);
   std::vector<Tensor> maps{tensors[0]}, kept_maps, statistics;
   for (size_t i = 0; i < chain.size(); ++i) {
     const auto t = maps.back();
@@ -52,7 +53,7 @@ ChainResult unfused_chain(at::TensorList tensors, at::IntArrayRef links, at::Arr
     maps.push_back(activate(out, norm.activation).to(t.scalar_type()));
     statistics.push_back(at::stack({mean, var}));
   }
-  for (const auto i : kept) kept_maps.push_back(maps.at(i));
+  for (const auto i : kept) kept_maps.push_back(maps[i]);
   return {maps.back(), kept_maps, statistics};
 }
 

@@ -42,8 +42,8 @@ def conv_bn(
     parameters and a few vectors; :math:`Y` is remade there by a second convolution. In training the running statistics
     become :math:`(1 - m)\,\mathrm{running} + m\,\mathrm{batch}` once, with the unbiased variance
     :math:`v R / (R - 1)`. A bias in front of batch statistics only shifts the running mean; its gradient is zero.
-    With ``training=False`` the running statistics are folded into the weight, one convolution is run, and autograd
-    keeps its input alone.
+    With ``training=False`` the running statistics are folded into the weight and one convolution is run; autograd keeps
+    its input and, of a ReLU, the result.
 
     Args:
         input: :math:`(N, C_\mathrm{in}, *)` with 1 to 3 spatial dimensions; float64, float32, bfloat16 or float16.

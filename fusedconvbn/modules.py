@@ -39,23 +39,38 @@ class _ConvBN(nn.Module):
 
     def __init__(self, conv: nn.Module, bn: nn.Module, activation: str | nn.Module | None) -> None:
         super().__init__()
-        name = type(self).__name__
-        for argument, module, expected in (
-            ("conv", conv, self.conv_class),
-            ("bn", bn, self.bn_class),
-        ):
-            if not isinstance(module, expected):
-                raise TypeError(
-                    f"{name}: expected {argument} to be an nn.{expected.__name__}, got {type(module).__name__}"
-                )
-        if bn.num_features != conv.out_channels:
-            raise ValueError(
-                f"{name}: expected bn with the out_channels of conv ({conv.out_channels}) as num_features, "
-                f"got {bn.num_features}"
-            )
         self.conv = conv
         self.bn = bn
         self.activation = _activation_name(activation)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._accept(name, value)
+        super().__setattr__(name, value)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        self._accept(name, module)
+        super().add_module(name, module)
+
+    def _accept(self, name: str, module: Any) -> None:
+        """Refuses a child that the layer would not run, now or when it is exchanged, and reads a convolution's
+        options: they are those it has when it becomes a child."""
+        if name not in ("conv", "bn"):
+            return
+        layer, expected = type(self).__name__, self.conv_class if name == "conv" else self.bn_class
+        if not isinstance(module, expected):
+            raise TypeError(
+                f"{layer}: expected {name} to be an nn.{expected.__name__}, got {type(module).__name__}"
+            )
+        children = {**self._modules, name: module}
+        if len(children) == 2 and children["bn"].num_features != children["conv"].out_channels:
+            raise ValueError(
+                f"{layer}: expected bn with the out_channels of conv ({children['conv'].out_channels}) as "
+                f"num_features, got {children['bn'].num_features}"
+            )
+        if name == "conv":
+            self._read_options(module)
+
+    def _read_options(self, conv: nn.Module) -> None:
         self.transposed = bool(conv.transposed)
         self._stride = list(conv.stride)
         self._dilation = list(conv.dilation)

@@ -2,7 +2,7 @@
 # Installs a CUDA build of the package into the environment $1, from a copy of the sources: the objects and libraries of
 # the other build stay as they are.
 set -eu
-venv=$1
+venv=$(cd "$1" && pwd)
 sources=$venv/sources
 mkdir -p "$sources"
 rm -rf "$sources/csrc" "$sources/fusedconvbn"
@@ -17,4 +17,4 @@ if [ -z "${CUDA_HOME:-}" ]; then
 fi
 export CUDA_HOME FORCE_CUDA=1
 export TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-8.0;9.0;10.0}"
-"$venv/bin/pip" install --quiet --no-build-isolation --no-deps --force-reinstall "./$sources"
+"$venv/bin/pip" install --quiet --no-build-isolation --no-deps --force-reinstall "$sources"

@@ -126,25 +126,22 @@ def test_what_was_kept_is_not_written_to():
         (dict(links=[0, 0, 0]), "ends inside a link"),
         (dict(links=[7]), "ends inside a link or names what there is not"),
         (dict(eps=[]), "malformed chain"),
-        (dict(kept=[2]), "`kept` names map 2 of a chain of 2 links"),
-        (dict(kept=[0]), "`kept` names map 0"),
+        (dict(kept=[2]), "expected `kept` between 1 and 1"),
+        (dict(kept=[0]), "expected `kept` between 1 and 1, got"),
         (dict(tensors=2), "malformed chain"),
         (dict(links=[0, 0, 0, 1, 2, 0, 1, 0, 0, 1, 1, 0, 0, 1, 0, 0, 0, 0]), "malformed chain"),
         (dict(links=[1, 0, 0, 2, 0], tensors=1), "malformed chain"),
         (dict(links=[1, 0, 0, 0, 9], tensors=1), "malformed chain"),
-        (dict(links=[1, 1, 0, 0, 0], tensors=2), "expected a vector of 3 values"),
     ],
 )
 def test_malformed_chains(change, message):
     packed = pack(draw(2, 3, 4, 3), links("cn"))
     tensors = packed.tensors[: change.get("tensors")]
-    with pytest.raises(ValueError, match=message):
-        ops._chain_forward(
-            tensors,
-            change.get("links", packed.links),
-            change.get("eps", packed.eps),
-            change.get("kept", []),
-        )
+    for device in ("cpu", "meta"):
+        arguments = dict(tensors=tensors, links=packed.links, eps=packed.eps, kept=[]) | change
+        arguments["tensors"] = [t.to(device) for t in tensors]
+        with pytest.raises(ValueError, match=message):
+            ops._chain_forward(**arguments)
 
 
 BACKWARD = {
@@ -156,7 +153,7 @@ BACKWARD = {
         dict(dout=torch.zeros(2, 4, 5, 3)),
         "expected a gradient like the output",
     ),
-    "statistics missing": (dict(statistics=[]), "the chain has more norm links"),
+    "statistics missing": (dict(statistics=[]), "got 0 statistics for 1 norm links"),
     "statistics of another shape": (
         dict(statistics=[torch.zeros(2, 9)]),
         "expected the statistics",
@@ -166,7 +163,11 @@ BACKWARD = {
         "expected the statistics",
     ),
     "kept maps missing": (dict(kept=[1]), "got 0 kept maps for 1 places"),
-    "wanted": (dict(wanted=[5]), "`wanted` names tensor 5 of 4"),
+    "statistics that are not contiguous": (
+        dict(statistics=[torch.zeros(4, 2).double().t()]),
+        "expected the statistics",
+    ),
+    "wanted": (dict(wanted=[5]), "expected `wanted` between 0 and 3"),
 }
 
 
@@ -186,5 +187,18 @@ def test_malformed_backward(name):
         links=packed.links,
     )
     arguments |= dict(eps=packed.eps, kept=[], wanted=[0]) | change
-    with pytest.raises((ValueError, RuntimeError), match=message):
+    with pytest.raises(ValueError, match=message):
         ops._chain_backward(**arguments)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4, 3), (2, 3, 0, 3), (2, 0, 4, 3), (3,)])
+def test_a_norm_link_without_values(shape):
+    packed = pack(torch.zeros(shape), [Norm()])
+    with pytest.raises(ValueError, match="a norm link needs values in channels"):
+        ops._chain_forward(packed.tensors, packed.links, packed.eps, [])
+
+
+def test_norm_vectors_of_another_length():
+    packed = pack(draw(2, 3, 4, 3), [Norm(draw(1), None)])
+    with pytest.raises(ValueError, match="expected a vector of 3 values"):
+        ops._chain_forward(packed.tensors, packed.links, packed.eps, [])

@@ -171,6 +171,82 @@ def test_functional_transforms():
     )
 
 
+def test_vmap_and_batched_gradients():
+    case = CASES["2d bias"]
+    tensors = case.tensors()
+    running = case.running()
+    x = torch.stack((tensors["input"], tensors["input"] * 2)).detach()
+    rest = {n: t for n, t in tensors.items() if n != "input"}
+    for options in ({}, {"training": False, **running}):
+        torch.testing.assert_close(
+            torch.func.vmap(lambda x, o=options: fused({"input": x, **rest}, case, **o))(x),
+            torch.func.vmap(lambda x, o=options: unfused({"input": x, **rest}, case, **o))(x),
+        )
+    douts = torch.randn(2, *fused(tensors, case).shape, dtype=torch.float64)
+    batched = [
+        torch.autograd.grad(f(tensors, case), list(tensors.values()), douts, is_grads_batched=True)
+        for f in (fused, unfused)
+    ]
+    torch.testing.assert_close(*batched)
+
+
+def test_forward_mode_leaves_running_statistics_without_tangents():
+    case = CASES["2d bias"]
+    tensors, running, expected = case.tensors(), case.running(), case.running()
+    unfused(tensors, case, **expected)
+    with torch.autograd.forward_ad.dual_level():
+        x = tensors["input"]
+        tensors["input"] = torch.autograd.forward_ad.make_dual(x, x.sin())
+        out = fused(tensors, case, **running)
+        assert torch.autograd.forward_ad.unpack_dual(out).tangent is not None
+        for t in running.values():
+            assert torch.autograd.forward_ad.unpack_dual(t).tangent is None
+    assert not any(t.requires_grad for t in running.values())
+    torch.testing.assert_close(running, expected)
+
+
+def test_tangent_of_the_gradient_of_the_output():
+    case = CASES["2d plain"]
+    tensors = case.tensors()
+    x = tensors["input"]
+    tangents = []
+    for function in (fused, unfused):
+        out = function(tensors, case)
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(out.detach(), out.detach().sin())
+            (grad,) = torch.autograd.grad(out, x, dual)
+            tangents.append(torch.autograd.forward_ad.unpack_dual(grad).tangent)
+    torch.testing.assert_close(*tangents)
+
+
+@pytest.mark.parametrize("argument", ("input", "weight", "bias", "bn_weight", "bn_bias"))
+def test_tensors_whose_sign_is_lazy(argument):
+    case = CASES["2d every option"]
+    tensors = case.tensors()
+    tensors[argument] = torch._neg_view(tensors[argument].detach()).requires_grad_()
+    results, dout = run(fused, tensors, case)
+    expected, _ = run(unfused, tensors, case, dout)
+    torch.testing.assert_close(results, expected)
+
+
+def test_backward_inside_an_autocast_that_was_off_in_forward():
+    """CUDA's autocast also lowers aten::convolution, which remakes the map; here CPU's is made to."""
+
+    def lowered(x, w, *rest):
+        with torch.autocast("cpu", enabled=False):
+            return torch.ops.aten.convolution(x.bfloat16(), w.bfloat16(), *rest)
+
+    case = CASES["2d no affine"]
+    tensors = case.tensors(torch.float32)
+    out = fused(tensors, case)
+    expected = torch.autograd.grad(out.sin().sum(), list(tensors.values()), retain_graph=True)
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl("convolution", lowered, "AutocastCPU")
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            grads = torch.autograd.grad(out.sin().sum(), list(tensors.values()))
+    torch.testing.assert_close(grads, expected)
+
+
 @pytest.mark.parametrize("momentum", (0.0, 0.25, 1.0))
 def test_momentum(momentum):
     case = CASES["2d bias"]

@@ -110,12 +110,45 @@ def test_trains_like_the_unfused_network():
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
 
 
-def test_compute_sanitizer():
+@pytest.mark.parametrize(
+    "shape", [(64, 64, 56, 56), (32, 2048, 7, 7), (16, 520, 14, 14), (3, 24, 33, 29)], ids=str
+)
+@pytest.mark.parametrize(
+    "format", (torch.contiguous_format, torch.channels_last), ids=("nchw", "nhwc")
+)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+def test_maps_of_many_parts(dtype, format, shape):
+    """A norm link alone is the four kernels; the maps are as large as those of a network."""
+    y = torch.randn(shape, device="cuda").to(dtype).to(memory_format=format) + 2
+    dout = torch.randn(shape, device="cuda").to(dtype).to(memory_format=format)
+    weight = torch.rand(shape[1], device="cuda") + 0.5
+    bias = torch.randn(shape[1], device="cuda")
+    tensors = [t.requires_grad_() for t in (y, weight, bias)]
+    packed = pack(y, [Norm(weight, bias, activation="relu")])
+    out = torch.ops.fusedconvbn._chain_forward(packed.tensors, packed.links, packed.eps, [])[0]
+    grads = torch.autograd.grad(out, tensors, dout)
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    expected = F.batch_norm(exact[0], None, None, *exact[1:], training=True).relu()
+    expected_grads = torch.autograd.grad(expected, exact, dout.double())
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    for value, truth in zip((out, *grads), (expected, *expected_grads), strict=True):
+        error = (value.double() - truth).norm() / truth.norm()
+        assert error < tolerance
+
+
+@pytest.mark.parametrize("tool", ("memcheck", "racecheck"))
+def test_compute_sanitizer(tool):
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         pytest.skip("compute-sanitizer was not found")
     here = os.path.dirname(__file__)
-    tests = "test_float64_training and cuda and (every or wide or depthwise)"
-    command = [sanitizer, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q"]
-    command += ["-p", "no:cacheprovider", f"{here}/test_conv_bn.py", "-k", tests]
-    subprocess.run(command, check=True, cwd=here)
+    tests = "(test_float64_training or test_error_is_not_above) and cuda and (every or wide or depthwise)"
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9"]
+    if tool == "memcheck":
+        command += ["--report-api-errors", "no"]  # torch makes harmless ones when it starts
+    command += [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command += [f"{here}/test_conv_bn.py", "-k", tests]
+    # Without the caching allocator each tensor has an allocation of its own, whose end is watched.
+    subprocess.run(
+        command, check=True, cwd=here, env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    )

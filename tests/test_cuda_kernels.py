@@ -205,6 +205,17 @@ def test_statistics_far_from_zero(shim, shape):
     torch.testing.assert_close(stats[1], var, rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("shape", [(False, 4, 2, 1023), (True, 4092, 2, 1)])
+@pytest.mark.parametrize("mean", (1e4, 3e19))
+def test_a_large_mean_costs_the_variance_nothing(shim, shape, mean):
+    y = _map(shape, torch.float64) * mean / 1e4 + mean
+    y = y.float()
+    var, mean = torch.var_mean(y.double(), _dims(y), correction=0)
+    stats = Kernels(shim, shape, torch.float32).stats(y).double()
+    torch.testing.assert_close(stats[0], mean, rtol=1e-6, atol=0)
+    torch.testing.assert_close(stats[1], var, rtol=1e-5, atol=0)
+
+
 def test_not_finite_values_stay_in_their_channel(shim):
     torch.manual_seed(0)
     shape = (False, 2, 3, 70)

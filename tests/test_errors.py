@@ -82,7 +82,17 @@ BAD = {
     "running_mean with a gradient": (
         dict(running_mean=vector().requires_grad_()),
         ValueError,
-        "running_mean and running_var that do not require grad",
+        "expected running_mean that does not require grad",
+    ),
+    "expanded running_var": (
+        dict(running_var=torch.ones(1).expand(6)),
+        ValueError,
+        "expected running_var with a place in memory for each value",
+    ),
+    "inference tensor": (
+        dict(running_var=torch.inference_mode()(vector)()),
+        ValueError,
+        "expected running_var that can be updated, got an inference tensor",
     ),
     "eval without statistics": (
         dict(training=False, running_mean=None, running_var=None),
@@ -181,13 +191,21 @@ BAD = {
 }
 
 
+TRAINING_ONLY = (
+    "one value for each channel",
+    "running_mean with a gradient",
+    "expanded running_var",
+    "inference tensor",
+)
+
+
 @pytest.mark.filterwarnings("ignore:.*quantiz.*")
 @pytest.mark.parametrize("name", BAD)
 @pytest.mark.parametrize("training", (True, False))
 def test_bad_arguments(name, training):
     change, error, message = BAD[name]
     arguments = {"input": X, "weight": W, "training": training, **running(), **change}
-    if not training and name in ("one value for each channel", "running_mean with a gradient"):
+    if not training and name in TRAINING_ONLY:
         conv_bn(**arguments)  # no error in eval mode
         return
     before = {
@@ -244,6 +262,18 @@ def test_bad_modules(name):
     arguments = {"conv": nn.Conv2d(3, 4, 2), "bn": nn.BatchNorm2d(4), "activation": None, **change}
     with pytest.raises(error, match=message):
         FusedConvBN2d.from_modules(**arguments)
+
+
+def test_children_are_checked_when_they_are_exchanged():
+    layer = FusedConvBN2d(3, 4, 2)
+    with pytest.raises(TypeError, match="expected bn to be an nn.BatchNorm2d, got SyncBatchNorm"):
+        nn.SyncBatchNorm.convert_sync_batchnorm(layer)
+    with pytest.raises(TypeError, match="expected conv to be an nn.Conv2d, got Identity"):
+        layer.conv = nn.Identity()
+    with pytest.raises(ValueError, match="as num_features, got 5"):
+        layer.bn = nn.BatchNorm2d(5)
+    layer.conv = nn.Conv2d(3, 4, 3, stride=2)
+    assert layer(torch.randn(2, 3, 7, 7)).shape == (2, 4, 3, 3)
 
 
 def test_a_failed_call_does_not_count_a_batch():

@@ -1,4 +1,6 @@
 // Autograd of a chain: what is saved is its tensors, the kept maps and the statistics.
+#include "../chain.h"
+
 #include <ATen/TensorOperators.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/record_function.h>
@@ -20,19 +22,25 @@ bool any_requires_grad(at::TensorList tensors) {
          std::any_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return t.requires_grad(); });
 }
 
-// A C++ autograd function has no rule for forward mode and none for functorch.
-bool needs_unfused(at::TensorList tensors) {
-  return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerBackMode) ||
-         std::any_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return t._fw_grad(/*level=*/0).defined(); });
+bool any_has_tangent(at::TensorList tensors) {
+  return std::any_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return t._fw_grad(/*level=*/0).defined(); });
 }
 
-// Whether nothing stands between a call without grad mode and the kernel: no tracing, no subclass, no mode.
-bool ends_in_kernel(const Tensor& dout) {
-  if (at::GradMode::is_enabled()) return false;
+// A C++ autograd function has no rule for forward mode and none for torch.func.
+bool needs_unfused(at::TensorList tensors) {
+  return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerBackMode) ||
+         any_has_tangent(tensors);
+}
+
+// Whether nothing stands between a call of the backward operator and its kernel: no derivative of it, no tracing, no
+// subclass, no mode, no lazy negation.
+bool ends_in_kernel(const Tensor& dout, at::TensorList saved) {
+  if (at::GradMode::is_enabled() || any_has_tangent(dout)) return false;
   at::AutoDispatchBelowADInplaceOrView guard;
+  auto keys = dout.key_set();
+  for (const auto& t : saved) keys = keys | t.key_set();
   const auto all = c10::DispatchKeySet(c10::DispatchKeySet::FULL).remove(c10::DispatchKey::BackendSelect);
-  const auto keys = c10::impl::computeDispatchKeySet(dout.key_set(), all);
-  const auto key = keys.highestPriorityTypeId();
+  const auto key = c10::impl::computeDispatchKeySet(keys, all).highestPriorityTypeId();
   return key == c10::DispatchKey::CPU || key == c10::DispatchKey::CUDA;
 }
 
@@ -54,6 +62,8 @@ struct ChainFunction : torch::autograd::Function<ChainFunction> {
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list& grads) {
+    // Forward settled the dtypes; under an autocast of the caller a remade map would have another one.
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     const auto saved = ctx->get_saved_variables();
     const auto all = at::TensorList(saved);
     const auto links = ctx->saved_data["links"].toIntVector();
@@ -69,7 +79,7 @@ struct ChainFunction : torch::autograd::Function<ChainFunction> {
                       all.slice(last_kept), links, eps, kept, wanted);
     };
     std::vector<Tensor> computed;
-    if (ends_in_kernel(grads[0])) {
+    if (ends_in_kernel(grads[0], saved)) {
       RECORD_FUNCTION("fusedconvbn::_chain_backward", {});
       computed = call(chain_backward_kernel, std::move(grads[0]));
     } else {
@@ -96,28 +106,47 @@ ChainResult chain_forward_autograd(at::TensorList tensors, at::IntArrayRef links
 // The backward of backward: the gradients of the unfused chain, which autograd can follow.
 std::vector<Tensor> differentiable_backward(const Tensor& dout, at::TensorList tensors, at::IntArrayRef links,
                                             at::ArrayRef<double> eps, at::IntArrayRef wanted) {
+  check_places("wanted", wanted, 0, int64_t(tensors.size()) - 1);
+  const bool create_graph = at::GradMode::is_enabled();
+  const at::AutoGradMode grad_mode(true);
   variable_list own;  // so that a tensor which was made from another one does not pass its gradient on
   for (const auto& t : tensors) own.push_back(t.view_as(t));
   const auto output = std::get<0>(unfused_chain(own, links, eps, {}));
   variable_list inputs;
   for (const auto i : wanted) inputs.push_back(own[i]);
-  auto grads = torch::autograd::grad({output}, inputs, {dout}, /*retain_graph=*/true,
-                                     /*create_graph=*/true, /*allow_unused=*/true);
+  auto grads = torch::autograd::grad({output}, inputs, {dout}, /*retain_graph=*/create_graph, create_graph,
+                                     /*allow_unused=*/true);
   for (size_t k = 0; k < grads.size(); ++k)
     if (!grads[k].defined()) grads[k] = inputs[k] * 0;  // of a bias that cancels; part of the graph like the others
   return grads;
 }
 
+std::vector<Tensor> chain_backward_batched(const Tensor& dout, at::TensorList tensors, at::TensorList, at::TensorList,
+                                           at::IntArrayRef links, at::ArrayRef<double> eps, at::IntArrayRef,
+                                           at::IntArrayRef wanted) {
+  return differentiable_backward(dout, tensors, links, eps, wanted);
+}
+
 std::vector<Tensor> chain_backward_autograd(const Tensor& dout, at::TensorList tensors, at::TensorList kept_maps,
                                             at::TensorList statistics, at::IntArrayRef links, at::ArrayRef<double> eps,
                                             at::IntArrayRef kept, at::IntArrayRef wanted) {
-  if (any_requires_grad(tensors) || any_requires_grad(dout))
+  if (any_requires_grad(tensors) || any_requires_grad(dout) || any_has_tangent(tensors) || any_has_tangent(dout))
     return differentiable_backward(dout, tensors, links, eps, wanted);
   at::AutoDispatchBelowADInplaceOrView guard;
   return chain_backward(dout, tensors, kept_maps, statistics, links, eps, kept, wanted);
 }
 
 }  // namespace
+
+// torch.func.vmap
+TORCH_LIBRARY_IMPL(fusedconvbn, FuncTorchBatchedDecomposition, m) {
+  m.impl("conv_bn", TORCH_FN(conv_bn));
+  m.impl("_chain_forward", TORCH_FN(unfused_chain));
+  m.impl("_chain_backward", TORCH_FN(chain_backward_batched));
+}
+
+// torch.autograd.grad(…, is_grads_batched=True)
+TORCH_LIBRARY_IMPL(fusedconvbn, Batched, m) { m.impl("_chain_backward", TORCH_FN(chain_backward_batched)); }
 
 TORCH_LIBRARY_IMPL(fusedconvbn, Autograd, m) {
   m.impl("_chain_forward", TORCH_FN(chain_forward_autograd));

@@ -22,8 +22,12 @@ namespace {
 template <typename T>
 using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-constexpr unsigned threads = 256;      // of a block
-constexpr int64_t most_blocks = 1184;  // 8 for each of 148 multiprocessors, a B200's
+constexpr unsigned threads = 256;  // of a block
+// Blocks at most. Channels last, each of them first reads the vectors of its channels: no more than run at a time, 4 on
+// each of an H100's 132 multiprocessors. Contiguous, more of them make the last wave smaller.
+constexpr int64_t most_row_blocks = 528;
+constexpr int64_t most_reduction_blocks = 4736;  // the parts of which are merged
+constexpr int64_t most_plane_blocks = 16384;
 constexpr int64_t vector_bytes = 16;
 constexpr int64_t steps = 4;  // vectors a thread should do, before more blocks are used
 
@@ -102,21 +106,26 @@ struct GradApply {
   }
 };
 
-// Mean and Σ (y − mean)² of `count` values.
+// The mean, which is origin + mean, and Σ (y − mean)² of `count` values. The origin is a value near the mean, kept
+// apart because their sum rounds more when |mean| ≫ std.
 template <typename acc>
 struct Moments {
-  acc count, mean, squares;
+  acc count, origin, mean, squares;
 
   template <typename other>
   __device__ void merge(const Moments<other>& b) {
-    const acc total = count + b.count;
-    if (total == acc(0)) return;
-    const acc delta = acc(b.mean) - mean, share = acc(b.count) / total;
+    if (b.count == other(0)) return;
+    if (count == acc(0)) {
+      *this = {acc(b.count), acc(b.origin), acc(b.mean), acc(b.squares)};
+      return;
+    }
+    const acc total = count + acc(b.count), share = acc(b.count) / total;
+    const acc delta = (acc(b.origin) - origin) + (acc(b.mean) - mean);
     mean += delta * share;
-    squares += acc(b.squares) + delta * delta * count * share;
+    squares += acc(b.squares) + delta * delta * (count * share);
     count = total;
   }
-  __device__ acc first() const { return mean; }
+  __device__ acc first() const { return origin + mean; }
   __device__ acc second() const { return squares / count; }  // the variance
 };
 
@@ -149,23 +158,29 @@ struct Stats {
     acc origin = 0, sum = 0, squares = 0;
     int count = 0;
 
+    __device__ __forceinline__ void start(acc value) {
+      origin = value - value == acc(0) ? value : acc(0);
+    }  // if finite
     __device__ __forceinline__ void add(acc value) {
-      if (count == 0) origin = value - value == acc(0) ? value : acc(0);  // 0 where it is not finite
       const acc d = value - origin;
       sum += d;
       squares += d * d;
       ++count;
     }
     __device__ Partial<acc> partial() const {
-      if (count == 0) return {0, 0, 0};
+      if (count == 0) return {0, 0, 0, 0};
       const acc shifted = sum / acc(count), rest = squares - sum * shifted;
-      return {acc(count), origin + shifted, rest < acc(0) ? acc(0) : rest};
+      return {acc(count), origin, shifted, rest < acc(0) ? acc(0) : rest};
     }
   };
 
   template <int V, int stride>
   __device__ __forceinline__ void run(int64_t at, const Channel*, Accumulator* accumulators) const {
     const auto v = load<V>(y, at);
+    if (accumulators[0].count == 0) {
+#pragma unroll
+      for (int j = 0; j <= (V - 1) * stride; ++j) accumulators[j].start(acc(v.values[j]));
+    }
 #pragma unroll
     for (int j = 0; j < V; ++j) accumulators[j * stride].add(acc(v.values[j]));
   }
@@ -326,8 +341,17 @@ __global__ void __launch_bounds__(threads)
     merge_partials(const Partial<acc>* partial, int64_t parts, int64_t channels, acc* result) {
   const int64_t c = int64_t(blockIdx.x) * merged_channels + threadIdx.x;
   Partial<double> merged{};
-  if (c < channels)
-    for (int64_t k = threadIdx.y; k < parts; k += blockDim.y) merged.merge(partial[k * channels + c]);
+  constexpr int batch = 4;  // loads under way at a time
+  for (int64_t k = threadIdx.y; c < channels && k < parts; k += batch * blockDim.y) {
+    Partial<acc> next[batch];
+#pragma unroll
+    for (int i = 0; i < batch; ++i) {
+      const int64_t part = k + i * int64_t(blockDim.y);
+      next[i] = part < parts ? partial[part * channels + c] : Partial<acc>{};
+    }
+#pragma unroll
+    for (int i = 0; i < batch; ++i) merged.merge(next[i]);
+  }
 
   __shared__ Partial<double> shared[threads];
   const unsigned t = threadIdx.y * merged_channels + threadIdx.x;
@@ -365,10 +389,9 @@ dim3 row_block(int64_t vectors) {
   return {x, threads / x, 1};
 }
 
-// How many parts a reduction is cut into, when `blocks` blocks are there anyway and each part could have `units`
-// steps of all its threads.
-int64_t parts_for(int64_t blocks, int64_t units) {
-  return std::clamp<int64_t>(std::min(most_blocks / blocks, units / steps), 1, most_blocks);
+// How many parts the work is cut into, when one part has `blocks` blocks and each block `units` steps to do.
+int64_t parts_for(int64_t most, int64_t blocks, int64_t units) {
+  return std::clamp<int64_t>(std::min(most / blocks, units / steps), 1, most);
 }
 
 template <typename Op>
@@ -384,13 +407,13 @@ void reduce(const Map& map, const Op& op, std::initializer_list<const void*> poi
       const int64_t vectors = map.channels / V;
       const dim3 block = row_block(vectors);
       const int64_t columns = ceil_div(vectors, block.x);
-      parts = parts_for(columns, map.outer / block.y);
+      parts = parts_for(most_row_blocks, columns, map.outer / block.y);
       const int64_t length = ceil_div(map.outer, parts);
       launch(reduce_channels_last<Op, V>, dim3(columns, parts), block, stream, op, map.outer, map.channels, length,
              partial);
     } else {
       const Planes<V> planes(map.inner);
-      parts = parts_for(map.channels, map.outer * planes.width / threads);
+      parts = parts_for(most_reduction_blocks, map.channels, map.outer * planes.width / threads);
       const int64_t length = ceil_div(map.outer * planes.width, parts);
       launch(reduce_contiguous<Op, V>, dim3(map.channels, parts), dim3(threads), stream, op, planes, map.outer,
              map.channels, length, partial);
@@ -409,12 +432,12 @@ void elementwise(const Map& map, const Op& op, std::initializer_list<const void*
       const int64_t vectors = map.channels / V;
       const dim3 block = row_block(vectors);
       const int64_t columns = ceil_div(vectors, block.x);
-      const int64_t parts = parts_for(columns, map.outer / block.y);
+      const int64_t parts = parts_for(most_row_blocks, columns, map.outer / block.y);
       launch(elementwise_channels_last<Op, V>, dim3(columns, parts), block, stream, op, map.outer, map.channels);
     } else {
       const Planes<V> planes(map.inner);
       const int64_t count = map.outer * map.channels;
-      const int64_t blocks = parts_for(1, count * planes.width / threads);
+      const int64_t blocks = parts_for(most_plane_blocks, 1, count * planes.width / threads);
       launch(elementwise_contiguous<Op, V>, dim3(blocks), dim3(threads), stream, op, planes, count, map.channels);
     }
   });
@@ -438,9 +461,10 @@ void with_dtype(Dtype dtype, const F& f) {
 
 int64_t scratch_bytes(const Map& map) {
   const int64_t acc = map.dtype == Dtype::f64 ? sizeof(double) : sizeof(float);
-  // At most parts_for's parts of the widest blocks, 32 channels each, or of one channel each.
-  const int64_t blocks = map.channels_last ? ceil_div(map.channels, 32 * whole_vector<c10::Half>) : map.channels;
-  return std::max<int64_t>(most_blocks / blocks, 1) * map.channels * 3 * acc;
+  // At most parts_for's parts, with the widest blocks: 32 vectors of channels, or one channel.
+  const int64_t parts = map.channels_last ? most_row_blocks / ceil_div(map.channels, 32 * whole_vector<c10::Half>)
+                                          : most_reduction_blocks / map.channels;
+  return std::max<int64_t>(parts, 1) * map.channels * 4 * acc;
 }
 
 void channel_stats(const Map& map, const void* y, void* scratch, void* result, cudaStream_t stream) {

@@ -14,6 +14,7 @@ namespace {
 ChainResult chain_forward_meta(at::TensorList tensors, at::IntArrayRef links, at::ArrayRef<double> eps,
                                at::IntArrayRef kept) {
   const auto chain = unpack(links, eps, tensors.size());
+  check_places("kept", kept, 1, int64_t(chain.size()) - 1);
   std::vector<Tensor> maps{tensors[0]}, kept_maps, statistics;
   for (const auto& link : chain) {
     const auto t = maps.back();
@@ -28,7 +29,7 @@ ChainResult chain_forward_meta(at::TensorList tensors, at::IntArrayRef links, at
       statistics.push_back(at::empty_symint({2, t.sym_size(1)}, t.options().dtype(statistics_dtype(t))));
     }
   }
-  for (const auto i : kept) kept_maps.push_back(maps.at(i));
+  for (const auto i : kept) kept_maps.push_back(maps[i]);
   return {maps.back(), kept_maps, statistics};
 }
 
@@ -36,8 +37,9 @@ std::vector<Tensor> chain_backward_meta(const Tensor&, at::TensorList tensors, a
                                         at::IntArrayRef links, at::ArrayRef<double> eps, at::IntArrayRef,
                                         at::IntArrayRef wanted) {
   // A convolution returns both gradients in the format of its result.
-  auto grads = tensors.vec();
   const auto chain = unpack(links, eps, tensors.size());
+  check_places("wanted", wanted, 0, int64_t(tensors.size()) - 1);
+  auto grads = tensors.vec();
   auto t = tensors[0];
   for (size_t i = 0; i < chain.size(); ++i) {
     if (const auto* conv = chain[i].conv()) {
