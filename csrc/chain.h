@@ -32,7 +32,6 @@ struct Conv {
   int64_t groups;
 
   std::vector<c10::SymInt> output_sizes(c10::SymIntArrayRef input, c10::SymIntArrayRef weight) const;
-  int64_t out_channels(const at::Tensor& weight) const;
 };
 
 struct Norm {

@@ -266,9 +266,9 @@ def test_bad_modules(name):
 
 def test_children_are_checked_when_they_are_exchanged():
     layer = FusedConvBN2d(3, 4, 2)
-    with pytest.raises(TypeError, match="expected bn to be an nn.BatchNorm2d, got SyncBatchNorm"):
+    with pytest.raises(TypeError, match=r"expected bn to be .* got SyncBatchNorm"):
         nn.SyncBatchNorm.convert_sync_batchnorm(layer)
-    with pytest.raises(TypeError, match="expected conv to be an nn.Conv2d, got Identity"):
+    with pytest.raises(TypeError, match=r"expected conv to be .* got Identity"):
         layer.conv = nn.Identity()
     with pytest.raises(ValueError, match="as num_features, got 5"):
         layer.bn = nn.BatchNorm2d(5)

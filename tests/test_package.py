@@ -87,3 +87,26 @@ def test_sources_that_are_not_built_are_explained(tmp_path):
     result = python("-c", f"{code}; import fusedconvbn", cwd=tmp_path)
     assert "is not built" in result.stderr
     assert "run `pip install .`" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "source", ("channel_kernels", "channel_loops_baseline", "channel_loops_avx512")
+)
+def test_cpu_kernels_compile_for_aarch64(source, tmp_path):
+    compiler = shutil.which("aarch64-linux-gnu-g++")
+    sources = Path(__file__).parent.parent / "csrc/cpu"
+    if compiler is None:
+        pytest.skip("aarch64-linux-gnu-g++ was not found")
+    include = Path(torch.__file__).parent / "include"
+    command = [
+        compiler,
+        "-std=c++20",
+        "-O3",
+        "-fno-trapping-math",
+        "-fopenmp",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+    ]
+    command += ["-DAT_PER_OPERATOR_HEADERS", "-isystem", include, "-c", sources / f"{source}.cpp"]
+    subprocess.run([*command, "-o", tmp_path / "object.o"], check=True)

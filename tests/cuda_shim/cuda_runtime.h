@@ -1,5 +1,6 @@
 // Stands in for CUDA's header of this name, so that the kernel sources compile as C++ and run on the CPU: the threads
-// of a block are threads, __syncthreads is a barrier, and the blocks run one after another.
+// of a block are threads, __syncthreads is a barrier, and the blocks run one after another. (The kernels use no warp
+// shuffles.)
 #pragma once
 
 #include <barrier>
