@@ -80,6 +80,7 @@ struct ChainFunction : torch::autograd::Function<ChainFunction> {
     };
     std::vector<Tensor> computed;
     if (ends_in_kernel(grads[0], saved)) {
+      const at::AutoDispatchBelowADInplaceOrView below_autograd;
       RECORD_FUNCTION("fusedconvbn::_chain_backward", {});
       computed = call(chain_backward_kernel, std::move(grads[0]));
     } else {
