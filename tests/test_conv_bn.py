@@ -314,6 +314,18 @@ def test_values_that_are_not_finite(value):
         torch.testing.assert_close(results[name], expected[name], equal_nan=True, msg=name)
 
 
+def test_relu_has_the_gradient_0_at_0():
+    case = CASES["2d plain"]
+    tensors = case.tensors()
+    with torch.no_grad():
+        tensors["bn_weight"].zero_()
+        tensors["bn_bias"].zero_()
+    results, dout = run(fused, tensors, case)
+    expected, _ = run(unfused, tensors, case, dout)
+    assert torch.count_nonzero(expected["bn_bias"]) == 0
+    torch.testing.assert_close(results, expected)
+
+
 def test_empty_batch():
     case = Case((0, 3, 6, 5), (4, 3, 3, 3))
     tensors, running, before = case.tensors(), case.running(), case.running()
