@@ -47,9 +47,8 @@ std::vector<int64_t> spatial(const char* name, at::IntArrayRef values, size_t n,
 
 void check_tensor(const char* name, const Tensor& t, const Tensor& input) {
   TORCH_CHECK_VALUE(t.defined(), "conv_bn: expected ", name, " to be a tensor, got an undefined one");
-  TORCH_CHECK_TYPE(t.layout() == at::kStrided && !t.is_quantized(), "conv_bn: expected ", name, " to be dense, got ",
-                   t.is_quantized() ? "a quantised tensor" : "layout ",
-                   t.is_quantized() ? c10::Layout::Strided : t.layout());
+  TORCH_CHECK_TYPE(!t.is_quantized(), "conv_bn: expected ", name, " to be dense, got a quantised tensor");
+  TORCH_CHECK_TYPE(t.layout() == at::kStrided, "conv_bn: expected ", name, " to be dense, got layout ", t.layout());
   const auto dtype = t.scalar_type();
   TORCH_CHECK_TYPE(dtype == at::kDouble || dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf,
                    "conv_bn: expected ", name, " of dtype float64, float32, bfloat16 or float16, got ", dtype);
