@@ -1,11 +1,17 @@
 #include "chain.h"
 
+#include <ATen/CachedTensorUtils.h>
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/full_like.h>
+#include <ATen/ops/ones_like.h>
 #include <ATen/ops/rsqrt.h>
 #include <ATen/ops/sqrt.h>
+#include <ATen/ops/stack.h>
+#include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
@@ -13,6 +19,8 @@
 
 #include "channel_kernels.h"
 #include "ops.h"
+#include "process_group.h"
+#include "recompute_check.h"
 
 namespace fusedconvbn {
 
@@ -22,7 +30,8 @@ namespace {
 
 enum class Kind : int64_t { conv = 0, norm = 1 };
 
-void append(std::vector<int64_t>& to, const std::vector<int64_t>& from) {
+template <typename T>
+void append(std::vector<T>& to, const std::vector<T>& from) {
   to.insert(to.end(), from.begin(), from.end());
 }
 
@@ -41,13 +50,16 @@ void PackedChain::push(const Conv& conv, const Tensor& weight, const std::option
   for (const auto* list : {&conv.stride, &conv.padding, &conv.dilation, &conv.output_padding}) append(links, *list);
 }
 
-void PackedChain::push(const Norm& norm, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias) {
+void PackedChain::push(const Norm& norm, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+                       const std::optional<Tensor>& residual) {
   const bool has_weight = push_if(tensors, weight), has_bias = push_if(tensors, bias);
-  append(links, {int64_t(Kind::norm), has_weight, has_bias, int64_t(norm.arithmetic), int64_t(norm.activation)});
-  eps.push_back(norm.eps);
+  const bool has_residual = push_if(tensors, residual);
+  append(links, {int64_t(Kind::norm), has_weight, has_bias, has_residual, int64_t(norm.arithmetic),
+                 int64_t(norm.activation.kind)});
+  append(scalars, {norm.eps, norm.activation.parameter});
 }
 
-std::vector<Link> unpack(at::IntArrayRef links, at::ArrayRef<double> eps, size_t tensor_count) {
+std::vector<Link> unpack(at::IntArrayRef links, at::ArrayRef<double> scalars, size_t tensor_count) {
   // For users of the packed form alone; conv_bn has checked its arguments by name.
   constexpr auto malformed = "malformed chain: `links` ends inside a link or names what there is not";
   std::vector<Link> chain;
@@ -78,18 +90,31 @@ std::vector<Link> unpack(at::IntArrayRef links, at::ArrayRef<double> eps, size_t
       for (const auto stride : conv.stride) TORCH_CHECK_VALUE(stride > 0, malformed);
       link.op = conv;
     } else {
-      TORCH_CHECK_VALUE(kind == int64_t(Kind::norm) && norms < eps.size(), malformed);
+      TORCH_CHECK_VALUE(kind == int64_t(Kind::norm) && 2 * norms + 1 < scalars.size(), malformed);
       link.weight = next_tensor(next());
       link.bias = next_tensor(next());
+      link.residual = next_tensor(next());
       const auto arithmetic = next(), activation = next();
-      TORCH_CHECK_VALUE(arithmetic >= 0 && arithmetic <= int64_t(Arithmetic::tutorial), malformed);
-      TORCH_CHECK_VALUE(activation >= 0 && activation <= int64_t(Activation::relu), malformed);
-      link.op = Norm{eps[norms++], static_cast<Arithmetic>(arithmetic), static_cast<Activation>(activation)};
+      TORCH_CHECK_VALUE(arithmetic >= 0 && arithmetic <= int64_t(Arithmetic::none), malformed);
+      TORCH_CHECK_VALUE(activation >= 0 && activation < activation_kinds, malformed);
+      const Norm norm{scalars[2 * norms],
+                      static_cast<Arithmetic>(arithmetic),
+                      {static_cast<ActivationKind>(activation), scalars[2 * norms + 1]}};
+      TORCH_CHECK_VALUE(norm.normalises() || (link.weight < 0 && link.bias < 0), malformed);
+      link.op = norm;
+      ++norms;
     }
     chain.push_back(std::move(link));
   }
-  TORCH_CHECK_VALUE(!chain.empty() && norms == eps.size() && tensor == int64_t(tensor_count), malformed);
+  TORCH_CHECK_VALUE(!chain.empty() && 2 * norms == scalars.size() && tensor == int64_t(tensor_count), malformed);
   return chain;
+}
+
+bool last_residual_is_read(const std::vector<Link>& chain, at::IntArrayRef kept) {
+  const auto* norm = chain.back().norm();
+  if (!norm || norm->activation.none()) return false;
+  const bool result_kept = !kept.empty() && kept.back() == int64_t(chain.size());
+  return !(result_kept && norm->activation.slope_from_result());
 }
 
 void check_places(const char* name, at::IntArrayRef places, int64_t first, int64_t last) {
@@ -152,26 +177,42 @@ Tensor inverse_running_std(const Norm& norm, const Tensor& running_var) {
 
 namespace {
 
+// Rows 0 … 4 of the statistics of a synchronised link (ops.h), from the (2, C) mean and variance of `count` values.
+Tensor synchronise(const Tensor& own, int64_t count, const std::string& process_group) {
+  // Added up in double, Σ T and Σ T² lose nothing when |mean| ≫ std.
+  const auto wide = own.to(at::kDouble);
+  const auto mean = wide.select(0, 0), var = wide.select(0, 1);
+  const auto sums = all_reduce_sum(
+      at::stack({mean * count, (var + mean * mean) * count, at::full_like(mean, double(count))}), process_group);
+  const auto n = sums.select(0, 2), divisor = n.clamp_min(1);
+  const auto joint_mean = sums.select(0, 0) / divisor;
+  const auto joint_var = (sums.select(0, 1) / divisor - joint_mean * joint_mean).clamp_min(0);
+  return at::cat({at::stack({joint_mean, joint_var, n}).to(own.scalar_type()), own});
+}
+
 class Execution {
  public:
-  Execution(at::TensorList tensors, at::IntArrayRef links, at::ArrayRef<double> eps, at::IntArrayRef kept)
+  Execution(at::TensorList tensors, at::IntArrayRef links, at::ArrayRef<double> scalars, std::string_view process_group,
+            at::IntArrayRef kept)
       : tensors_(tensors),
-        chain_(unpack(links, eps, tensors.size())),
+        chain_(unpack(links, scalars, tensors.size())),
+        process_group_(process_group),
         maps_(chain_.size() + 1),
         kept_(chain_.size() + 1),
         statistics_(chain_.size()) {
     maps_[0] = tensors[0];
     kept_[0] = true;
-    check_places("kept", kept, 1, int64_t(chain_.size()) - 1);
+    check_places("kept", kept, 1, int64_t(chain_.size()));
     for (const auto i : kept) kept_[i] = true;
   }
 
   ChainResult forward(at::IntArrayRef kept) {
     run(0, chain_.size(), kept_);
     std::vector<Tensor> kept_maps, statistics;
-    for (const auto i : kept) kept_maps.push_back(maps_[i]);
-    for (size_t i = 0; i < chain_.size(); ++i)
-      if (chain_[i].norm()) statistics.push_back(statistics_[i]);
+    for (const auto i : kept)
+      if (i < int64_t(chain_.size())) kept_maps.push_back(maps_[i]);
+    for (const auto& s : statistics_)
+      if (s.defined()) statistics.push_back(s);
     return {maps_.back(), kept_maps, statistics};
   }
 
@@ -181,19 +222,22 @@ class Execution {
                       " places");
     for (size_t k = 0; k < kept.size(); ++k) maps_[kept[k]] = kept_maps[k];
     size_t norms = 0;
-    for (const auto& link : chain_) norms += link.norm() != nullptr;
+    for (const auto& link : chain_) norms += link.normalises();
     TORCH_CHECK_VALUE(statistics.size() == norms, "got ", statistics.size(), " statistics for ", norms, " norm links");
     for (size_t i = chain_.size(); i-- > 0;)
-      if (chain_[i].norm()) statistics_[i] = statistics[--norms];
+      if (chain_[i].normalises()) statistics_[i] = statistics[--norms];
     plan_gradients(wanted);
 
+    grad_owned_ = nobody_else_has(dout);
     grad_ = std::move(dout);
     for (size_t i = chain_.size(); i-- > 0 && reached_[i + 1];) {
       if (read_[i] && !maps_[i].defined()) remake(i);
       if (const auto* conv = chain_[i].conv())
         conv_backward(*conv, i);
+      else if (chain_[i].normalises())
+        norm_backward(*chain_[i].norm(), i);
       else
-        norm_backward(*chain_[i].norm(), i, /*grad_owned=*/i + 1 < chain_.size());
+        activation_backward(*chain_[i].norm(), i);
     }
     if (wanted_[0]) grads_[0] = std::move(grad_);
 
@@ -223,9 +267,10 @@ class Execution {
         const auto& norm = *chain_[i].norm();
         const auto y = dense(in);
         const bool in_place = free_to_overwrite || !y.is_same(in);
-        if (!statistics_[i].defined()) statistics_[i] = channel_kernels(y).stats(y);
+        if (norm.normalises() && !statistics_[i].defined()) statistics_[i] = statistics(y);
         maps_[i + 1] = in_place ? y : at::empty_like(y);
-        channel_kernels(y).apply_(maps_[i + 1], y, affine(norm, i, y).first, norm.activation);
+        if (y.numel() == 0) continue;
+        channel_kernels(y).apply_(maps_[i + 1], y, affine(norm, i, y).first, norm.activation, residual(i, y));
       }
     }
   }
@@ -251,16 +296,30 @@ class Execution {
 
   // The kernels read the two dense layouts; any other map is copied into the one it is nearer to.
   static Tensor dense(const Tensor& t) {
-    TORCH_CHECK_VALUE(t.dim() >= 2 && t.numel() > 0, "a norm link needs values in channels, got shape ", t.sizes());
-    return channel_layout(t) ? t : t.contiguous(t.suggest_memory_format());
+    TORCH_CHECK_VALUE(t.dim() >= 2 && t.size(1) > 0, "a norm link needs channels, got shape ", t.sizes());
+    return t.numel() == 0 || channel_layout(t) ? t : t.contiguous(t.suggest_memory_format());
   }
-  static Tensor dense_like(const Tensor& t, const Tensor& like) {
+  static Tensor dense_like(const char* name, const Tensor& t, const Tensor& like) {
     TORCH_CHECK_VALUE(t.sizes() == like.sizes() && t.scalar_type() == like.scalar_type() && t.device() == like.device(),
-                      "expected a gradient like the output, ", like.toString(), like.sizes(), ", got ", t.toString(),
+                      "expected a ", name, " like the output, ", like.toString(), like.sizes(), ", got ", t.toString(),
                       t.sizes());
+    if (t.numel() == 0) return t;
     const auto layout = channel_layout(t);
     if (layout && layout->channels_last == channel_layout(like)->channels_last) return t;
     return at::empty_like(like).copy_(t);
+  }
+
+  Tensor residual(size_t i, const Tensor& y) const {
+    const auto place = chain_[i].residual;
+    return place < 0 ? Tensor() : dense_like("residual", tensor(place), y);
+  }
+
+  Tensor statistics(const Tensor& y) const {
+    // A process without samples takes part in a synchronised batch.
+    TORCH_CHECK_VALUE(y.numel() > 0 || !process_group_.empty(), "a norm link needs values, got shape ", y.sizes());
+    const auto own =
+        y.numel() ? channel_kernels(y).stats(y) : at::zeros({2, y.size(1)}, y.options().dtype(statistics_dtype(y)));
+    return process_group_.empty() ? own : synchronise(own, y.numel() / y.size(1), process_group_);
   }
 
   // A vector of the norm link at `y`, as the kernels read it; undefined when absent.
@@ -274,16 +333,29 @@ class Execution {
 
   // (mean, scale = a, shift = β) and r.
   std::pair<Affine, Tensor> affine(const Norm& norm, size_t i, const Tensor& y) const {
+    if (!norm.normalises()) {
+      const auto zero = at::zeros({y.size(1)}, y.options().dtype(statistics_dtype(y))), one = at::ones_like(zero);
+      return {Affine{zero, one, zero}, one};
+    }
     const auto& statistics = statistics_[i];
-    TORCH_CHECK_VALUE(statistics.sizes() == at::IntArrayRef({2, y.size(1)}) && statistics.is_contiguous() &&
+    const int64_t rows = process_group_.empty() ? 2 : 5;
+    TORCH_CHECK_VALUE(statistics.sizes() == at::IntArrayRef({rows, y.size(1)}) && statistics.is_contiguous() &&
                           statistics.scalar_type() == statistics_dtype(y) && statistics.device() == y.device(),
                       "expected the statistics of a map of shape ", y.sizes(), ", got ", statistics.toString(),
                       statistics.sizes());
+    TORCH_CHECK_VALUE(norm.arithmetic == Arithmetic::batchnorm || process_group_.empty(),
+                      "the tutorial's arithmetic is not synchronised");
     const auto r = inverse_std(norm, statistics.select(0, 1), y.numel() / y.size(1));
     const auto weight = channel_vector(chain_[i].weight, y), bias = channel_vector(chain_[i].bias, y);
     return {
         Affine{statistics.select(0, 0), weight.defined() ? r * weight : r, bias.defined() ? bias : at::zeros_like(r)},
         r};
+  }
+
+  // The result of link i, if it is at hand and act' shows in it.
+  Tensor result(size_t i) const {
+    const bool shows = i + 1 == chain_.size() && chain_[i].norm()->activation.slope_from_result();
+    return shows ? maps_[i + 1] : Tensor();
   }
 
   // reached: the gradient of T_i is needed. read: a backward that will run reads T_i.
@@ -296,9 +368,11 @@ class Execution {
     read_.assign(maps_.size(), false);
     reached_[0] = wanted_[0];
     for (size_t i = 0; i < chain_.size(); ++i) {
-      const bool bias = this->wanted(chain_[i].bias) && !bias_cancels(chain_, i);
-      reached_[i + 1] = reached_[i] || this->wanted(chain_[i].weight) || bias;
-      read_[i] = reached_[i + 1];
+      const auto& link = chain_[i];
+      const bool bias = this->wanted(link.bias) && !bias_cancels(chain_, i);
+      reached_[i + 1] = reached_[i] || this->wanted(link.weight) || bias || this->wanted(link.residual);
+      const bool reads = link.conv() || link.normalises() || !(link.norm()->activation.none() || result(i).defined());
+      read_[i] = reached_[i + 1] && reads;
     }
   }
 
@@ -315,61 +389,131 @@ class Execution {
     if (mask[1]) grads_[link.weight] = dweight.contiguous(format);
     if (mask[2]) grads_[link.bias] = dbias;
     grad_ = mask[0] ? din.contiguous(format) : Tensor();
+    grad_owned_ = true;
   }
 
-  void norm_backward(const Norm& norm, size_t i, bool grad_owned) {
+  // du, which is in grad_, is the gradient of the residual too.
+  void share_with_residual(size_t i) {
+    if (!wanted(chain_[i].residual)) return;
+    grads_[chain_[i].residual] = grad_owned_ ? grad_ : grad_.clone();
+    if (grad_owned_) grad_owned_ = false;
+  }
+
+  void activation_backward(const Norm& norm, size_t i) {
+    Tensor in = std::move(maps_[i]);
+    if (!norm.activation.none()) {
+      bool u_owned = i < remade_.size() && remade_[i];
+      Tensor u = result(i);
+      if (!u.defined()) {
+        const auto y = dense(in);
+        u_owned |= !y.is_same(in);
+        u = y;
+        if (const auto r = residual(i, y); r.defined()) {
+          u = u_owned ? y : at::empty_like(y);
+          u_owned = true;
+          if (y.numel()) channel_kernels(y).apply_(u, y, affine(norm, i, y).first, Activation{}, r);
+        }
+      }
+      u = dense(u);
+      const auto dout = dense_like("gradient", grad_, u);
+      Tensor du = grad_owned_ || !dout.is_same(grad_) ? dout : u_owned ? u : at::empty_like(u);
+      const auto [affine, one] = this->affine(norm, i, u);
+      if (u.numel()) channel_kernels(u).grad_apply_(du, dout, u, affine, affine.mean, affine.mean, norm.activation);
+      grad_ = std::move(du);
+      grad_owned_ = true;
+    }
+    share_with_residual(i);
+    if (!reached_[i]) grad_.reset();
+  }
+
+  void norm_backward(const Norm& norm, size_t i) {
     const auto& link = chain_[i];
-    const bool y_owned = i < remade_.size() && remade_[i];
     const Tensor in = std::move(maps_[i]);
     const auto y = dense(in);
-    const auto dout = dense_like(grad_, y);
-    const auto count = y.numel() / y.size(1);
-    const auto [affine, r] = this->affine(norm, i, y);
+    const bool y_owned = (i < remade_.size() && remade_[i]) || !y.is_same(in);
     const auto& kernels = channel_kernels(y);
+    const auto& statistics = statistics_[i];
+    const auto [affine, r] = this->affine(norm, i, y);
+    if (recompute_is_checked() && y.numel())
+      check_recomputed(kernels.stats(y), statistics.slice(0, statistics.size(0) - 2), y.scalar_type());
 
-    const auto sums = kernels.grad_stats(dout, y, affine, norm.activation);
-    const auto s1 = sums.select(0, 0), s2 = sums.select(0, 1);
-    const auto dweight = r * s2;
+    auto dout = dense_like("gradient", grad_, y);
+    grad_owned_ |= !dout.is_same(grad_);
+    auto activation = norm.activation;
+    Joined joined;
+    if (link.residual >= 0 && !activation.none()) {
+      if (const auto out = result(i); out.defined())
+        joined.result = dense_like("result", out, y);
+      else
+        joined.residual = residual(i, y);
+      joined.du = grad_owned_ ? dout : at::empty_like(y);
+    }
+    const auto sums =
+        y.numel() ? kernels.grad_stats(dout, y, affine, activation, joined) : at::zeros({2, y.size(1)}, r.options());
+    if (joined.du.defined()) {
+      dout = joined.du;
+      grad_owned_ = true;
+      activation = Activation{};
+    }
+    grad_ = dout;
+    share_with_residual(i);
+
+    const auto s1 = sums.select(0, 0), dweight = r * sums.select(0, 1);
     if (wanted(link.weight)) grads_[link.weight] = dweight.to(tensor(link.weight).scalar_type());
     if (wanted(link.bias)) grads_[link.bias] = s1.to(tensor(link.bias).scalar_type(), false, true);
     if (!reached_[i]) return grad_.reset();
 
-    const auto factor = affine.scale * (-1. / double(count));  // −a/R
-    const auto slope = factor * dweight * rho(norm, statistics_[i].select(0, 1), r, count);
-    const auto offset = factor * s1;
-    Tensor out = y_owned || !y.is_same(in) ? y : grad_owned || !dout.is_same(grad_) ? dout : at::empty_like(y);
-    kernels.grad_apply_(out, dout, y, affine, slope, offset, norm.activation);
+    // −a/R, and S1 and S2, of all processes
+    const auto total = process_group_.empty() ? sums : all_reduce_sum(sums, process_group_);
+    const auto count = y.numel() / y.size(1);
+    const auto factor = process_group_.empty() ? affine.scale * (-1. / double(count))
+                                               : -affine.scale / statistics.select(0, 2).clamp_min(1);
+    const auto slope = factor * r * total.select(0, 1) * rho(norm, statistics.select(0, 1), r, count);
+    const auto offset = factor * total.select(0, 0);
+    Tensor out = y_owned ? y : grad_owned_ ? dout : at::empty_like(y);
+    if (y.numel()) kernels.grad_apply_(out, dout, y, affine, slope, offset, activation);
     grad_ = std::move(out);
+    grad_owned_ = true;
+  }
+
+  // Nobody else can see what is written to t. (PyTorch's rule where it adds up gradients in place.)
+  static bool nobody_else_has(const Tensor& t) {
+    return at::caching::adjusted_use_count(t) == 1 && !at::caching::is_cached_tensor(t) && t.has_storage() &&
+           t.storage().use_count() == 1;
   }
 
   at::TensorList tensors_;
   std::vector<Link> chain_;
+  std::string process_group_;
   std::vector<Tensor> maps_;  // T_0 … T_n, undefined where not at hand
   std::vector<bool> kept_;
   std::vector<Tensor> statistics_;  // of link i
   // backward
-  Tensor grad_;  // of the output of the link at hand
+  Tensor grad_;              // of the output of the link at hand
+  bool grad_owned_ = false;  // and may be written over
   std::vector<bool> wanted_, reached_, read_, remade_;
   std::vector<Tensor> grads_;
 };
 
-ChainResult chain_forward_kernel(at::TensorList tensors, at::IntArrayRef links, at::ArrayRef<double> eps,
-                                 at::IntArrayRef kept) {
-  return Execution(tensors, links, eps, kept).forward(kept);
+ChainResult chain_forward_kernel(at::TensorList tensors, at::IntArrayRef links, at::ArrayRef<double> scalars,
+                                 std::string_view process_group, at::IntArrayRef kept) {
+  return Execution(tensors, links, scalars, process_group, kept).forward(kept);
 }
 
 std::vector<Tensor> chain_backward_op(const Tensor& dout, at::TensorList tensors, at::TensorList kept_maps,
-                                      at::TensorList statistics, at::IntArrayRef links, at::ArrayRef<double> eps,
-                                      at::IntArrayRef kept, at::IntArrayRef wanted) {
-  return chain_backward_kernel(dout, tensors, kept_maps, statistics, links, eps, kept, wanted);
+                                      at::TensorList statistics, at::IntArrayRef links, at::ArrayRef<double> scalars,
+                                      std::string_view process_group, at::IntArrayRef kept, at::IntArrayRef wanted) {
+  return chain_backward_kernel(dout, tensors, kept_maps, statistics, links, scalars, process_group, kept, wanted);
 }
 
 }  // namespace
 
 std::vector<Tensor> chain_backward_kernel(Tensor dout, at::TensorList tensors, at::TensorList kept_maps,
-                                          at::TensorList statistics, at::IntArrayRef links, at::ArrayRef<double> eps,
+                                          at::TensorList statistics, at::IntArrayRef links,
+                                          at::ArrayRef<double> scalars, std::string_view process_group,
                                           at::IntArrayRef kept, at::IntArrayRef wanted) {
-  return Execution(tensors, links, eps, kept).backward(std::move(dout), kept_maps, statistics, kept, wanted);
+  return Execution(tensors, links, scalars, process_group, kept)
+      .backward(std::move(dout), kept_maps, statistics, kept, wanted);
 }
 
 TORCH_LIBRARY_IMPL(fusedconvbn, CPU, m) {

@@ -1,18 +1,22 @@
 // A chain: maps T_0 … T_n with link i making T_{i+1} from T_i.
 //
 //   conv   T' = conv(T, weight) + bias
-//   norm   T' = act(u),  u = (T − μ)·a + β   per channel, with the batch statistics of T
+//   norm   T' = act(u),  u = (T − μ)·a + β [+ residual]   per channel, with the batch statistics of T
 //
-// The backward of either link reads its input and nothing else. A plan names the inner maps that are kept;
-// the others are remade in backward from the nearest kept one before them, with the statistics already known.
+// The backward of either link reads its input; a norm link's also its residual, or, where act' shows in it, its result,
+// and nothing else. A plan names the maps that are kept; of the inner ones the others are remade in backward from the
+// nearest kept one before them, with the statistics already known.
 //
 //   a = γ·r      κ = (a/R)·r·ρ      r = 1/√(v + eps)      ρ = r                  batchnorm
 //                                   r = 1/(s + eps)       ρ = R/((R−1)·s)        tutorial, s = √(v·R/(R−1))
 //
-//   du = act'(u)·dout      S1 = Σ du      S2 = Σ du·(T − μ)
+//   du = act'(u)·dout      S1 = Σ du      S2 = Σ du·(T − μ)      d residual = du
 //   dβ = S1      dγ = r·S2      dT = a·du − κ·S2·(T − μ) − (a/R)·S1
 //
-// μ mean, v biased variance, R values per channel, γ and β affine (1 and 0 when absent).
+// μ mean, v biased variance, R values per channel, γ and β affine (1 and 0 when absent). In a synchronised chain μ, v,
+// R and the sums in dT are those of all processes of a group, dβ and dγ of this one.
+//
+// A link of arithmetic `none` has neither statistics nor γ and β: it is its activation, u = T [+ residual], dT = du.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -24,7 +28,7 @@
 
 namespace fusedconvbn {
 
-enum class Arithmetic : int64_t { batchnorm = 0, tutorial = 1 };
+enum class Arithmetic : int64_t { batchnorm = 0, tutorial, none };
 
 struct Conv {
   std::vector<int64_t> stride, padding, dilation, output_padding;
@@ -38,30 +42,37 @@ struct Norm {
   double eps;
   Arithmetic arithmetic;
   Activation activation;
+
+  bool normalises() const { return arithmetic != Arithmetic::none; }
 };
 
 struct Link {
   std::variant<Conv, Norm> op;
-  int64_t weight = -1, bias = -1;  // places in `tensors`, -1 when absent
+  int64_t weight = -1, bias = -1, residual = -1;  // places in `tensors`, -1 when absent
 
   const Conv* conv() const { return std::get_if<Conv>(&op); }
   const Norm* norm() const { return std::get_if<Norm>(&op); }
+  bool normalises() const { return norm() && norm()->normalises(); }
 };
 
 // A chain as it crosses the dispatcher; `unpack` is the way back. (fusedconvbn/chain.py is this in Python.)
 struct PackedChain {
-  std::vector<at::Tensor> tensors;  // T_0, then of each link its weight and its bias, as far as present
+  std::vector<at::Tensor> tensors;  // T_0, then of each link its weight, bias and residual, as far as present
   std::vector<int64_t> links;       // conv: 0, has_bias, transposed, groups, d,
                                     //       stride[d], padding[d], dilation[d], output_padding[d]
-                                    // norm: 1, has_weight, has_bias, arithmetic, activation
-  std::vector<double> eps;          // one for each norm link
+                                    // norm: 1, has_weight, has_bias, has_residual, arithmetic, activation
+  std::vector<double> scalars;      // of each norm link eps and the parameter of its activation
 
   explicit PackedChain(at::Tensor input) : tensors{std::move(input)} {}
   void push(const Conv& conv, const at::Tensor& weight, const std::optional<at::Tensor>& bias);
-  void push(const Norm& norm, const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& bias);
+  void push(const Norm& norm, const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& bias,
+            const std::optional<at::Tensor>& residual);
 };
 
-std::vector<Link> unpack(at::IntArrayRef links, at::ArrayRef<double> eps, size_t tensor_count);
+std::vector<Link> unpack(at::IntArrayRef links, at::ArrayRef<double> scalars, size_t tensor_count);
+
+// Whether the backward of the last link reads its residual when the maps at `kept` are.
+bool last_residual_is_read(const std::vector<Link>& chain, at::IntArrayRef kept);
 
 // An error unless every place is one of first … last.
 void check_places(const char* name, at::IntArrayRef places, int64_t first, int64_t last);
@@ -75,7 +86,7 @@ at::MemoryFormat conv_memory_format(const at::Tensor& input, const at::Tensor& w
 
 // A bias in front of batch statistics shifts the mean and nothing else: it is left out, and its gradient is 0.
 inline bool bias_cancels(const std::vector<Link>& chain, size_t i) {
-  return i + 1 < chain.size() && chain[i + 1].norm();
+  return i + 1 < chain.size() && chain[i + 1].normalises();
 }
 
 }  // namespace fusedconvbn

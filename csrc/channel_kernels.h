@@ -1,13 +1,14 @@
 // The only device code of the project: four kernels over a feature map with channel dimension 1.
 //
 //   channel_stats        mean_c, var_c               of y  (var is the biased one)
-//   channel_apply_       out = act(u)                u = (y − mean)·scale + shift
-//   channel_grad_stats   Σ du, Σ du·(y − mean)       du = act'(u)·dout
+//   channel_apply_       out = act(u)                u = (y − mean)·scale + shift [+ residual]
+//   channel_grad_stats   Σ du, Σ du·(y − mean)       du = act'(u)·dout; with a residual du is its gradient, and kept
 //   channel_grad_apply_  out = scale·du + slope·(y − mean) + offset
 //
 // Every feature map of a call has the sizes and strides of y, which is dense with the channels either
 // outside the positions (contiguous) or innermost (channels last): see `channel_layout`. Vectors have
-// C values of `statistics_dtype(y)`. `out` may be y or dout itself.
+// C values of `statistics_dtype(y)`. `out` may be y or dout itself. A residual or a result that is not there is
+// undefined.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -20,12 +21,19 @@ struct Affine {
   at::Tensor mean, scale, shift;
 };
 
+// Of a link with a residual and an activation. act' is taken where `result`, act(u), says, or else at u, which is made
+// again with `residual`. `du` may be dout itself.
+struct Joined {
+  at::Tensor residual, result, du;
+};
+
 struct ChannelKernels {
   at::Tensor (*stats)(const at::Tensor& y);  // (2, C): mean, var
-  void (*apply_)(at::Tensor& out, const at::Tensor& y, const Affine&, Activation);
-  at::Tensor (*grad_stats)(const at::Tensor& dout, const at::Tensor& y, const Affine&, Activation);
+  void (*apply_)(at::Tensor& out, const at::Tensor& y, const Affine&, const Activation&, const at::Tensor& residual);
+  at::Tensor (*grad_stats)(const at::Tensor& dout, const at::Tensor& y, const Affine&, const Activation&,
+                           const Joined&);
   void (*grad_apply_)(at::Tensor& out, const at::Tensor& dout, const at::Tensor& y, const Affine&,
-                      const at::Tensor& slope, const at::Tensor& offset, Activation);
+                      const at::Tensor& slope, const at::Tensor& offset, const Activation&);
 };
 
 // Called once per device by the library's static initialisers, so a build without a device lacks only files.

@@ -8,34 +8,35 @@ namespace fusedconvbn {
 TORCH_LIBRARY(fusedconvbn, m) {
   m.def(
       "conv_bn(Tensor input, Tensor weight, Tensor? bias=None, Tensor? bn_weight=None, "
-      "Tensor? bn_bias=None, Tensor(a!)? running_mean=None, Tensor(b!)? running_var=None, *, "
-      "bool training=True, float momentum=0.1, float eps=1e-5, int[1] stride=1, int[1] padding=0, "
+      "Tensor? bn_bias=None, Tensor(a!)? running_mean=None, Tensor(b!)? running_var=None, "
+      "Tensor(c!)? num_batches_tracked=None, *, Tensor? residual=None, "
+      "bool training=True, float? momentum=0.1, float eps=1e-5, int[1] stride=1, int[1] padding=0, "
       "int[1] dilation=1, bool transposed=False, int[1] output_padding=0, int groups=1, "
-      "str activation=\"none\", str arithmetic=\"batchnorm\") -> Tensor");
+      "str activation=\"none\", str arithmetic=\"batchnorm\", str process_group=\"\") -> Tensor");
   m.def(
-      "_chain_forward(Tensor[] tensors, int[] links, float[] eps, int[] kept) "
+      "_chain_forward(Tensor[] tensors, int[] links, float[] scalars, str process_group, int[] kept) "
       "-> (Tensor output, Tensor[] kept_maps, Tensor[] statistics)");
   m.def(
       "_chain_backward(Tensor dout, Tensor[] tensors, Tensor[] kept_maps, Tensor[] statistics, "
-      "int[] links, float[] eps, int[] kept, int[] wanted) -> Tensor[]");
+      "int[] links, float[] scalars, str process_group, int[] kept, int[] wanted) -> Tensor[]");
   m.impl("conv_bn", c10::DispatchKey::CompositeImplicitAutograd, TORCH_FN(conv_bn));
 }
 
-ChainResult chain_forward(at::TensorList tensors, at::IntArrayRef links, at::ArrayRef<double> eps,
-                          at::IntArrayRef kept) {
+ChainResult chain_forward(at::TensorList tensors, at::IntArrayRef links, at::ArrayRef<double> scalars,
+                          std::string_view process_group, at::IntArrayRef kept) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("fusedconvbn::_chain_forward", "")
                              .typed<decltype(chain_forward)>();
-  return op.call(tensors, links, eps, kept);
+  return op.call(tensors, links, scalars, process_group, kept);
 }
 
 std::vector<Tensor> chain_backward(const Tensor& dout, at::TensorList tensors, at::TensorList kept_maps,
-                                   at::TensorList statistics, at::IntArrayRef links, at::ArrayRef<double> eps,
-                                   at::IntArrayRef kept, at::IntArrayRef wanted) {
+                                   at::TensorList statistics, at::IntArrayRef links, at::ArrayRef<double> scalars,
+                                   std::string_view process_group, at::IntArrayRef kept, at::IntArrayRef wanted) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("fusedconvbn::_chain_backward", "")
                              .typed<decltype(chain_backward)>();
-  return op.call(dout, tensors, kept_maps, statistics, links, eps, kept, wanted);
+  return op.call(dout, tensors, kept_maps, statistics, links, scalars, process_group, kept, wanted);
 }
 
 }  // namespace fusedconvbn

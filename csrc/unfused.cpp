@@ -2,8 +2,17 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/convolution.h>
+#include <ATen/ops/elu.h>
+#include <ATen/ops/gelu.h>
+#include <ATen/ops/hardswish.h>
+#include <ATen/ops/hardtanh.h>
+#include <ATen/ops/leaky_relu.h>
+#include <ATen/ops/mish.h>
 #include <ATen/ops/relu.h>
+#include <ATen/ops/sigmoid.h>
+#include <ATen/ops/silu.h>
 #include <ATen/ops/stack.h>
+#include <ATen/ops/tanh.h>
 #include <ATen/ops/var_mean.h>
 
 #include "chain.h"
@@ -11,24 +20,43 @@
 
 namespace fusedconvbn {
 
-namespace {
-
-Tensor activate(const Tensor& u, Activation activation) {
-  switch (activation) {
-    case Activation::none:
+Tensor activate(const Tensor& u, const Activation& activation) {
+  switch (activation.kind) {
+    case ActivationKind::none:
       return u;
-    case Activation::relu:
+    case ActivationKind::relu:
       return at::relu(u);
+    case ActivationKind::relu6:
+      return at::hardtanh(u, 0, 6);
+    case ActivationKind::leaky_relu:
+      return at::leaky_relu(u, activation.parameter);
+    case ActivationKind::elu:
+      return at::elu(u, activation.parameter);
+    case ActivationKind::silu:
+      return at::silu(u);
+    case ActivationKind::hardswish:
+      return at::hardswish(u);
+    case ActivationKind::gelu:
+      return at::gelu(u);
+    case ActivationKind::gelu_tanh:
+      return at::gelu(u, "tanh");
+    case ActivationKind::mish:
+      return at::mish(u);
+    case ActivationKind::sigmoid:
+      return at::sigmoid(u);
+    case ActivationKind::tanh:
+      return at::tanh(u);
   }
   TORCH_INTERNAL_ASSERT(false);
 }
 
-}  // namespace
-
-ChainResult unfused_chain(at::TensorList tensors, at::IntArrayRef links, at::ArrayRef<double> eps,
-                          at::IntArrayRef kept) {
-  const auto chain = unpack(links, eps, tensors.size());
-  check_places("kept", kept, 1, int64_t(chain.size()) - 1);
+ChainResult unfused_chain(at::TensorList tensors, at::IntArrayRef links, at::ArrayRef<double> scalars,
+                          std::string_view process_group, at::IntArrayRef kept, const Tensor& result) {
+  TORCH_CHECK_NOT_IMPLEMENTED(process_group.empty(),
+                              "fusedconvbn: second derivatives, forward mode and torch.func are not there for "
+                              "synchronised batch norm");
+  const auto chain = unpack(links, scalars, tensors.size());
+  check_places("kept", kept, 1, int64_t(chain.size()));
   std::vector<Tensor> maps{tensors[0]}, kept_maps, statistics;
   for (size_t i = 0; i < chain.size(); ++i) {
     const auto t = maps.back();
@@ -41,19 +69,24 @@ ChainResult unfused_chain(at::TensorList tensors, at::IntArrayRef links, at::Arr
       continue;
     }
     const auto& norm = *chain[i].norm();
-    std::vector<int64_t> dims{0}, per_channel(t.dim(), 1);
-    for (int64_t d = 2; d < t.dim(); ++d) dims.push_back(d);
-    per_channel[1] = -1;
-    const auto u = t.to(statistics_dtype(t));
-    const auto [var, mean] = at::var_mean(u, dims, /*correction=*/0, /*keepdim=*/false);
-    auto scale = inverse_std(norm, var, t.sym_numel() / t.sym_size(1));
-    if (weight) scale = scale * *weight;
-    auto out = (u - mean.reshape(per_channel)) * scale.reshape(per_channel);
-    if (bias) out = out + bias->reshape(per_channel);
-    maps.push_back(activate(out, norm.activation).to(t.scalar_type()));
-    statistics.push_back(at::stack({mean, var}));
+    auto u = t.to(statistics_dtype(t));
+    if (norm.normalises()) {
+      std::vector<int64_t> dims{0}, per_channel(t.dim(), 1);
+      for (int64_t d = 2; d < t.dim(); ++d) dims.push_back(d);
+      per_channel[1] = -1;
+      const auto [var, mean] = at::var_mean(u, dims, /*correction=*/0, /*keepdim=*/false);
+      auto scale = inverse_std(norm, var, t.sym_numel() / t.sym_size(1));
+      if (weight) scale = scale * *weight;
+      u = (u - mean.reshape(per_channel)) * scale.reshape(per_channel);
+      if (bias) u = u + bias->reshape(per_channel);
+      statistics.push_back(at::stack({mean, var}));
+    }
+    if (const auto residual = tensor(chain[i].residual)) u = u + *residual;
+    const bool slopes_known = result.defined() && i + 1 == chain.size();
+    maps.push_back((slopes_known ? u * result.gt(0) : activate(u, norm.activation)).to(t.scalar_type()));
   }
-  for (const auto i : kept) kept_maps.push_back(maps[i]);
+  for (const auto i : kept)
+    if (i < int64_t(chain.size())) kept_maps.push_back(maps[i]);
   return {maps.back(), kept_maps, statistics};
 }
 

@@ -5,6 +5,7 @@ from . import _library
 build_info = _library.build_info
 _library.load()
 
+from .conversion import fold, revert_sync_batchnorm
 from .functional import conv_bn
 from .memory import track_memory
 from .modules import (
@@ -16,6 +17,7 @@ from .modules import (
     FusedConvTransposeBN2d,
     FusedConvTransposeBN3d,
 )
+from .recompute_check import check_recompute
 
 __version__ = "0.1.0"
 
@@ -28,6 +30,9 @@ __all__ = [
     "FusedConvTransposeBN2d",
     "FusedConvTransposeBN3d",
     "build_info",
+    "check_recompute",
     "conv_bn",
+    "fold",
+    "revert_sync_batchnorm",
     "track_memory",
 ]

@@ -5,8 +5,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-ACTIVATIONS = ("none", "relu")
-ARITHMETICS = ("batchnorm", "tutorial")
+ACTIVATIONS = (
+    "none relu relu6 leaky_relu elu silu hardswish gelu gelu_tanh mish sigmoid tanh".split()
+)
+PARAMETERS = {"leaky_relu": 0.01, "elu": 1.0}
+ARITHMETICS = ("batchnorm", "tutorial", "none")
 
 
 @dataclass
@@ -25,13 +28,16 @@ class Conv:
 
 @dataclass
 class Norm:
-    """T' = act((T − μ)·r·weight + bias) with the batch statistics of T."""
+    """T' = act((T − μ)·r·weight + bias [+ residual]) with the batch statistics of T; act(T [+ residual]) with the
+    arithmetic "none"."""
 
     weight: Tensor | None = None
     bias: Tensor | None = None
+    residual: Tensor | None = None
     eps: float = 1e-5
     arithmetic: str = "batchnorm"
     activation: str = "none"
+    parameter: float | None = None  # the activation's; its usual one when None
 
 
 @dataclass
@@ -40,19 +46,27 @@ class Packed:
 
     tensors: list[Tensor]
     links: list[int] = field(default_factory=list)
-    eps: list[float] = field(default_factory=list)
+    scalars: list[float] = field(default_factory=list)
+    process_group: str = ""
+
+    @property
+    def options(self) -> tuple[list[int], list[float], str]:
+        """All but the tensors."""
+        return self.links, self.scalars, self.process_group
 
 
 def pack(input: Tensor, chain: Sequence[Conv | Norm]) -> Packed:
     packed = Packed([input])
     for link in chain:
-        packed.tensors += [t for t in (link.weight, link.bias) if t is not None]
+        given = (link.weight, link.bias, getattr(link, "residual", None))
+        packed.tensors += [t for t in given if t is not None]
         if isinstance(link, Conv):
             packed.links += [0, link.bias is not None, link.transposed, link.groups]
             packed.links += [len(link.stride), *link.stride, *link.padding]
             packed.links += [*link.dilation, *link.output_padding]
         else:
-            packed.links += [1, link.weight is not None, link.bias is not None]
+            packed.links += [1, *(t is not None for t in given)]
             packed.links += [ARITHMETICS.index(link.arithmetic), ACTIVATIONS.index(link.activation)]
-            packed.eps.append(link.eps)
+            parameter = PARAMETERS.get(link.activation, 0.0)
+            packed.scalars += [link.eps, parameter if link.parameter is None else link.parameter]
     return packed

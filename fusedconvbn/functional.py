@@ -19,7 +19,7 @@ def conv_bn(
     running_mean: Optional[Tensor] = None,  # noqa: UP045
     running_var: Optional[Tensor] = None,  # noqa: UP045
     training: bool = True,
-    momentum: float = 0.1,
+    momentum: Optional[float] = 0.1,  # noqa: UP045
     eps: float = 1e-5,
     stride: Optional[BroadcastingList1[int]] = None,  # noqa: UP045
     padding: Optional[BroadcastingList1[int]] = None,  # noqa: UP045
@@ -29,6 +29,9 @@ def conv_bn(
     groups: int = 1,
     activation: str = "none",
     arithmetic: str = "batchnorm",
+    residual: Optional[Tensor] = None,  # noqa: UP045
+    num_batches_tracked: Optional[Tensor] = None,  # noqa: UP045
+    process_group: str = "",
 ) -> Tensor:
     r"""Convolution, batch normalisation and activation that keep one feature map for backward.
 
@@ -36,14 +39,17 @@ def conv_bn(
     :math:`v` and the number of values :math:`R` of :math:`Y`,
 
     .. math::
-        \mathrm{out} = \mathrm{act}\Big(\gamma\,\frac{Y - \mu}{\sqrt{v + \mathrm{eps}}} + \beta\Big),
+        \mathrm{out} = \mathrm{act}\Big(\gamma\,\frac{Y - \mu}{\sqrt{v + \mathrm{eps}}} + \beta
+            \;[+\,\mathrm{residual}]\Big),
 
-    which is ``act(F.batch_norm(F.conv*d(input, weight, bias, …), …))``. Saved for backward are ``input``, the
-    parameters and a few vectors; :math:`Y` is remade there by a second convolution. In training the running statistics
+    which is ``act(F.batch_norm(F.conv*d(input, weight, bias, …), …) + residual)``. Saved for backward are ``input``, the
+    parameters and a few vectors; :math:`Y` is remade there by a second convolution, and the activation's slope from it.
+    With a residual, ReLU's slope is read from the result, as PyTorch's own does, and that of any other activation
+    needs the residual to be saved. In training the running statistics
     become :math:`(1 - m)\,\mathrm{running} + m\,\mathrm{batch}` once, with the unbiased variance
     :math:`v R / (R - 1)`. A bias in front of batch statistics only shifts the running mean; its gradient is zero.
-    With ``training=False`` the running statistics are folded into the weight and one convolution is run; autograd keeps
-    its input and, of a ReLU, the result.
+    With ``training=False`` the running statistics are folded into the weight and one convolution is run. Autograd keeps
+    its input, and the result of a ReLU; the slope of any other activation is remade by a second convolution.
 
     Args:
         input: :math:`(N, C_\mathrm{in}, *)` with 1 to 3 spatial dimensions; float64, float32, bfloat16 or float16.
@@ -55,13 +61,20 @@ def conv_bn(
         running_mean: :math:`(C_\mathrm{out})`, updated in place in training, read otherwise.
         running_var: likewise. These four may be float32 when ``input`` is bfloat16 or float16.
         training: normalise by the statistics of this batch, else by the running ones.
-        momentum: :math:`m` above.
+        momentum: :math:`m` above; None for the average over all batches, :math:`m = 1 / \mathrm{num\_batches\_tracked}`.
         eps: added to the variance, at least 0.
         stride, padding, dilation, groups: as in ``torch.nn.functional.conv2d``; an int, or one for each spatial
             dimension. None stands for 1, 0 and 1.
         transposed: run ``conv_transpose*d`` instead, which also takes ``output_padding`` (None: 0).
-        activation: ``"none"`` or ``"relu"``.
+        activation: ``"none"``, ``"relu"``, ``"relu6"``, ``"leaky_relu"``, ``"elu"``, ``"silu"``, ``"hardswish"``,
+            ``"gelu"``, ``"gelu_tanh"``, ``"mish"``, ``"sigmoid"`` or ``"tanh"``; a slope and an α
+            stand in parentheses, as in ``"leaky_relu(0.2)"`` (else 0.01) and ``"elu(0.5)"`` (else 1).
         arithmetic: ``"batchnorm"``, or ``"tutorial"``: divide by :math:`\sqrt{v R / (R - 1)} + \mathrm{eps}`.
+        residual: of the shape of the result (it is not broadcast) and the dtype of ``input``.
+        num_batches_tracked: an int64 scalar, which a training call adds 1 to.
+        process_group: the name of a group of ``torch.distributed`` (``group.group_name``): batch statistics are then those
+            of the samples of all its processes, by one all-reduce in forward and one in backward. All of them must
+            call; a process may have no samples. Not read when ``training`` is False.
 
     Returns:
         A tensor of the shape, dtype and memory format of the convolution's result. With the same inputs and number of
@@ -71,8 +84,9 @@ def conv_bn(
         ValueError, TypeError: an argument breaks a rule above; the message names it and what was found. Nothing has
             been computed or updated then. As in ``nn.BatchNorm``, training needs more than one value per channel.
 
-    Under autocast ``input``, ``weight`` and ``bias`` are cast as for a convolution. Second derivatives, forward-mode AD
-    and ``torch.func`` are right, but run, and keep, what the unfused layers would.
+    Under autocast ``input``, ``weight``, ``bias`` and ``residual`` are cast as for a convolution. Second derivatives,
+    forward-mode AD and ``torch.func`` are right, but run, and keep, what the unfused layers would; with a
+    ``process_group`` they are refused.
 
     Source:
         S. Ioffe, C. Szegedy, *Batch Normalization*, arXiv:1502.03167; the idea of remaking :math:`Y` in backward is
@@ -91,6 +105,8 @@ def conv_bn(
         bn_bias,
         running_mean,
         running_var,
+        num_batches_tracked,
+        residual=residual,
         training=training,
         momentum=momentum,
         eps=eps,
@@ -102,4 +118,5 @@ def conv_bn(
         groups=groups,
         activation=activation,
         arithmetic=arithmetic,
+        process_group=process_group,
     )

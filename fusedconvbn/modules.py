@@ -1,6 +1,8 @@
 """The operator as layers. They own real `conv` and `bn` children, so that initialisation, `state_dict`, parameter groups
 and conversion are those of `torch.nn`; only the children's `forward`, and hooks on it, are not run."""
 
+import copy
+import inspect
 import math
 from typing import Any, ClassVar, Optional
 
@@ -8,17 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import recompute_check
+from .activations import activation_name
 from .functional import conv_bn
-
-
-def _activation_name(activation: str | nn.Module | None) -> str:
-    if activation is None:
-        return "none"
-    if isinstance(activation, nn.ReLU):
-        return "relu"
-    if isinstance(activation, str) and activation in ("none", "relu"):
-        return activation
-    raise ValueError(f"expected activation None, 'none', 'relu' or an nn.ReLU, got {activation!r}")
+from .synchronised import plain_batch_norm, process_group_name
 
 
 class _ConvBN(nn.Module):
@@ -29,6 +24,7 @@ class _ConvBN(nn.Module):
 
     # Read by TorchScript.
     activation: str
+    process_group: str
     transposed: bool
     _stride: list[int]
     _padding: list[int]
@@ -41,7 +37,8 @@ class _ConvBN(nn.Module):
         super().__init__()
         self.conv = conv
         self.bn = bn
-        self.activation = _activation_name(activation)
+        self.activation = activation_name(activation)
+        self.process_group = ""  # set where the layer is scripted
 
     def __setattr__(self, name: str, value: Any) -> None:
         self._accept(name, value)
@@ -57,7 +54,8 @@ class _ConvBN(nn.Module):
         if name not in ("conv", "bn"):
             return
         layer, expected = type(self).__name__, self.conv_class if name == "conv" else self.bn_class
-        if not isinstance(module, expected):
+        synchronised = name == "bn" and isinstance(module, nn.SyncBatchNorm)
+        if not (isinstance(module, expected) or synchronised):
             raise TypeError(
                 f"{layer}: expected {name} to be an nn.{expected.__name__}, got {type(module).__name__}"
             )
@@ -103,20 +101,35 @@ class _ConvBN(nn.Module):
         _ConvBN.__init__(layer, conv, bn, activation)
         return layer
 
-    def _run(self, input: Tensor, output_padding: list[int]) -> Tensor:
+    def __prepare_scriptable__(self) -> "_ConvBN":
+        """What is scripted: TorchScript cannot read an nn.SyncBatchNorm, but takes its group by name."""
+        if not isinstance(self.bn, nn.SyncBatchNorm):
+            return self
+        layer = copy.copy(self)
+        layer._modules = {**self._modules, "bn": plain_batch_norm(self.bn, self.bn_class)}
+        layer.process_group = process_group_name(self.bn)
+        return layer
+
+    def _run(
+        self,
+        input: Tensor,
+        residual: Optional[Tensor],  # noqa: UP045 (TorchScript reads this annotation)
+        output_padding: list[int],
+    ) -> Tensor:
         bn = self.bn
         counts = (
             bn.training and bn.track_running_stats and bn.running_mean is not None
         )  # this batch, into the running statistics
-        momentum = 0.0
-        if counts:
-            if bn.momentum is not None:
-                momentum = bn.momentum
-            elif bn.num_batches_tracked is not None:
-                momentum = 1.0 / (float(bn.num_batches_tracked) + 1.0)  # the cumulative average
+        momentum = bn.momentum
+        if bn.num_batches_tracked is None and momentum is None:
+            momentum = 0.0
+        process_group = self.process_group
+        if not torch.jit.is_scripting():
+            process_group = process_group_name(bn)
+            recompute_check.announce(self)
         if len(self._pad) > 0:
             input = F.pad(input, self._pad, self._pad_mode)
-        output = conv_bn(
+        return conv_bn(
             input,
             self.conv.weight,
             self.conv.bias,
@@ -134,10 +147,10 @@ class _ConvBN(nn.Module):
             output_padding=output_padding,
             groups=self.conv.groups,
             activation=self.activation,
+            residual=residual,
+            num_batches_tracked=bn.num_batches_tracked if counts else None,
+            process_group=process_group if bn.training else "",
         )
-        if counts and bn.num_batches_tracked is not None:
-            bn.num_batches_tracked.add_(1)
-        return output
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}"
@@ -148,16 +161,23 @@ _LAYER_DOC = """{conv} → {bn} → activation, the same numbers and `state_dict
 
     Arguments up to ``padding_mode`` are those of ``nn.{conv}``, from ``eps`` those of ``nn.{bn}``, with two
     differences: ``bias`` is off unless asked for, as batch norm takes any bias out again, and ``activation`` is
-    None, ``"relu"`` or an ``nn.ReLU``. `from_modules(conv, bn, activation)` makes the layer of two existing modules.
+    None, a name that :func:`fusedconvbn.conv_bn` knows, or an ``nn.Module`` of such a kind, as ``nn.LeakyReLU(0.2)``.
+    `from_modules(conv, bn, activation)` makes the layer of two existing modules; ``bn`` may be an ``nn.SyncBatchNorm``.
     Whether batch or running statistics are used follows ``bn.training``, as without fusion.
 
+    ``forward({arguments})``: a residual is added before the activation.
+
     Shape:
-        input and result as for ``nn.{conv}``, batched.
+        input and result as for ``nn.{conv}``, batched; a residual as the result.
     """
 
 
 def _documented(layer: type[_ConvBN]) -> type[_ConvBN]:
-    layer.__doc__ = _LAYER_DOC.format(conv=layer.conv_class.__name__, bn=layer.bn_class.__name__)
+    layer.__doc__ = _LAYER_DOC.format(
+        conv=layer.conv_class.__name__,
+        bn=layer.bn_class.__name__,
+        arguments=", ".join(list(inspect.signature(layer.forward).parameters)[1:]),
+    )
     return layer
 
 
@@ -199,8 +219,12 @@ class _FusedConvBN(_ConvBN):
         )
         super().__init__(conv, bn, activation)
 
-    def forward(self, input: Tensor) -> Tensor:
-        return self._run(input, self._output_padding)
+    def forward(
+        self,
+        input: Tensor,
+        residual: Optional[Tensor] = None,  # noqa: UP045 (TorchScript reads this annotation)
+    ) -> Tensor:
+        return self._run(input, residual, self._output_padding)
 
 
 class _FusedConvTransposeBN(_ConvBN):
@@ -247,6 +271,7 @@ class _FusedConvTransposeBN(_ConvBN):
         self,
         input: Tensor,
         output_size: Optional[list[int]] = None,  # noqa: UP045 (TorchScript reads this annotation)
+        residual: Optional[Tensor] = None,  # noqa: UP045
     ) -> Tensor:
         output_padding = self._output_padding
         if output_size is not None:
@@ -259,7 +284,7 @@ class _FusedConvTransposeBN(_ConvBN):
                 len(self._stride),
                 self._dilation,
             )
-        return self._run(input, output_padding)
+        return self._run(input, residual, output_padding)
 
 
 @_documented
@@ -342,6 +367,8 @@ class FusedConvBN(nn.Module):
         nn.init.kaiming_uniform_(self.conv_weight, a=math.sqrt(5))
 
     def forward(self, input: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            recompute_check.announce(self)
         return conv_bn(input, self.conv_weight, eps=self.eps, arithmetic="tutorial")
 
     def extra_repr(self) -> str:

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from .activations import activation_module
+
 __all__ = [
     "BatchNorm",
     "Conv2D",
@@ -189,10 +191,11 @@ def conv_bn(
     groups: int = 1,
     activation: str = "none",
     arithmetic: str = "batchnorm",
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Convolution, batch normalisation and activation, one after another and differentiable.
 
-    ``Y = conv(input, weight, bias)``, ``U = bn_weight·(Y − μ)·r + bn_bias``, ``act(U)``, with μ and
+    ``Y = conv(input, weight, bias)``, ``U = bn_weight·(Y − μ)·r + bn_bias``, ``act(U [+ residual])``, with μ and
     the variance those of ``Y`` in training and the running ones otherwise. ``arithmetic`` sets r:
 
     - ``"batchnorm"``: ``1/√(biased variance + eps)``, as ``nn.BatchNorm`` has it.
@@ -217,14 +220,14 @@ def conv_bn(
         transposed: Whether the convolution is a transposed one.
         output_padding: Added to one side of a transposed convolution's output.
         groups: Groups of channels.
-        activation: ``"none"`` or ``"relu"``.
+        activation: As the operator names it.
         arithmetic: ``"batchnorm"`` or ``"tutorial"``.
+        residual: Added before the activation, of the result's shape.
 
     Returns:
         ``[N, Cout, ...]``.
     """
-    if activation not in ("none", "relu"):
-        raise ValueError(f"conv_bn: activation must be 'none' or 'relu', got '{activation}'")
+    act = activation_module(activation)
     if arithmetic not in ("batchnorm", "tutorial"):
         raise ValueError(
             f"conv_bn: arithmetic must be 'batchnorm' or 'tutorial', got '{arithmetic}'"
@@ -237,7 +240,7 @@ def conv_bn(
 
     batch_norm = F.batch_norm if arithmetic == "batchnorm" else _tutorial_batch_norm
     u = batch_norm(y, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
-    return u.relu() if activation == "relu" else u
+    return act(u if residual is None else u + residual)
 
 
 def _tutorial_batch_norm(

@@ -27,12 +27,21 @@ class Case:
     output_padding: Sequence[int] = (0,)
     groups: int = 1
     activation: str = "relu"
+    residual: bool = False
     arithmetic: str = "batchnorm"
     eps: float = 1e-5
 
     @property
     def out_channels(self) -> int:
         return self.weight[1] * self.groups if self.transposed else self.weight[0]
+
+    @property
+    def out_shape(self) -> torch.Size:
+        tensors = {
+            "input": torch.empty(self.input, device="meta"),
+            "weight": torch.empty(self.weight, device="meta"),
+        }
+        return reference.conv_bn(**tensors, **self.options).shape
 
     @property
     def options(self) -> dict:
@@ -68,6 +77,8 @@ class Case:
         if self.affine:
             tensors["bn_weight"] = draw(self.out_channels, dtype=vector_dtype)
             tensors["bn_bias"] = draw(self.out_channels, dtype=vector_dtype)
+        if self.residual:
+            tensors["residual"] = draw(*self.out_shape).to(memory_format=format)
         return {name: t.requires_grad_(requires_grad) for name, t in tensors.items()}
 
     def running(self, dtype: torch.dtype = torch.float64, device: str = "cpu") -> dict[str, Tensor]:
@@ -114,6 +125,32 @@ CASES = {
     ),
     "transposed 2d dilated": Case((2, 3, 4, 5), (3, 4, 2, 3), transposed=True, dilation=(2, 1)),
     "transposed 3d": Case((2, 3, 3, 4, 2), (3, 4, 2, 2, 3), transposed=True, stride=(2, 1, 2)),
+    "relu, residual": Case((3, 2, 7, 5), (4, 2, 3, 2), residual=True),
+    "none, residual": Case((3, 2, 7, 5), (4, 2, 3, 2), residual=True, activation="none"),
+    "relu6": Case((3, 4, 7, 5), (6, 2, 3, 2), groups=2, activation="relu6"),
+    "relu6, residual": Case((3, 2, 5), (4, 2, 2), residual=True, activation="relu6"),
+    "leaky_relu": Case((3, 2, 7, 5), (4, 2, 2, 3), activation="leaky_relu"),
+    "leaky_relu, residual": Case(
+        (3, 2, 7, 5), (4, 2, 2, 3), residual=True, activation="leaky_relu(-0.3)"
+    ),
+    "elu": Case((3, 2, 7, 5), (4, 2, 2, 3), activation="elu(0.7)"),
+    "elu, residual": Case(
+        (2, 3, 4, 5), (3, 4, 2, 3), transposed=True, residual=True, activation="elu"
+    ),
+    "silu": Case((3, 2, 7, 5), (4, 2, 2, 3), activation="silu"),
+    "silu, residual": Case(
+        (2, 3, 5, 4, 6), (4, 3, 2, 3, 2), bias=True, residual=True, activation="silu"
+    ),
+    "hardswish": Case((3, 5, 6, 5), (5, 1, 3, 2), groups=5, activation="hardswish"),
+    "hardswish, residual": Case(
+        (3, 2, 7, 5), (4, 2, 2, 3), residual=True, activation="hardswish", affine=False
+    ),
+    "gelu": Case((3, 2, 9), (4, 2, 3), activation="gelu"),
+    "gelu_tanh, residual": Case((3, 2, 7, 5), (4, 2, 2, 3), residual=True, activation="gelu_tanh"),
+    "mish": Case((3, 2, 7, 5), (4, 2, 2, 3), activation="mish"),
+    "mish, residual": Case((3, 2, 7, 5), (35, 2, 2, 3), residual=True, activation="mish"),
+    "sigmoid": Case((3, 2, 7, 5), (4, 2, 2, 3), activation="sigmoid"),
+    "tanh, residual": Case((3, 2, 7, 5), (4, 2, 2, 3), residual=True, activation="tanh"),
     "tutorial": Case((3, 2, 7, 6), (4, 2, 3, 3), affine=False, arithmetic="tutorial", eps=1e-3),
     "tutorial affine": Case((3, 2, 7, 6), (4, 2, 3, 2), bias=True, arithmetic="tutorial", eps=0.1),
 }

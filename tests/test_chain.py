@@ -74,7 +74,7 @@ def test_every_plan_gives_the_unfused_gradients(pattern, device):
     expected = torch.autograd.grad(expected_out, packed.tensors, dout)
     tensors = [t.detach().to(device).requires_grad_() for t in packed.tensors]
     for kept in plans(len(chain)):
-        out, maps, statistics = ops._chain_forward(tensors, packed.links, packed.eps, kept)
+        out, maps, statistics = ops._chain_forward(tensors, *packed.options, kept)
         assert len(maps) == len(kept)
         assert len(statistics) == pattern.count("n")
         torch.testing.assert_close(out.cpu(), expected_out)
@@ -90,7 +90,7 @@ def test_gradcheck_under_every_plan(pattern):
     for kept in plans(len(chain)):
 
         def function(*tensors, kept=kept):
-            return ops._chain_forward(tensors, packed.links, packed.eps, kept)[0]
+            return ops._chain_forward(tensors, *packed.options, kept)[0]
 
         assert torch.autograd.gradcheck(function, packed.tensors, fast_mode=True)
 
@@ -99,12 +99,12 @@ def test_gradcheck_under_every_plan(pattern):
 def test_each_gradient_alone(wanted):
     chain, input = links("cncn"), draw(2, 3, 4, 3)
     packed = pack(input, chain)
-    out, maps, statistics = ops._chain_forward(packed.tensors, packed.links, packed.eps, [2])
+    out, maps, statistics = ops._chain_forward(packed.tensors, *packed.options, [2])
     dout = torch.randn_like(out)
     expected = torch.autograd.grad(out, packed.tensors, dout)
     tensors = [t.detach() for t in packed.tensors]
     (grad,) = ops._chain_backward(
-        dout, tensors, maps, statistics, packed.links, packed.eps, [2], [wanted]
+        dout, tensors, maps, statistics, *packed.options, [2], [wanted]
     )
     assert torch.equal(grad, expected[wanted])
 
@@ -112,7 +112,7 @@ def test_each_gradient_alone(wanted):
 def test_what_was_kept_is_not_written_to():
     chain, input = links("cncn"), draw(2, 3, 4, 3)
     packed = pack(input, chain)
-    out, maps, _ = ops._chain_forward(packed.tensors, packed.links, packed.eps, [1, 2, 3])
+    out, maps, _ = ops._chain_forward(packed.tensors, *packed.options, [1, 2, 3])
     before = [t.clone() for t in maps]
     first = torch.autograd.grad(out.sum(), packed.tensors, retain_graph=True)
     second = torch.autograd.grad(out.sum(), packed.tensors)
@@ -124,21 +124,21 @@ def test_what_was_kept_is_not_written_to():
     ("change", "message"),
     [
         (dict(links=[0, 0, 0]), "ends inside a link"),
-        (dict(links=[7]), "ends inside a link or names what there is not"),
-        (dict(eps=[]), "malformed chain"),
-        (dict(kept=[2]), "expected `kept` between 1 and 1"),
-        (dict(kept=[0]), "expected `kept` between 1 and 1, got"),
+        (dict(links=[7, 0, 0, 0, 0, 0]), "ends inside a link or names what there is not"),
+        (dict(scalars=[]), "malformed chain"),
+        (dict(kept=[3]), "expected `kept` between 1 and 2"),
+        (dict(kept=[0]), "expected `kept` between 1 and 2, got"),
         (dict(tensors=2), "malformed chain"),
         (dict(links=[0, 0, 0, 1, 2, 0, 1, 0, 0, 1, 1, 0, 0, 1, 0, 0, 0, 0]), "malformed chain"),
-        (dict(links=[1, 0, 0, 2, 0], tensors=1), "malformed chain"),
-        (dict(links=[1, 0, 0, 0, 9], tensors=1), "malformed chain"),
+        (dict(links=[1, 0, 0, 0, 3, 0], tensors=1), "malformed chain"),
+        (dict(links=[1, 0, 0, 0, 0, 12], tensors=1), "malformed chain"),
     ],
 )
 def test_malformed_chains(change, message):
     packed = pack(draw(2, 3, 4, 3), links("cn"))
     tensors = packed.tensors[: change.get("tensors")]
     for device in ("cpu", "meta"):
-        arguments = dict(tensors=tensors, links=packed.links, eps=packed.eps, kept=[]) | change
+        arguments = dict(tensors=tensors, links=packed.links, scalars=packed.scalars, process_group="", kept=[]) | change
         arguments["tensors"] = [t.to(device) for t in tensors]
         with pytest.raises(ValueError, match=message):
             ops._chain_forward(**arguments)
@@ -178,7 +178,7 @@ def test_malformed_backward(name):
         draw(2, 3, 4, 3), [Conv(draw(4, 3, 2, 1), padding=(1, 0)), Norm(draw(4), draw(4))]
     )
     tensors = [t.detach() for t in packed.tensors]
-    out, _, statistics = ops._chain_forward(tensors, packed.links, packed.eps, [])
+    out, _, statistics = ops._chain_forward(tensors, *packed.options, [])
     arguments = dict(
         dout=torch.ones_like(out),
         tensors=tensors,
@@ -186,7 +186,7 @@ def test_malformed_backward(name):
         statistics=statistics,
         links=packed.links,
     )
-    arguments |= dict(eps=packed.eps, kept=[], wanted=[0]) | change
+    arguments |= dict(scalars=packed.scalars, process_group="", kept=[], wanted=[0]) | change
     with pytest.raises(ValueError, match=message):
         ops._chain_backward(**arguments)
 
@@ -194,11 +194,11 @@ def test_malformed_backward(name):
 @pytest.mark.parametrize("shape", [(0, 3, 4, 3), (2, 3, 0, 3), (2, 0, 4, 3), (3,)])
 def test_a_norm_link_without_values(shape):
     packed = pack(torch.zeros(shape), [Norm()])
-    with pytest.raises(ValueError, match="a norm link needs values in channels"):
-        ops._chain_forward(packed.tensors, packed.links, packed.eps, [])
+    with pytest.raises(ValueError, match="a norm link needs (values|channels), got shape"):
+        ops._chain_forward(packed.tensors, *packed.options, [])
 
 
 def test_norm_vectors_of_another_length():
     packed = pack(draw(2, 3, 4, 3), [Norm(draw(1), None)])
     with pytest.raises(ValueError, match="expected a vector of 3 values"):
-        ops._chain_forward(packed.tensors, packed.links, packed.eps, [])
+        ops._chain_forward(packed.tensors, *packed.options, [])

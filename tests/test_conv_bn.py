@@ -100,8 +100,8 @@ def test_shape_dtype_and_memory_format_are_those_of_the_convolution(case, dtype,
     out, expected = fused(tensors, case), unfused(tensors, case)
     assert out.shape == expected.shape
     assert out.dtype == dtype
-    # In the dtypes that have no fast path, some of ATen's slow ones return another format.
-    if dtype != torch.float64 and not (dtype == torch.float16 and out.dim() == 5):
+    # In the dtypes that have no fast path (on every machine), some of ATen's slow ones return another format.
+    if dtype == torch.float32 or (dtype != torch.float64 and out.dim() < 5):
         assert significant_strides(out) == significant_strides(expected)
 
 

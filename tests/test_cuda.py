@@ -81,7 +81,7 @@ def test_indices_above_32_bits(channels_last):
     y[-1, -1] += 3
     packed = pack(y, [Norm(activation="relu")])
     out, _, (statistics,) = torch.ops.fusedconvbn._chain_forward(
-        packed.tensors, packed.links, packed.eps, []
+        packed.tensors, *packed.options, []
     )
     last = torch.stack([y[n, -1].double().mean() for n in range(2)]).mean()
     torch.testing.assert_close(statistics[0, -1].double(), last, rtol=1e-4, atol=1e-4)
@@ -125,7 +125,7 @@ def test_maps_of_many_parts(dtype, format, shape):
     bias = torch.randn(shape[1], device="cuda")
     tensors = [t.requires_grad_() for t in (y, weight, bias)]
     packed = pack(y, [Norm(weight, bias, activation="relu")])
-    out = torch.ops.fusedconvbn._chain_forward(packed.tensors, packed.links, packed.eps, [])[0]
+    out = torch.ops.fusedconvbn._chain_forward(packed.tensors, *packed.options, [])[0]
     grads = torch.autograd.grad(out, tensors, dout)
     exact = [t.detach().double().requires_grad_() for t in tensors]
     expected = F.batch_norm(exact[0], None, None, *exact[1:], training=True).relu()

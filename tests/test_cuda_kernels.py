@@ -241,9 +241,9 @@ def test_same_as_the_cpu_kernels(shim, channels_last, dtype):
     weight, bias = torch.rand(c, dtype=acc) + 0.5, torch.randn(c, dtype=acc)
     chain = pack(y, [Norm(weight, bias, activation="relu")])
     ops = torch.ops.fusedconvbn
-    out, _, (stats,) = ops._chain_forward(chain.tensors, chain.links, chain.eps, [])
+    out, _, (stats,) = ops._chain_forward(chain.tensors, *chain.options, [])
     dy, dweight, dbias = ops._chain_backward(
-        dout, chain.tensors, [], [stats], chain.links, chain.eps, [], [0, 1, 2]
+        dout, chain.tensors, [], [stats], *chain.options, [], [0, 1, 2]
     )
 
     shape = (True, n * h * w, c, 1) if channels_last else (False, n, c, h * w)

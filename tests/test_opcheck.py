@@ -48,11 +48,11 @@ def chain(dtype=torch.float64, channels_last=False, requires_grad=True):
 def test_chain(dtype, channels_last, kept):
     tolerances = dict(rtol=1e-4, atol=1e-4)
     packed = chain(dtype, channels_last)
-    arguments = (packed.tensors, packed.links, packed.eps)
+    arguments = (packed.tensors, *packed.options)
     torch.library.opcheck(ops._chain_forward.default, (*arguments, kept), **tolerances)
 
     packed = chain(dtype, channels_last, requires_grad=False)
-    arguments = (packed.tensors, packed.links, packed.eps)
+    arguments = (packed.tensors, *packed.options)
     out, maps, statistics = ops._chain_forward(*arguments, kept)
     for wanted in (list(range(len(packed.tensors))), [1, 4]):
         torch.library.opcheck(
@@ -70,7 +70,7 @@ def test_chain_whose_input_and_weight_differ_in_memory_format(formats):
         for t, contiguous in zip((x, w), formats, strict=True)
     )
     packed = pack(x, [Conv(w), Norm()])
-    arguments = (packed.tensors, packed.links, packed.eps)
+    arguments = (packed.tensors, *packed.options)
     torch.library.opcheck(ops._chain_forward.default, (*arguments, []))
     out, _, statistics = ops._chain_forward(*arguments, [])
     torch.library.opcheck(

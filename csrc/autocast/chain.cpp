@@ -20,8 +20,8 @@ at::ScalarType conv_dtype(const Tensor& input) {
 namespace {
 
 template <c10::DeviceType device, c10::DispatchKey key>
-ChainResult chain_forward_autocast(at::TensorList tensors, at::IntArrayRef links, at::ArrayRef<double> eps,
-                                   at::IntArrayRef kept) {
+ChainResult chain_forward_autocast(at::TensorList tensors, at::IntArrayRef links, at::ArrayRef<double> scalars,
+                                   std::string_view process_group, at::IntArrayRef kept) {
   c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKeySet{key});
   const auto dtype = at::autocast::get_autocast_dtype(device);
   auto cast = tensors.vec();
@@ -29,12 +29,13 @@ ChainResult chain_forward_autocast(at::TensorList tensors, at::IntArrayRef links
     if (i >= 0) cast[i] = at::autocast::cached_cast(dtype, cast[i], device);
   };
   lower(0);
-  for (const auto& link : unpack(links, eps, tensors.size())) {
+  for (const auto& link : unpack(links, scalars, tensors.size())) {
+    lower(link.residual);
     if (!link.conv()) continue;
     lower(link.weight);
     lower(link.bias);
   }
-  return chain_forward(cast, links, eps, kept);
+  return chain_forward(cast, links, scalars, process_group, kept);
 }
 
 }  // namespace

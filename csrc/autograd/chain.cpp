@@ -3,12 +3,14 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/zeros.h>
 #include <ATen/record_function.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include "../ops.h"
+#include "../recompute_check.h"
 #include "../unfused.h"
 
 namespace fusedconvbn {
@@ -44,20 +46,31 @@ bool ends_in_kernel(const Tensor& dout, at::TensorList saved) {
   return key == c10::DispatchKey::CPU || key == c10::DispatchKey::CUDA;
 }
 
+bool result_is_kept(at::IntArrayRef kept, size_t links) { return !kept.empty() && kept.back() == int64_t(links); }
+
 struct ChainFunction : torch::autograd::Function<ChainFunction> {
-  static Tensor forward(AutogradContext* ctx, at::TensorList tensors, at::IntArrayRef links, at::ArrayRef<double> eps,
-                        at::IntArrayRef kept, ChainResult* result) {
+  static Tensor forward(AutogradContext* ctx, at::TensorList tensors, at::IntArrayRef links,
+                        at::ArrayRef<double> scalars, std::string_view process_group, at::IntArrayRef kept,
+                        ChainResult* result) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    *result = chain_forward(tensors, links, eps, kept);
+    *result = chain_forward(tensors, links, scalars, process_group, kept);
     const auto& [output, kept_maps, statistics] = *result;
+    const auto chain = unpack(links, scalars, tensors.size());
     auto saved = tensors.vec();
+    if (const auto place = chain.back().residual; place >= 0 && !last_residual_is_read(chain, kept)) {
+      saved[place] = at::zeros({}, output.options()).expand_symint(output.sym_sizes());
+      if (chain.back().norm()->activation.none()) ctx->saved_data["residual"] = place;
+    }
     saved.insert(saved.end(), kept_maps.begin(), kept_maps.end());
+    if (result_is_kept(kept, chain.size())) saved.push_back(output);
     saved.insert(saved.end(), statistics.begin(), statistics.end());
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data["tensors"] = int64_t(tensors.size());
     ctx->saved_data["links"] = links.vec();
-    ctx->saved_data["eps"] = eps.vec();
+    ctx->saved_data["scalars"] = scalars.vec();
+    ctx->saved_data["process_group"] = std::string(process_group);
     ctx->saved_data["kept"] = kept.vec();
+    if (recompute_is_checked()) ctx->saved_data["layer"] = layer_name();
     return output;
   }
 
@@ -66,17 +79,26 @@ struct ChainFunction : torch::autograd::Function<ChainFunction> {
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     const auto saved = ctx->get_saved_variables();
     const auto all = at::TensorList(saved);
-    const auto links = ctx->saved_data["links"].toIntVector();
-    const auto eps = ctx->saved_data["eps"].toDoubleVector();
-    const auto kept = ctx->saved_data["kept"].toIntVector();
-    const auto count = static_cast<size_t>(ctx->saved_data["tensors"].toInt());
+    auto& data = ctx->saved_data;
+    const auto links = data["links"].toIntVector();
+    const auto scalars = data["scalars"].toDoubleVector();
+    const auto process_group = data["process_group"].toStringRef();
+    const auto kept = data["kept"].toIntVector();
+    const auto count = static_cast<size_t>(data["tensors"].toInt());
     const auto last_kept = count + kept.size();
+    variable_list result(count + 5);  // one for each argument of forward
+    // Without an activation the gradient of the last residual is dout.
+    const int64_t plain_residual = data.count("residual") ? data["residual"].toInt() : -1;
+    if (plain_residual >= 0 && ctx->needs_input_grad(plain_residual)) result[plain_residual] = grads[0];
     std::vector<int64_t> wanted;
-    for (size_t i = 0; i < count; ++i)
-      if (ctx->needs_input_grad(i)) wanted.push_back(i);
+    for (int64_t i = 0; i < int64_t(count); ++i)
+      if (ctx->needs_input_grad(i) && i != plain_residual) wanted.push_back(i);
+    if (wanted.empty()) return result;
+
+    if (data.count("layer")) layer_name() = data["layer"].toStringRef();
     const auto call = [&](const auto& backward, auto&& dout) {
       return backward(std::forward<decltype(dout)>(dout), all.slice(0, count), all.slice(count, kept.size()),
-                      all.slice(last_kept), links, eps, kept, wanted);
+                      all.slice(last_kept), links, scalars, process_group, kept, wanted);
     };
     std::vector<Tensor> computed;
     if (ends_in_kernel(grads[0], saved)) {
@@ -86,35 +108,38 @@ struct ChainFunction : torch::autograd::Function<ChainFunction> {
     } else {
       computed = call(chain_backward, grads[0]);
     }
-    variable_list result(count + 4);  // one for each argument of forward
     for (size_t k = 0; k < wanted.size(); ++k) result[wanted[k]] = computed[k];
     return result;
   }
 };
 
-ChainResult chain_forward_autograd(at::TensorList tensors, at::IntArrayRef links, at::ArrayRef<double> eps,
-                                   at::IntArrayRef kept) {
-  if (needs_unfused(tensors)) return unfused_chain(tensors, links, eps, kept);
+ChainResult chain_forward_autograd(at::TensorList tensors, at::IntArrayRef links, at::ArrayRef<double> scalars,
+                                   std::string_view process_group, at::IntArrayRef kept) {
+  if (needs_unfused(tensors)) return unfused_chain(tensors, links, scalars, process_group, kept, {});
   if (!any_requires_grad(tensors)) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return chain_forward(tensors, links, eps, kept);
+    return chain_forward(tensors, links, scalars, process_group, kept);
   }
   ChainResult result;
-  std::get<0>(result) = ChainFunction::apply(tensors, links, eps, kept, &result);
+  std::get<0>(result) = ChainFunction::apply(tensors, links, scalars, process_group, kept, &result);
   return result;
 }
 
 // The backward of backward: the gradients of the unfused chain, which autograd can follow.
-std::vector<Tensor> differentiable_backward(const Tensor& dout, at::TensorList tensors, at::IntArrayRef links,
-                                            at::ArrayRef<double> eps, at::IntArrayRef wanted) {
+std::vector<Tensor> differentiable_backward(const Tensor& dout, at::TensorList tensors, at::TensorList kept_maps,
+                                            at::TensorList, at::IntArrayRef links, at::ArrayRef<double> scalars,
+                                            std::string_view process_group, at::IntArrayRef kept,
+                                            at::IntArrayRef wanted) {
   check_places("wanted", wanted, 0, int64_t(tensors.size()) - 1);
   const bool create_graph = at::GradMode::is_enabled();
   const at::AutoGradMode grad_mode(true);
+  const bool has_result = result_is_kept(kept, unpack(links, scalars, tensors.size()).size());
   variable_list own;  // so that a tensor which was made from another one does not pass its gradient on
   for (const auto& t : tensors) own.push_back(t.view_as(t));
-  const auto output = std::get<0>(unfused_chain(own, links, eps, {}));
   variable_list inputs;
-  for (const auto i : wanted) inputs.push_back(own[i]);
+  for (const auto i : wanted) inputs.push_back(own[i].requires_grad() ? own[i] : own[i].requires_grad_());
+  const auto output = std::get<0>(
+      unfused_chain(own, links, scalars, process_group, {}, has_result ? kept_maps.back().detach() : Tensor()));
   auto grads = torch::autograd::grad({output}, inputs, {dout}, /*retain_graph=*/create_graph, create_graph,
                                      /*allow_unused=*/true);
   for (size_t k = 0; k < grads.size(); ++k)
@@ -122,19 +147,19 @@ std::vector<Tensor> differentiable_backward(const Tensor& dout, at::TensorList t
   return grads;
 }
 
-std::vector<Tensor> chain_backward_batched(const Tensor& dout, at::TensorList tensors, at::TensorList, at::TensorList,
-                                           at::IntArrayRef links, at::ArrayRef<double> eps, at::IntArrayRef,
-                                           at::IntArrayRef wanted) {
-  return differentiable_backward(dout, tensors, links, eps, wanted);
-}
-
 std::vector<Tensor> chain_backward_autograd(const Tensor& dout, at::TensorList tensors, at::TensorList kept_maps,
-                                            at::TensorList statistics, at::IntArrayRef links, at::ArrayRef<double> eps,
+                                            at::TensorList statistics, at::IntArrayRef links,
+                                            at::ArrayRef<double> scalars, std::string_view process_group,
                                             at::IntArrayRef kept, at::IntArrayRef wanted) {
   if (any_requires_grad(tensors) || any_requires_grad(dout) || any_has_tangent(tensors) || any_has_tangent(dout))
-    return differentiable_backward(dout, tensors, links, eps, wanted);
+    return differentiable_backward(dout, tensors, kept_maps, statistics, links, scalars, process_group, kept, wanted);
   at::AutoDispatchBelowADInplaceOrView guard;
-  return chain_backward(dout, tensors, kept_maps, statistics, links, eps, kept, wanted);
+  return chain_backward(dout, tensors, kept_maps, statistics, links, scalars, process_group, kept, wanted);
+}
+
+ChainResult chain_forward_vmap(at::TensorList tensors, at::IntArrayRef links, at::ArrayRef<double> scalars,
+                               std::string_view process_group, at::IntArrayRef kept) {
+  return unfused_chain(tensors, links, scalars, process_group, kept, {});
 }
 
 }  // namespace
@@ -142,12 +167,12 @@ std::vector<Tensor> chain_backward_autograd(const Tensor& dout, at::TensorList t
 // torch.func.vmap
 TORCH_LIBRARY_IMPL(fusedconvbn, FuncTorchBatchedDecomposition, m) {
   m.impl("conv_bn", TORCH_FN(conv_bn));
-  m.impl("_chain_forward", TORCH_FN(unfused_chain));
-  m.impl("_chain_backward", TORCH_FN(chain_backward_batched));
+  m.impl("_chain_forward", TORCH_FN(chain_forward_vmap));
+  m.impl("_chain_backward", TORCH_FN(differentiable_backward));
 }
 
 // torch.autograd.grad(…, is_grads_batched=True)
-TORCH_LIBRARY_IMPL(fusedconvbn, Batched, m) { m.impl("_chain_backward", TORCH_FN(chain_backward_batched)); }
+TORCH_LIBRARY_IMPL(fusedconvbn, Batched, m) { m.impl("_chain_backward", TORCH_FN(differentiable_backward)); }
 
 TORCH_LIBRARY_IMPL(fusedconvbn, Autograd, m) {
   m.impl("_chain_forward", TORCH_FN(chain_forward_autograd));

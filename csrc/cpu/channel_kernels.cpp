@@ -49,6 +49,11 @@ Vectors<T> vectors_of(const Affine& a) {
   return {a.mean.const_data_ptr<acc_t<T>>(), a.scale.const_data_ptr<acc_t<T>>(), a.shift.const_data_ptr<acc_t<T>>()};
 }
 
+template <typename T>
+const T* data_or_null(const Tensor& t) {
+  return t.defined() ? t.const_data_ptr<T>() : nullptr;
+}
+
 // Both sums of each channel, (2, C). add(channel, begin, end, sums) is a reduction of ChannelLoops. The slices depend
 // on the shape alone, and are added in order: the result does not depend on the number of threads.
 template <typename Add>
@@ -110,24 +115,29 @@ Tensor channel_stats(const Tensor& y) {
   return result;
 }
 
-void channel_apply_(Tensor& out, const Tensor& y, const Affine& a, Activation activation) {
+void channel_apply_(Tensor& out, const Tensor& y, const Affine& a, const Activation& activation,
+                    const Tensor& residual) {
   const auto layout = *channel_layout(y);
   dispatch(y, [&]<typename T>(T) {
     auto* to = out.mutable_data_ptr<T>();
     const auto* from = y.const_data_ptr<T>();
+    const auto* added = data_or_null<T>(residual);
     for_slices(layout, [&](int64_t begin, int64_t end) {
-      loops<T>(layout).apply(shape_of(layout), begin, end, to, from, vectors_of<T>(a), activation);
+      loops<T>(layout).apply(shape_of(layout), begin, end, to, from, vectors_of<T>(a), activation, added);
     });
   });
 }
 
-Tensor channel_grad_stats(const Tensor& dout, const Tensor& y, const Affine& a, Activation activation) {
+Tensor channel_grad_stats(const Tensor& dout, const Tensor& y, const Affine& a, const Activation& activation,
+                          const Joined& joined) {
   const auto layout = *channel_layout(y);
   auto result = at::empty({2, layout.channels}, a.mean.options());
   dispatch(y, [&]<typename T>(T) {
+    const cpu::Joined<T> with{data_or_null<T>(joined.residual), data_or_null<T>(joined.result),
+                              joined.du.defined() ? joined.du.mutable_data_ptr<T>() : nullptr};
     const auto sums = reduce(layout, [&](int64_t channel, int64_t begin, int64_t end, double* sums) {
       loops<T>(layout).grad_stats(shape_of(layout), channel, begin, end, dout.const_data_ptr<T>(),
-                                  y.const_data_ptr<T>(), vectors_of<T>(a), activation, sums);
+                                  y.const_data_ptr<T>(), vectors_of<T>(a), activation, with, sums);
     });
     std::copy_n(sums.begin(), 2 * layout.channels, result.mutable_data_ptr<acc_t<T>>());
   });
@@ -135,7 +145,7 @@ Tensor channel_grad_stats(const Tensor& dout, const Tensor& y, const Affine& a, 
 }
 
 void channel_grad_apply_(Tensor& out, const Tensor& dout, const Tensor& y, const Affine& a, const Tensor& slope,
-                         const Tensor& offset, Activation activation) {
+                         const Tensor& offset, const Activation& activation) {
   const auto layout = *channel_layout(y);
   dispatch(y, [&]<typename T>(T) {
     auto* to = out.mutable_data_ptr<T>();

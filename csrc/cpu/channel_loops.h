@@ -23,6 +23,14 @@ struct Vectors {
   const acc_t<T>*mean, *scale, *shift;
 };
 
+// Of a link with a residual (channel_kernels.h): act' from act(u + residual), or else, from u + residual.
+template <typename T>
+struct Joined {
+  const T* residual = nullptr;
+  const T* result = nullptr;
+  T* du = nullptr;
+};
+
 // Reductions add to sums[c] and sums[C + c]. Contiguous: positions [begin, end) of the outer·inner ones of `channel`.
 // Channels last: rows [begin, end) of every channel (`channel` is not read).
 // Elementwise: values [begin, end) of the map (contiguous), rows [begin, end) (channels last).
@@ -31,8 +39,8 @@ struct ChannelLoops {
   // Σ (y − origin), Σ (y − origin)²
   void (*stats)(Shape, int64_t channel, int64_t begin, int64_t end, const T* y, const acc_t<T>* origin, double* sums);
   void (*grad_stats)(Shape, int64_t channel, int64_t begin, int64_t end, const T* dout, const T* y, Vectors<T>,
-                     Activation, double* sums);
-  void (*apply)(Shape, int64_t begin, int64_t end, T* out, const T* y, Vectors<T>, Activation);
+                     Activation, Joined<T>, double* sums);
+  void (*apply)(Shape, int64_t begin, int64_t end, T* out, const T* y, Vectors<T>, Activation, const T* residual);
   void (*grad_apply)(Shape, int64_t begin, int64_t end, T* out, const T* dout, const T* y, Vectors<T>,
                      const acc_t<T>* slope, const acc_t<T>* offset, Activation);
 };

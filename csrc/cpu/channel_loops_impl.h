@@ -85,28 +85,51 @@ struct StatsTerm {
   }
 };
 
-template <typename T, typename Act>
+// Where act' is taken: at u, at u + residual, or where act(u + residual) says. The latter two also write du.
+enum class At { u, sum, result };
+
+template <typename T, typename Act, At at>
 struct GradTerm {
   const T *dout, *y;
   Vectors<T> v;
+  Act act;
+  const T* other;  // the residual or the result
+  T* du;
   FUSEDCONVBN_INLINE void operator()(int64_t i, int64_t c, double& sum, double& dot) const {
     const acc_t<T> centred = acc_t<T>(y[i]) - v.mean[c];
-    const double du = Act::backward(centred * v.scale[c] + v.shift[c], acc_t<T>(dout[i]));
-    sum += du;
-    dot += du * double(centred);
+    acc_t<T> u;
+    if constexpr (at == At::result)
+      u = acc_t<T>(other[i]);
+    else
+      u = centred * v.scale[c] + v.shift[c];
+    if constexpr (at == At::sum) u += acc_t<T>(other[i]);
+    const acc_t<T> gradient = act.backward(u, acc_t<T>(dout[i]));
+    if constexpr (at != At::u) du[i] = T(gradient);
+    sum += gradient;
+    dot += double(gradient) * double(centred);
   }
 };
 
-template <typename T, typename Act>
-FUSEDCONVBN_INLINE T apply_value(T y, acc_t<T> mean, acc_t<T> scale, acc_t<T> shift) {
-  return T(Act::forward((acc_t<T>(y) - mean) * scale + shift));
+// Calls f(at, other) with what `joined` has for the functor.
+template <typename T, typename Act, typename F>
+FUSEDCONVBN_INLINE void with_slope_at(const Joined<T>& joined, Act, const F& f) {
+  if (joined.du == nullptr) return f(std::integral_constant<At, At::u>{}, static_cast<const T*>(nullptr));
+  if constexpr (std::is_same_v<Act, Relu>) {
+    if (joined.result) return f(std::integral_constant<At, At::result>{}, joined.result);
+  }
+  if constexpr (!std::is_same_v<Act, Identity>) f(std::integral_constant<At, At::sum>{}, joined.residual);
+}
+
+template <typename T>
+FUSEDCONVBN_INLINE T* advance(T* from, int64_t by) {
+  return from ? from + by : from;
 }
 
 template <typename T, typename Act>
-FUSEDCONVBN_INLINE T grad_value(T dout, T y, acc_t<T> mean, acc_t<T> scale, acc_t<T> shift, acc_t<T> slope,
+FUSEDCONVBN_INLINE T grad_value(Act act, T dout, T y, acc_t<T> mean, acc_t<T> scale, acc_t<T> shift, acc_t<T> slope,
                                 acc_t<T> offset) {
   const acc_t<T> centred = acc_t<T>(y) - mean;
-  const acc_t<T> du = Act::backward(centred * scale + shift, acc_t<T>(dout));
+  const acc_t<T> du = act.backward(centred * scale + shift, acc_t<T>(dout));
   return T(scale * du + (slope * centred + offset));
 }
 
@@ -122,13 +145,19 @@ void stats_contiguous(Shape shape, int64_t channel, int64_t begin, int64_t end, 
 
 template <typename T>
 void grad_stats_contiguous(Shape shape, int64_t channel, int64_t begin, int64_t end, const T* dout, const T* y,
-                           Vectors<T> v, Activation activation, double* sums) {
+                           Vectors<T> v, Activation activation, Joined<T> joined, double* sums) {
   const Lanes<acc_t<T>> mean(v.mean[channel]), scale(v.scale[channel]), shift(v.shift[channel]);
   const Vectors<T> spread{mean.values, scale.values, shift.values};
-  with_activation(activation, [&]<typename Act>(Act) {
-    add_channel(
-        shape, channel, begin, end, [&](int64_t offset) { return GradTerm<T, Act>{dout + offset, y + offset, spread}; },
-        sums);
+  with_activation(activation, [&](auto act) {
+    with_slope_at(joined, act, [&](auto at, const T* other) {
+      add_channel(
+          shape, channel, begin, end,
+          [&](int64_t offset) {
+            return GradTerm<T, decltype(act), at()>{
+                dout + offset, y + offset, spread, act, advance(other, offset), advance(joined.du, offset)};
+          },
+          sums);
+    });
   });
 }
 
@@ -144,13 +173,20 @@ FUSEDCONVBN_INLINE void for_planes(Shape shape, int64_t begin, int64_t end, cons
 }
 
 template <typename T>
-void apply_contiguous(Shape shape, int64_t begin, int64_t end, T* out, const T* y, Vectors<T> v,
-                      Activation activation) {
-  with_activation(activation, [&]<typename Act>(Act) {
+void apply_contiguous(Shape shape, int64_t begin, int64_t end, T* out, const T* y, Vectors<T> v, Activation activation,
+                      const T* residual) {
+  with_activation(activation, [&](auto act) {
     for_planes(shape, begin, end, [&](int64_t offset, int64_t length, int64_t c) {
       const auto mean = v.mean[c], scale = v.scale[c], shift = v.shift[c];
+      if (residual) {
 #pragma omp simd
-      for (int64_t i = offset; i < offset + length; ++i) out[i] = apply_value<T, Act>(y[i], mean, scale, shift);
+        for (int64_t i = offset; i < offset + length; ++i)
+          out[i] = T(act.forward((acc_t<T>(y[i]) - mean) * scale + shift + acc_t<T>(residual[i])));
+      } else {
+#pragma omp simd
+        for (int64_t i = offset; i < offset + length; ++i)
+          out[i] = T(act.forward((acc_t<T>(y[i]) - mean) * scale + shift));
+      }
     });
   });
 }
@@ -158,13 +194,13 @@ void apply_contiguous(Shape shape, int64_t begin, int64_t end, T* out, const T* 
 template <typename T>
 void grad_apply_contiguous(Shape shape, int64_t begin, int64_t end, T* out, const T* dout, const T* y, Vectors<T> v,
                            const acc_t<T>* slope, const acc_t<T>* offset, Activation activation) {
-  with_activation(activation, [&]<typename Act>(Act) {
+  with_activation(activation, [&](auto act) {
     for_planes(shape, begin, end, [&](int64_t first, int64_t length, int64_t c) {
       const auto mean = v.mean[c], scale = v.scale[c], shift = v.shift[c];
       const auto slope_c = slope[c], offset_c = offset[c];
 #pragma omp simd
       for (int64_t i = first; i < first + length; ++i)
-        out[i] = grad_value<T, Act>(dout[i], y[i], mean, scale, shift, slope_c, offset_c);
+        out[i] = grad_value<T>(act, dout[i], y[i], mean, scale, shift, slope_c, offset_c);
     });
   });
 }
@@ -180,21 +216,33 @@ void stats_channels_last(Shape shape, int64_t, int64_t begin, int64_t end, const
 
 template <typename T>
 void grad_stats_channels_last(Shape shape, int64_t, int64_t begin, int64_t end, const T* dout, const T* y, Vectors<T> v,
-                              Activation activation, double* sums) {
-  const int64_t C = shape.channels;
-  with_activation(activation, [&]<typename Act>(Act) {
-    add_rows(end - begin, C, C, GradTerm<T, Act>{dout + begin * C, y + begin * C, v}, sums, sums + C);
+                              Activation activation, Joined<T> joined, double* sums) {
+  const int64_t C = shape.channels, first = begin * C;
+  with_activation(activation, [&](auto act) {
+    with_slope_at(joined, act, [&](auto at, const T* other) {
+      const GradTerm<T, decltype(act), at()> term{
+          dout + first, y + first, v, act, advance(other, first), advance(joined.du, first)};
+      add_rows(end - begin, C, C, term, sums, sums + C);
+    });
   });
 }
 
 template <typename T>
 void apply_channels_last(Shape shape, int64_t begin, int64_t end, T* out, const T* y, Vectors<T> v,
-                         Activation activation) {
+                         Activation activation, const T* residual) {
   const int64_t C = shape.channels;
-  with_activation(activation, [&]<typename Act>(Act) {
+  with_activation(activation, [&](auto act) {
     for (int64_t row = begin * C; row < end * C; row += C) {
+      if (residual) {
 #pragma omp simd
-      for (int64_t c = 0; c < C; ++c) out[row + c] = apply_value<T, Act>(y[row + c], v.mean[c], v.scale[c], v.shift[c]);
+        for (int64_t c = 0; c < C; ++c)
+          out[row + c] = T(
+              act.forward((acc_t<T>(y[row + c]) - v.mean[c]) * v.scale[c] + v.shift[c] + acc_t<T>(residual[row + c])));
+      } else {
+#pragma omp simd
+        for (int64_t c = 0; c < C; ++c)
+          out[row + c] = T(act.forward((acc_t<T>(y[row + c]) - v.mean[c]) * v.scale[c] + v.shift[c]));
+      }
     }
   });
 }
@@ -203,12 +251,12 @@ template <typename T>
 void grad_apply_channels_last(Shape shape, int64_t begin, int64_t end, T* out, const T* dout, const T* y, Vectors<T> v,
                               const acc_t<T>* slope, const acc_t<T>* offset, Activation activation) {
   const int64_t C = shape.channels;
-  with_activation(activation, [&]<typename Act>(Act) {
+  with_activation(activation, [&](auto act) {
     for (int64_t row = begin * C; row < end * C; row += C) {
 #pragma omp simd
       for (int64_t c = 0; c < C; ++c)
         out[row + c] =
-            grad_value<T, Act>(dout[row + c], y[row + c], v.mean[c], v.scale[c], v.shift[c], slope[c], offset[c]);
+            grad_value<T>(act, dout[row + c], y[row + c], v.mean[c], v.scale[c], v.shift[c], slope[c], offset[c]);
     }
   });
 }

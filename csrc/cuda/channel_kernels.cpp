@@ -35,6 +35,8 @@ cuda::Vectors vectors_of(const Affine& a) {
   return {a.mean.const_data_ptr(), a.scale.const_data_ptr(), a.shift.const_data_ptr()};
 }
 
+const void* data_or_null(const Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
+
 // run(map, scratch, result, stream)
 template <typename Run>
 Tensor reduce(const Tensor& y, const Run& run) {
@@ -62,21 +64,26 @@ Tensor channel_stats(const Tensor& y) {
   });
 }
 
-Tensor channel_grad_stats(const Tensor& dout, const Tensor& y, const Affine& a, Activation activation) {
+Tensor channel_grad_stats(const Tensor& dout, const Tensor& y, const Affine& a, const Activation& activation,
+                          const Joined& joined) {
+  const cuda::Joined with{data_or_null(joined.residual), data_or_null(joined.result),
+                          joined.du.defined() ? joined.du.mutable_data_ptr() : nullptr};
   return reduce(y, [&](const cuda::Map& map, void* scratch, void* result, cudaStream_t stream) {
-    cuda::channel_grad_stats(map, dout.const_data_ptr(), y.const_data_ptr(), vectors_of(a), activation, scratch, result,
-                             stream);
+    cuda::channel_grad_stats(map, dout.const_data_ptr(), y.const_data_ptr(), vectors_of(a), activation, with, scratch,
+                             result, stream);
   });
 }
 
-void channel_apply_(Tensor& out, const Tensor& y, const Affine& a, Activation activation) {
+void channel_apply_(Tensor& out, const Tensor& y, const Affine& a, const Activation& activation,
+                    const Tensor& residual) {
   elementwise(y, [&](const cuda::Map& map, cudaStream_t stream) {
-    cuda::channel_apply_(map, out.mutable_data_ptr(), y.const_data_ptr(), vectors_of(a), activation, stream);
+    cuda::channel_apply_(map, out.mutable_data_ptr(), y.const_data_ptr(), vectors_of(a), activation,
+                         data_or_null(residual), stream);
   });
 }
 
 void channel_grad_apply_(Tensor& out, const Tensor& dout, const Tensor& y, const Affine& a, const Tensor& slope,
-                         const Tensor& offset, Activation activation) {
+                         const Tensor& offset, const Activation& activation) {
   elementwise(y, [&](const cuda::Map& map, cudaStream_t stream) {
     cuda::channel_grad_apply_(map, out.mutable_data_ptr(), dout.const_data_ptr(), y.const_data_ptr(), vectors_of(a),
                               slope.const_data_ptr(), offset.const_data_ptr(), activation, stream);

@@ -20,7 +20,8 @@
 namespace fusedconvbn::cuda {
 namespace {
 
-constexpr unsigned threads = 256;  // of a block
+constexpr unsigned threads = 256;                  // of a block
+constexpr unsigned blocks_per_multiprocessor = 4;  // at least: 64 registers a thread
 // Blocks at most. Channels last, each of them first reads the vectors of its channels: no more than run at a time, 4 on
 // each of an H100's 132 multiprocessors. Contiguous, more of them make the last wave smaller.
 constexpr int64_t most_row_blocks = 528;
@@ -54,7 +55,7 @@ struct Planes {
 };
 
 template <typename Op, int V>
-__global__ void __launch_bounds__(threads)
+__global__ void __launch_bounds__(threads, blocks_per_multiprocessor)
     elementwise_contiguous(Op op, Planes<V> planes, int64_t count, int64_t channels) {
   const int64_t stride = int64_t(gridDim.x) * threads, index = int64_t(blockIdx.x) * threads + threadIdx.x;
   const int64_t plane_step = stride / planes.width, vector_step = stride % planes.width;
@@ -73,7 +74,7 @@ __global__ void __launch_bounds__(threads)
 
 // Block (c, k) reduces the vectors [k·length, (k + 1)·length) of channel c. partial: (gridDim.y, C)
 template <typename Op, int V>
-__global__ void __launch_bounds__(threads)
+__global__ void __launch_bounds__(threads, blocks_per_multiprocessor)
     reduce_contiguous(Op op, Planes<V> planes, int64_t samples, int64_t channels, int64_t length,
                       typename Op::template Partial<typename Op::acc>* partial) {
   using Partial = typename Op::template Partial<typename Op::acc>;
@@ -105,7 +106,8 @@ __global__ void __launch_bounds__(threads)
 
 // Block (x, y): blockDim.x vectors of channels by blockDim.y rows at a time, from row blockIdx.y·blockDim.y on.
 template <typename Op, int V>
-__global__ void __launch_bounds__(threads) elementwise_channels_last(Op op, int64_t rows, int64_t channels) {
+__global__ void __launch_bounds__(threads, blocks_per_multiprocessor)
+    elementwise_channels_last(Op op, int64_t rows, int64_t channels) {
   const int64_t c = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * V;
   if (c >= channels) return;
   typename Op::Channel channel[V];
@@ -117,7 +119,7 @@ __global__ void __launch_bounds__(threads) elementwise_channels_last(Op op, int6
 
 // Block (x, k) reduces rows [k·length, (k + 1)·length) of its channels. partial: (gridDim.y, C)
 template <typename Op, int V>
-__global__ void __launch_bounds__(threads)
+__global__ void __launch_bounds__(threads, blocks_per_multiprocessor)
     reduce_channels_last(Op op, int64_t rows, int64_t channels, int64_t length,
                          typename Op::template Partial<typename Op::acc>* partial) {
   using Partial = typename Op::template Partial<typename Op::acc>;
@@ -151,7 +153,7 @@ constexpr unsigned merged_channels = 8;  // of a block
 
 // result: (2, C), from partial: (parts, C)
 template <template <typename> typename Partial, typename acc>
-__global__ void __launch_bounds__(threads)
+__global__ void __launch_bounds__(threads, blocks_per_multiprocessor)
     merge_partials(const Partial<acc>* partial, int64_t parts, int64_t channels, acc* result) {
   const int64_t c = int64_t(blockIdx.x) * merged_channels + threadIdx.x;
   Partial<double> merged{};
@@ -271,6 +273,19 @@ void with_dtype(Dtype dtype, const F& f) {
   }
 }
 
+// f with what the kernels take for `activation` (channel_operations.cuh)
+template <typename F>
+void with_act(const Activation& activation, const F& f) {
+  switch (activation.kind) {
+    case ActivationKind::none:
+      return f(Identity{});
+    case ActivationKind::relu:
+      return f(Relu{});
+    default:
+      return f(activation);
+  }
+}
+
 }  // namespace
 
 int64_t scratch_bytes(const Map& map) {
@@ -287,21 +302,28 @@ void channel_stats(const Map& map, const void* y, void* scratch, void* result, c
 }
 
 void channel_grad_stats(const Map& map, const void* dout, const void* y, Vectors vectors, Activation activation,
-                        void* scratch, void* result, cudaStream_t stream) {
+                        Joined joined, void* scratch, void* result, cudaStream_t stream) {
   with_dtype(map.dtype, [&]<typename T>(T) {
-    with_activation(activation, [&]<typename Act>(Act) {
-      const GradStats<T, Act> op{static_cast<const T*>(dout), static_cast<const T*>(y), vectors};
-      reduce(map, op, {dout, y}, scratch, result, stream);
+    with_act(activation, [&]<typename Act>(Act act) {
+      const GradStats<T, Act> op{static_cast<const T*>(dout),
+                                 static_cast<const T*>(y),
+                                 static_cast<const T*>(joined.residual),
+                                 static_cast<const T*>(joined.result),
+                                 static_cast<T*>(joined.du),
+                                 vectors,
+                                 act};
+      reduce(map, op, {dout, y, joined.residual, joined.result, joined.du}, scratch, result, stream);
     });
   });
 }
 
 void channel_apply_(const Map& map, void* out, const void* y, Vectors vectors, Activation activation,
-                    cudaStream_t stream) {
+                    const void* residual, cudaStream_t stream) {
   with_dtype(map.dtype, [&]<typename T>(T) {
-    with_activation(activation, [&]<typename Act>(Act) {
-      const Apply<T, Act> op{static_cast<T*>(out), static_cast<const T*>(y), vectors};
-      elementwise(map, op, {out, y}, stream);
+    with_act(activation, [&]<typename Act>(Act act) {
+      const Apply<T, Act> op{static_cast<T*>(out), static_cast<const T*>(y), static_cast<const T*>(residual), vectors,
+                             act};
+      elementwise(map, op, {out, y, residual}, stream);
     });
   });
 }
@@ -309,11 +331,15 @@ void channel_apply_(const Map& map, void* out, const void* y, Vectors vectors, A
 void channel_grad_apply_(const Map& map, void* out, const void* dout, const void* y, Vectors vectors, const void* slope,
                          const void* offset, Activation activation, cudaStream_t stream) {
   with_dtype(map.dtype, [&]<typename T>(T) {
-    with_activation(activation, [&]<typename Act>(Act) {
-      using acc = acc_t<T>;
-      const GradApply<T, Act> op{static_cast<T*>(out),           static_cast<const T*>(dout),
-                                 static_cast<const T*>(y),       vectors,
-                                 static_cast<const acc*>(slope), static_cast<const acc*>(offset)};
+    using acc = acc_t<T>;
+    with_act(activation, [&]<typename Act>(Act act) {
+      const GradApply<T, Act> op{static_cast<T*>(out),
+                                 static_cast<const T*>(dout),
+                                 static_cast<const T*>(y),
+                                 vectors,
+                                 static_cast<const acc*>(slope),
+                                 static_cast<const acc*>(offset),
+                                 act};
       elementwise(map, op, {out, dout, y}, stream);
     });
   });

@@ -23,14 +23,20 @@ struct Vectors {
   const void *mean, *scale, *shift;
 };
 
+// Of a link with a residual (channel_kernels.h); all null without one.
+struct Joined {
+  const void *residual, *result;
+  void* du;
+};
+
 // Bytes of scratch memory that a reduction over `map` needs, aligned to 16.
 int64_t scratch_bytes(const Map& map);
 
 // result: (2, C), as channel_kernels.h says.
 void channel_stats(const Map&, const void* y, void* scratch, void* result, cudaStream_t);
-void channel_grad_stats(const Map&, const void* dout, const void* y, Vectors, Activation, void* scratch, void* result,
-                        cudaStream_t);
-void channel_apply_(const Map&, void* out, const void* y, Vectors, Activation, cudaStream_t);
+void channel_grad_stats(const Map&, const void* dout, const void* y, Vectors, Activation, Joined, void* scratch,
+                        void* result, cudaStream_t);
+void channel_apply_(const Map&, void* out, const void* y, Vectors, Activation, const void* residual, cudaStream_t);
 void channel_grad_apply_(const Map&, void* out, const void* dout, const void* y, Vectors, const void* slope,
                          const void* offset, Activation, cudaStream_t);
 

@@ -1,6 +1,9 @@
 // What the four kernels do with a vector of values: Apply, GradApply, and, adding up, Stats and GradStats. How they
 // walk a map is in channel_launch.cu.
 //
+// Act is the functor of an activation or, for all but the most frequent ones, `Activation`: then it is chosen once for
+// a vector, alike in all threads. Kernels for each activation would be a hundred.
+//
 // run<V, stride> does the V values at `at`; value j belongs to channels[j · stride]. (stride 0: all to one channel)
 #pragma once
 
@@ -27,6 +30,15 @@ __device__ __forceinline__ Vector<T, V> load(const T* from, int64_t at) {
   return *reinterpret_cast<const Vector<T, V>*>(from + at);
 }
 
+template <typename F>
+__device__ __forceinline__ void with_functor(const Activation& activation, const F& f) {
+  with_activation(activation, f);
+}
+template <typename Act, typename F>
+__device__ __forceinline__ void with_functor(const Act& functor, const F& f) {
+  f(functor);
+}
+
 template <typename acc>
 struct ChannelVectors {  // those of one channel
   acc mean, scale, shift;
@@ -42,18 +54,25 @@ struct Apply {
   using acc = acc_t<T>;
   using Channel = ChannelVectors<acc>;
   T* out;
-  const T* y;
+  const T *y, *residual;  // residual may be null
   Vectors vectors;
+  Act activation;
 
   __device__ Channel channel(int64_t c) const { return at<acc>(vectors, c); }
   template <int V, int stride>
   __device__ __forceinline__ void run(int64_t at, const Channel* channels) const {
     auto v = load<V>(y, at);
+    Vector<T, V> r{};
+    if (residual) r = load<V>(residual, at);
+    with_functor(activation, [&](auto act) {
 #pragma unroll
-    for (int j = 0; j < V; ++j) {
-      const auto& c = channels[j * stride];
-      v.values[j] = T(Act::forward((acc(v.values[j]) - c.mean) * c.scale + c.shift));
-    }
+      for (int j = 0; j < V; ++j) {
+        const auto& c = channels[j * stride];
+        acc u = (acc(v.values[j]) - c.mean) * c.scale + c.shift;
+        if (residual) u += acc(r.values[j]);
+        v.values[j] = T(act.forward(u));
+      }
+    });
     *reinterpret_cast<Vector<T, V>*>(out + at) = v;
   }
 };
@@ -69,19 +88,22 @@ struct GradApply {
   const T *dout, *y;
   Vectors vectors;
   const acc *slope, *offset;
+  Act activation;
 
   __device__ Channel channel(int64_t c) const { return {at<acc>(vectors, c), slope[c], offset[c]}; }
   template <int V, int stride>
   __device__ __forceinline__ void run(int64_t at, const Channel* channels) const {
     const auto v = load<V>(y, at);
     auto d = load<V>(dout, at);
+    with_functor(activation, [&](auto act) {
 #pragma unroll
-    for (int j = 0; j < V; ++j) {
-      const auto& c = channels[j * stride];
-      const acc centred = acc(v.values[j]) - c.norm.mean;
-      const acc du = Act::backward(centred * c.norm.scale + c.norm.shift, acc(d.values[j]));
-      d.values[j] = T(c.norm.scale * du + (c.slope * centred + c.offset));
-    }
+      for (int j = 0; j < V; ++j) {
+        const auto& c = channels[j * stride];
+        const acc centred = acc(v.values[j]) - c.norm.mean;
+        const acc du = act.backward(centred * c.norm.scale + c.norm.shift, acc(d.values[j]));
+        d.values[j] = T(c.norm.scale * du + (c.slope * centred + c.offset));
+      }
+    });
     *reinterpret_cast<Vector<T, V>*>(out + at) = d;
   }
 };
@@ -172,8 +194,10 @@ struct GradStats {
   template <typename other>
   using Partial = Sums<other>;
   using Channel = ChannelVectors<acc>;
-  const T *dout, *y;
+  const T *dout, *y, *residual, *result;  // act' at result, or else at u [+ residual]; each of the two may be null
+  T* du;                                  // null without a residual
   Vectors vectors;
+  Act activation;
 
   __device__ Channel channel(int64_t c) const { return at<acc>(vectors, c); }
 
@@ -184,16 +208,31 @@ struct GradStats {
 
   template <int V, int stride>
   __device__ __forceinline__ void run(int64_t at, const Channel* channels, Accumulator* accumulators) const {
-    const auto v = load<V>(y, at), d = load<V>(dout, at);
+    const auto v = load<V>(y, at);
+    auto d = load<V>(dout, at);
+    Vector<T, V> r{};
+    if (result)
+      r = load<V>(result, at);
+    else if (residual)
+      r = load<V>(residual, at);
+    with_functor(activation, [&](auto act) {
 #pragma unroll
-    for (int j = 0; j < V; ++j) {
-      const auto& c = channels[j * stride];
-      auto& sums = accumulators[j * stride];
-      const acc centred = acc(v.values[j]) - c.mean;
-      const acc du = Act::backward(centred * c.scale + c.shift, acc(d.values[j]));
-      sums.sum += du;
-      sums.dot += du * centred;
-    }
+      for (int j = 0; j < V; ++j) {
+        const auto& c = channels[j * stride];
+        auto& sums = accumulators[j * stride];
+        const acc centred = acc(v.values[j]) - c.mean;
+        acc u = centred * c.scale + c.shift;
+        if (result)
+          u = acc(r.values[j]);
+        else if (residual)
+          u += acc(r.values[j]);
+        const acc gradient = act.backward(u, acc(d.values[j]));
+        d.values[j] = T(gradient);
+        sums.sum += gradient;
+        sums.dot += gradient * centred;
+      }
+    });
+    if (du) *reinterpret_cast<Vector<T, V>*>(du + at) = d;
   }
 };
 

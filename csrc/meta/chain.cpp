@@ -11,10 +11,10 @@
 namespace fusedconvbn {
 namespace {
 
-ChainResult chain_forward_meta(at::TensorList tensors, at::IntArrayRef links, at::ArrayRef<double> eps,
-                               at::IntArrayRef kept) {
-  const auto chain = unpack(links, eps, tensors.size());
-  check_places("kept", kept, 1, int64_t(chain.size()) - 1);
+ChainResult chain_forward_meta(at::TensorList tensors, at::IntArrayRef links, at::ArrayRef<double> scalars,
+                               std::string_view process_group, at::IntArrayRef kept) {
+  const auto chain = unpack(links, scalars, tensors.size());
+  check_places("kept", kept, 1, int64_t(chain.size()));
   std::vector<Tensor> maps{tensors[0]}, kept_maps, statistics;
   for (const auto& link : chain) {
     const auto t = maps.back();
@@ -26,18 +26,21 @@ ChainResult chain_forward_meta(at::TensorList tensors, at::IntArrayRef links, at
       maps.push_back(t.is_non_overlapping_and_dense()
                          ? at::empty_like(t)
                          : at::empty_like(t, t.options().memory_format(t.suggest_memory_format())));
-      statistics.push_back(at::empty_symint({2, t.sym_size(1)}, t.options().dtype(statistics_dtype(t))));
+      if (!link.normalises()) continue;
+      const int64_t rows = process_group.empty() ? 2 : 5;
+      statistics.push_back(at::empty_symint({rows, t.sym_size(1)}, t.options().dtype(statistics_dtype(t))));
     }
   }
-  for (const auto i : kept) kept_maps.push_back(maps[i]);
+  for (const auto i : kept)
+    if (i < int64_t(chain.size())) kept_maps.push_back(maps[i]);
   return {maps.back(), kept_maps, statistics};
 }
 
 std::vector<Tensor> chain_backward_meta(const Tensor&, at::TensorList tensors, at::TensorList, at::TensorList,
-                                        at::IntArrayRef links, at::ArrayRef<double> eps, at::IntArrayRef,
-                                        at::IntArrayRef wanted) {
+                                        at::IntArrayRef links, at::ArrayRef<double> scalars, std::string_view,
+                                        at::IntArrayRef, at::IntArrayRef wanted) {
   // A convolution returns both gradients in the format of its result.
-  const auto chain = unpack(links, eps, tensors.size());
+  const auto chain = unpack(links, scalars, tensors.size());
   check_places("wanted", wanted, 0, int64_t(tensors.size()) - 1);
   auto grads = tensors.vec();
   auto t = tensors[0];
@@ -48,6 +51,8 @@ std::vector<Tensor> chain_backward_meta(const Tensor&, at::TensorList tensors, a
       if (i == 0) grads[0] = at::empty_like(t, t.options().memory_format(format));
       t = at::empty_symint(conv->output_sizes(t.sym_sizes(), weight.sym_sizes()), t.options().memory_format(format));
       weight = at::empty_like(weight, weight.options().memory_format(format));
+    } else if (chain[i].residual >= 0) {
+      grads[chain[i].residual] = t;
     }
   }
   std::vector<Tensor> result;

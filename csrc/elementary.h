@@ -1,0 +1,98 @@
+// exp, expm1 and the normal distribution in a form that the compiler turns into vector code on CPU; CUDA has its own.
+#pragma once
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define FUSEDCONVBN_INLINE __host__ __device__ __forceinline__
+#else
+// Forced: the CPU loops are compiled once per instruction set, and a copy that is not inlined would
+// be shared between them.
+#define FUSEDCONVBN_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace fusedconvbn {
+
+// Lets NaN through.
+template <typename T>
+FUSEDCONVBN_INLINE T clamp(T x, T low, T high) {
+  return x < low ? low : x > high ? high : x;
+}
+
+#if !defined(__CUDACC__)
+// eˣ = 2ⁿ·(1 + p) with x = n·ln 2 + r, |r| ≤ ln 2 / 2, and p = eʳ − 1. Within the exponents of normal numbers.
+struct Exponential {
+  float power, p;
+
+  FUSEDCONVBN_INLINE explicit Exponential(float x) {
+    constexpr float shift = 0x1.8p23f;  // added and taken away it rounds; in between, n is in the lowest bits
+    const float bounded = clamp(x, -87.f, 88.f), shifted = bounded * 0x1.715476p0f + shift, n = shifted - shift;
+    const float r = (bounded - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;  // ln 2 in two parts
+    const float q = 1 / 6.f + r * (1 / 24.f + r * (1 / 120.f + r * (1 / 720.f + r * (1 / 5040.f))));
+    p = r + r * r * (0.5f + r * q);
+    power = std::bit_cast<float>((std::bit_cast<uint32_t>(shifted) << 23) + 0x3f800000u);
+  }
+};
+#endif
+
+FUSEDCONVBN_INLINE float exponential(float x) {
+#if defined(__CUDACC__)
+  return ::expf(x);
+#else
+  const Exponential e(x);
+  return e.power + e.power * e.p;
+#endif
+}
+FUSEDCONVBN_INLINE double exponential(double x) { return ::exp(x); }
+
+// eˣ − 1, also right next to 0
+FUSEDCONVBN_INLINE float exponential_minus_one(float x) {
+#if defined(__CUDACC__)
+  return ::expm1f(x);
+#else
+  const Exponential e(x);
+  return (e.power - 1.f) + e.power * e.p;
+#endif
+}
+FUSEDCONVBN_INLINE double exponential_minus_one(double x) { return ::expm1(x); }
+
+// tanh x = m/(m + 2), m = e²ˣ − 1; it is ±1 to the last bit long before the bounds.
+template <typename T>
+FUSEDCONVBN_INLINE T hyperbolic_tangent(T x) {
+  const T m = exponential_minus_one(T(2) * clamp(x, T(-20), T(20)));
+  return m / (m + T(2));
+}
+
+template <typename T>
+FUSEDCONVBN_INLINE T sigmoid(T x) {
+  return T(1) / (T(1) + exponential(-x));
+}
+
+// Of the normal distribution: the density φ, and Φ, the probability of a value below x.
+template <typename T>
+struct Normal {
+  T density, below;
+};
+
+FUSEDCONVBN_INLINE Normal<double> normal(double x) {
+  return {0.39894228040143268 * ::exp(-0.5 * x * x), 0.5 * ::erfc(-0.70710678118654752 * x)};
+}
+
+FUSEDCONVBN_INLINE Normal<float> normal(float x) {
+#if defined(__CUDACC__)
+  return {0.39894228f * ::expf(-0.5f * x * x), ::normcdff(x)};
+#else
+  // Φ(−|x|) = exp(−x²/2)·t·P(t), t = 1/(1 + 0.3·|x|). P is the polynomial of least relative error, 3.5·10⁻⁹.
+  constexpr float coefficients[] = {-0.020612950f, 0.11237643f,  -0.22806905f, 0.19158375f, -0.079249062f,
+                                    0.096058756f,  0.078425258f, 0.11022739f,  0.11957283f, 0.11968663f};
+  const float t = 1.f / (1.f + 0.3f * (x < 0 ? -x : x)), e = exponential(-0.5f * x * x);
+  float polynomial = 0;
+  for (const float c : coefficients) polynomial = polynomial * t + c;
+  const float tail = e * t * polynomial;
+  return {0.39894228f * e, x < 0 ? tail : 1.f - tail};
+#endif
+}
+
+}  // namespace fusedconvbn
