@@ -3,8 +3,6 @@
 #include <ATen/CachedTensorUtils.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/cat.h>
-#include <ATen/ops/convolution.h>
-#include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/full_like.h>
 #include <ATen/ops/ones_like.h>
@@ -124,27 +122,6 @@ void check_places(const char* name, at::IntArrayRef places, int64_t first, int64
 }
 
 // ------------------------------------------------------------------------------------------- mathematics
-
-std::vector<c10::SymInt> Conv::output_sizes(c10::SymIntArrayRef input, c10::SymIntArrayRef weight) const {
-  TORCH_CHECK_VALUE(input.size() == stride.size() + 2 && weight.size() == input.size(),
-                    "expected a map and a weight of ", stride.size() + 2, " dimensions, got ", input, " and ", weight);
-  std::vector<c10::SymInt> sizes{input[0], transposed ? weight[1] * groups : weight[0]};
-  for (size_t d = 0; d < stride.size(); ++d) {
-    const auto reach = (weight[d + 2] - 1) * dilation[d] + 1;  // of the kernel, in input values
-    sizes.push_back(transposed ? (input[d + 2] - 1) * stride[d] - 2 * padding[d] + reach + output_padding[d]
-                               // ⌊(in + 2·padding − reach) / stride⌋ + 1, never above 0 when the kernel does not fit
-                               : (input[d + 2] + 2 * padding[d] - reach + stride[d]) / stride[d]);
-  }
-  return sizes;
-}
-
-at::MemoryFormat conv_memory_format(const Tensor& input, const Tensor& weight) {
-  // ATen's rule for its fast backends; convolution in one dimension and in 3-d double is contiguous there.
-  const bool contiguous = input.dim() < 4 || (input.dim() == 5 && input.scalar_type() == at::kDouble);
-  if (contiguous) return at::MemoryFormat::Contiguous;
-  const auto format = input.suggest_memory_format();
-  return format == at::MemoryFormat::Contiguous ? weight.suggest_memory_format() : format;
-}
 
 namespace {
 
@@ -289,9 +266,7 @@ class Execution {
   Tensor convolve(const Conv& conv, size_t i, const Tensor& in) const {
     const auto& weight = tensor(chain_[i].weight);
     const auto bias = bias_cancels(chain_, i) ? std::nullopt : optional_tensor(chain_[i].bias);
-    return at::convolution(in, weight, bias, conv.stride, conv.padding, conv.dilation, conv.transposed,
-                           conv.output_padding, conv.groups)
-        .contiguous(conv_memory_format(in, weight));
+    return convolution(conv, in, weight, bias);
   }
 
   // The kernels read the two dense layouts; any other map is copied into the one it is nearer to.
@@ -381,14 +356,10 @@ class Execution {
     const Tensor in = std::move(maps_[i]);
     const auto& weight = tensor(link.weight);
     const std::array<bool, 3> mask{reached_[i], wanted(link.weight), wanted(link.bias) && !bias_cancels(chain_, i)};
-    const auto bias_sizes = mask[2] ? at::OptionalIntArrayRef(tensor(link.bias).sizes()) : std::nullopt;
-    auto [din, dweight, dbias] =
-        at::convolution_backward(grad_, in, weight, bias_sizes, conv.stride, conv.padding, conv.dilation,
-                                 conv.transposed, conv.output_padding, conv.groups, mask);
-    const auto format = conv_memory_format(in, weight);
-    if (mask[1]) grads_[link.weight] = dweight.contiguous(format);
-    if (mask[2]) grads_[link.bias] = dbias;
-    grad_ = mask[0] ? din.contiguous(format) : Tensor();
+    auto [din, dweight, dbias] = convolution_backward(conv, grad_, in, weight, mask);
+    if (mask[1]) grads_[link.weight] = std::move(dweight);
+    if (mask[2]) grads_[link.bias] = std::move(dbias);
+    grad_ = std::move(din);
     grad_owned_ = true;
   }
 

@@ -25,18 +25,11 @@
 #include <vector>
 
 #include "activation.h"
+#include "convolution.h"
 
 namespace fusedconvbn {
 
 enum class Arithmetic : int64_t { batchnorm = 0, tutorial, none };
-
-struct Conv {
-  std::vector<int64_t> stride, padding, dilation, output_padding;
-  bool transposed;
-  int64_t groups;
-
-  std::vector<c10::SymInt> output_sizes(c10::SymIntArrayRef input, c10::SymIntArrayRef weight) const;
-};
 
 struct Norm {
   double eps;
@@ -80,9 +73,6 @@ void check_places(const char* name, at::IntArrayRef places, int64_t first, int64
 // r of the table above, from the biased variance of `count` values or from a running variance, which is unbiased.
 at::Tensor inverse_std(const Norm& norm, const at::Tensor& var, const c10::SymInt& count);
 at::Tensor inverse_running_std(const Norm& norm, const at::Tensor& running_var);
-
-// The memory format in which a convolution returns its result and its gradients.
-at::MemoryFormat conv_memory_format(const at::Tensor& input, const at::Tensor& weight);
 
 // A bias in front of batch statistics shifts the mean and nothing else: it is left out, and its gradient is 0.
 inline bool bias_cancels(const std::vector<Link>& chain, size_t i) {

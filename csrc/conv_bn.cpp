@@ -222,7 +222,7 @@ Arguments check(const Tensor& input, const Tensor& weight, const Optional& bias,
   return {conv, norm};
 }
 
-Tensor convolution(const Conv& conv, const Tensor& input, const Tensor& weight, const Optional& bias) {
+Tensor plain_convolution(const Conv& conv, const Tensor& input, const Tensor& weight, const Optional& bias) {
   const auto dtype = conv_dtype(input);
   return at::convolution(input.to(dtype), weight.to(dtype), bias ? Optional(bias->to(dtype)) : bias, conv.stride,
                          conv.padding, conv.dilation, conv.transposed, conv.output_padding, conv.groups);
@@ -277,7 +277,7 @@ Tensor folded(const Arguments& args, const Tensor& input, const Tensor& weight, 
       at::GradMode::is_enabled() && (input.requires_grad() || weight.requires_grad() || requires_grad(bias) ||
                                      requires_grad(bn_weight) || requires_grad(bn_bias) || requires_grad(residual));
   if (norm.activation.none() || (!grad && is_traced(input)))
-    return finish(convolution(conv, input, scaled, shift), residual, norm.activation);
+    return finish(plain_convolution(conv, input, scaled, shift), residual, norm.activation);
 
   const auto dtype = conv_dtype(input);
   PackedChain chain(input.to(dtype));
@@ -311,7 +311,7 @@ Tensor conv_bn(const Tensor& input, const Tensor& weight, const Optional& bias, 
   if (num_batches_tracked) writes.emplace_back(*num_batches_tracked, count);
   Tensor output;
   if (input.sym_size(0) == 0 && process_group.empty()) {  // nothing to normalise, nothing to average
-    output = finish(at::batch_norm(convolution(args.conv, input, weight, bias), bn_weight, bn_bias, {}, {}, true,
+    output = finish(at::batch_norm(plain_convolution(args.conv, input, weight, bias), bn_weight, bn_bias, {}, {}, true,
                                    /*momentum=*/0, eps, false),
                     residual, args.norm.activation);
   } else {

@@ -5,9 +5,20 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-ACTIVATIONS = (
-    "none relu relu6 leaky_relu elu silu hardswish gelu gelu_tanh mish sigmoid tanh".split()
-)
+ACTIVATIONS = [
+    "none",
+    "relu",
+    "relu6",
+    "leaky_relu",
+    "elu",
+    "silu",
+    "hardswish",
+    "gelu",
+    "gelu_tanh",
+    "mish",
+    "sigmoid",
+    "tanh",
+]
 PARAMETERS = {"leaky_relu": 0.01, "elu": 1.0}
 ARITHMETICS = ("batchnorm", "tutorial", "none")
 

@@ -103,9 +103,7 @@ def test_each_gradient_alone(wanted):
     dout = torch.randn_like(out)
     expected = torch.autograd.grad(out, packed.tensors, dout)
     tensors = [t.detach() for t in packed.tensors]
-    (grad,) = ops._chain_backward(
-        dout, tensors, maps, statistics, *packed.options, [2], [wanted]
-    )
+    (grad,) = ops._chain_backward(dout, tensors, maps, statistics, *packed.options, [2], [wanted])
     assert torch.equal(grad, expected[wanted])
 
 
@@ -138,7 +136,16 @@ def test_malformed_chains(change, message):
     packed = pack(draw(2, 3, 4, 3), links("cn"))
     tensors = packed.tensors[: change.get("tensors")]
     for device in ("cpu", "meta"):
-        arguments = dict(tensors=tensors, links=packed.links, scalars=packed.scalars, process_group="", kept=[]) | change
+        arguments = (
+            dict(
+                tensors=tensors,
+                links=packed.links,
+                scalars=packed.scalars,
+                process_group="",
+                kept=[],
+            )
+            | change
+        )
         arguments["tensors"] = [t.to(device) for t in tensors]
         with pytest.raises(ValueError, match=message):
             ops._chain_forward(**arguments)
@@ -194,7 +201,7 @@ def test_malformed_backward(name):
 @pytest.mark.parametrize("shape", [(0, 3, 4, 3), (2, 3, 0, 3), (2, 0, 4, 3), (3,)])
 def test_a_norm_link_without_values(shape):
     packed = pack(torch.zeros(shape), [Norm()])
-    with pytest.raises(ValueError, match="a norm link needs (values|channels), got shape"):
+    with pytest.raises(ValueError, match=r"a norm link needs (values|channels), got shape"):
         ops._chain_forward(packed.tensors, *packed.options, [])
 
 

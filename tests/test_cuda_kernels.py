@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fusedconvbn.chain import Norm, pack
+from fusedconvbn.activations import activation_module
+from fusedconvbn.chain import ACTIVATIONS, PARAMETERS, Norm, pack
 
 ROOT = Path(__file__).parent.parent
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-ACTIVATIONS = ("none", "relu")
 
 # channels_last, outer, channels, inner. Vectors hold 2, 4 or 8 values, a block has 256 threads, and a part is cut
 # off when each of them has four vectors.
@@ -68,26 +68,24 @@ class Kernels:
         self.shim.channel_stats(self.map, *map(_pointer, (y, scratch, result)))
         return result
 
-    def grad_stats(self, dout, y, vectors, activation):
+    def grad_stats(self, dout, y, vectors, activation, residual=None, from_result=None, du=None):
         result, scratch = torch.empty(2, self.channels, dtype=self.acc), self._scratch()
         self.shim.channel_grad_stats(
             self.map,
-            _pointer(dout),
-            _pointer(y),
+            *map(_pointer, (dout, y)),
             self._vectors(vectors),
-            ctypes.c_int64(activation),
-            _pointer(scratch),
-            _pointer(result),
+            *_activation(activation),
+            *map(_pointer, (residual, from_result, du, scratch, result)),
         )
         return result
 
-    def apply_(self, out, y, vectors, activation):
+    def apply_(self, out, y, vectors, activation, residual=None):
         self.shim.channel_apply_(
             self.map,
-            _pointer(out),
-            _pointer(y),
+            *map(_pointer, (out, y)),
             self._vectors(vectors),
-            ctypes.c_int64(activation),
+            *_activation(activation),
+            _pointer(residual),
         )
 
     def grad_apply_(self, out, dout, y, vectors, activation):
@@ -95,12 +93,17 @@ class Kernels:
             self.map,
             *map(_pointer, (out, dout, y)),
             self._vectors(vectors),
-            ctypes.c_int64(activation),
+            *_activation(activation),
         )
 
 
+def _activation(name):
+    parameter = PARAMETERS.get(name, 0.0)
+    return ctypes.c_int64(ACTIVATIONS.index(name)), ctypes.c_double(parameter)
+
+
 def _pointer(t):
-    return ctypes.c_void_p(t.data_ptr())
+    return ctypes.c_void_p(None if t is None else t.data_ptr())
 
 
 def _map(shape, dtype, offset=0, mean=0.3):
@@ -120,14 +123,15 @@ def _dims(y):
 
 
 def _check_all(kernels, y, dout, dtype, activation):
-    """All four kernels against their formulas in float64; the maps are written in place, as the chain does."""
-    act = ACTIVATIONS[activation]
+    """All four kernels against their formulas in float64; the maps are written in place too, as the chain does."""
+    act = activation_module(activation)
     wide, dims = y.double(), _dims(y)
     count = y.numel() // kernels.channels
     acc = torch.finfo(kernels.acc).eps
     exact = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[
         dtype
     ]
+    sums_exact = 64 * acc * count**0.5
 
     var, mean = torch.var_mean(wide, dims, correction=0)
     stats = kernels.stats(y)
@@ -140,15 +144,17 @@ def _check_all(kernels, y, dout, dtype, activation):
     vectors = [stats[0].contiguous(), scale, shift, slope, offset]
     mean, scale, shift, slope, offset = (_channels(v, y) for v in vectors)
     u = ((y.to(kernels.acc) - _channels(vectors[0], y).to(kernels.acc)).double()) * scale + shift
-    du = dout.double() * (u > 0) if act == "relu" else dout.double()
 
-    sums = kernels.grad_stats(dout, y, vectors[:3], activation)
-    tolerance = 64 * acc * count**0.5
-    torch.testing.assert_close(sums[0].double(), du.sum(dims), rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(
-        sums[1].double(), (du * (wide - mean)).sum(dims), rtol=tolerance, atol=tolerance
-    )
+    def gradient(u):
+        leaf = u.clone().requires_grad_()
+        return torch.autograd.grad(act(leaf), leaf, dout.double())[0]
 
+    def check_sums(sums, du):
+        expected = torch.stack((du.sum(dims), (du * (wide - mean)).sum(dims)))
+        torch.testing.assert_close(sums.double(), expected, rtol=sums_exact, atol=sums_exact)
+
+    du = gradient(u)
+    check_sums(kernels.grad_stats(dout, y, vectors[:3], activation), du)
     expected = scale * du + slope * (wide - mean) + offset
     for target in ("fresh", "y", "dout"):
         maps = {"y": y.clone(), "dout": dout.clone(), "fresh": torch.full_like(y, 7)}
@@ -157,14 +163,31 @@ def _check_all(kernels, y, dout, dtype, activation):
         kernels.grad_apply_(maps[target], maps["dout"], maps["y"], vectors, activation)
         torch.testing.assert_close(maps[target].double(), expected, rtol=exact, atol=exact)
 
-    expected = u.relu() if act == "relu" else u
-    for target in ("fresh", "y"):
-        maps = {
-            "y": _same_alignment(y, y),
-            "fresh": _same_alignment(torch.full_like(y, 7), y),
-        }
-        kernels.apply_(maps[target], maps["y"], vectors[:3], activation)
-        torch.testing.assert_close(maps[target].double(), expected, rtol=exact, atol=exact)
+    residual = _same_alignment(torch.randn(y.shape, dtype=torch.float64).to(dtype), y)
+    for added in (None, residual):
+        joined = u if added is None else u + added.double()
+        for target in ("fresh", "y"):
+            maps = {"y": _same_alignment(y, y), "fresh": _same_alignment(torch.full_like(y, 7), y)}
+            kernels.apply_(maps[target], maps["y"], vectors[:3], activation, added)
+            torch.testing.assert_close(
+                maps[target].double(), act(joined), rtol=exact, atol=3 * exact
+            )
+
+    if activation == "none":
+        return
+    ways = {"residual": residual}
+    if activation == "relu":
+        ways["from_result"] = maps[target]
+    for name, other in ways.items():
+        at = joined if name == "residual" else other.double()
+        for in_place in (False, True):
+            given = _same_alignment(dout, y)
+            written = given if in_place else _same_alignment(torch.full_like(y, 7), y)
+            sums = kernels.grad_stats(
+                given, y, vectors[:3], activation, **{name: other}, du=written
+            )
+            check_sums(sums, gradient(at))
+            torch.testing.assert_close(written.double(), gradient(at), rtol=exact, atol=3 * exact)
 
 
 def _same_alignment(t, like):
@@ -179,7 +202,8 @@ def _same_alignment(t, like):
 def test_every_kernel_is_its_formula(shim, name, dtype):
     torch.manual_seed(0)
     shape = MAPS[name]
-    activation = (DTYPES.index(dtype) + list(MAPS).index(name)) % 2
+    turn = DTYPES.index(dtype) + list(MAPS).index(name)
+    activation = ("relu", ACTIVATIONS[turn % len(ACTIVATIONS)])[turn % 2]
     kernels = Kernels(shim, shape, dtype)
     _check_all(kernels, _map(shape, dtype), _map(shape, dtype), dtype, activation)
 
@@ -190,7 +214,15 @@ def test_maps_that_start_between_vectors(shim, channels_last, dtype):
     torch.manual_seed(0)
     shape = (True, 5, 16, 1) if channels_last else (False, 2, 3, 21)
     kernels = Kernels(shim, shape, dtype)
-    _check_all(kernels, _map(shape, dtype, offset=1), _map(shape, dtype, offset=1), dtype, 1)
+    _check_all(kernels, _map(shape, dtype, offset=1), _map(shape, dtype, offset=1), dtype, "relu")
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation(shim, activation):
+    shape, dtype = (True, 40, 8, 1), torch.float32
+    _check_all(
+        Kernels(shim, shape, dtype), _map(shape, dtype), _map(shape, dtype), dtype, activation
+    )
 
 
 @pytest.mark.parametrize("shape", [(False, 2, 3, 1500), (True, 1500, 3, 1)])
@@ -253,13 +285,13 @@ def test_same_as_the_cpu_kernels(shim, channels_last, dtype):
     torch.testing.assert_close(shim_stats, stats, **tolerance)
     r = (stats[1] + 1e-5).rsqrt()
     vectors = [stats[0].contiguous(), r * weight, bias]
-    s1, s2 = kernels.grad_stats(dout, y, vectors, 1)
+    s1, s2 = kernels.grad_stats(dout, y, vectors, "relu")
     torch.testing.assert_close(s1, dbias, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(r * s2, dweight, rtol=1e-5, atol=1e-5)
     count = n * h * w
     vectors += [-vectors[1] * r * r * s2 / count, -vectors[1] * s1 / count]
     result = torch.empty_like(y)
-    kernels.grad_apply_(result, dout, y, vectors, 1)
+    kernels.grad_apply_(result, dout, y, vectors, "relu")
     torch.testing.assert_close(result, dy)
     kernels.apply_(result, y, vectors[:3], 1)
     torch.testing.assert_close(result, out)

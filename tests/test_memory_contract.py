@@ -135,9 +135,7 @@ def test_a_chain_saves_what_its_plan_keeps(kept):
     second = torch.randn(16, CHANNELS_OUT, 1, 1, requires_grad=True)
     packed = pack(x, [Conv(w, padding=(1, 1)), Norm(activation="relu"), Conv(second), Norm()])
     with track_memory() as memory:
-        out = torch.ops.fusedconvbn._chain_forward(packed.tensors, *packed.options, kept)[
-            0
-        ]
+        out = torch.ops.fusedconvbn._chain_forward(packed.tensors, *packed.options, kept)[0]
     sizes = {1: MAP, 2: MAP, 3: BATCH * 16 * SIZE * SIZE * 4}
     expected = sum(sizes[i] for i in kept)
     assert expected <= memory.saved < expected + SMALL

@@ -220,7 +220,7 @@ def test_tutorial_arithmetic_takes_half_input_with_float_vectors():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"activation": "tanh"}, "activation must be 'none' or 'relu', got 'tanh'"),
+        ({"activation": "swish"}, "expected activation .*, got 'swish'"),
         ({"arithmetic": "exact"}, "arithmetic must be 'batchnorm' or 'tutorial', got 'exact'"),
         ({"arithmetic": "tutorial", "training": False}, "must be given when training=False"),
     ],

@@ -12,7 +12,7 @@
 #define __host__
 #define __device__
 #define __forceinline__ inline
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __shared__ static  // of the block that runs; all its threads see it
 
 using cudaStream_t = void*;

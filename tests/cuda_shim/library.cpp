@@ -19,20 +19,23 @@ void channel_stats(const int64_t* map, const void* y, void* scratch, void* resul
 }
 
 void channel_grad_stats(const int64_t* map, const void* dout, const void* y, const void* const* vectors,
-                        int64_t activation, void* scratch, void* result) {
+                        int64_t activation, double parameter, const void* residual, const void* from_result, void* du,
+                        void* scratch, void* result) {
   cuda::channel_grad_stats(map_of(map), dout, y, {vectors[0], vectors[1], vectors[2]},
-                           static_cast<Activation>(activation), scratch, result, nullptr);
+                           {static_cast<ActivationKind>(activation), parameter}, {residual, from_result, du}, scratch,
+                           result, nullptr);
 }
 
-void channel_apply_(const int64_t* map, void* out, const void* y, const void* const* vectors, int64_t activation) {
-  cuda::channel_apply_(map_of(map), out, y, {vectors[0], vectors[1], vectors[2]}, static_cast<Activation>(activation),
-                       nullptr);
+void channel_apply_(const int64_t* map, void* out, const void* y, const void* const* vectors, int64_t activation,
+                    double parameter, const void* residual) {
+  cuda::channel_apply_(map_of(map), out, y, {vectors[0], vectors[1], vectors[2]},
+                       {static_cast<ActivationKind>(activation), parameter}, residual, nullptr);
 }
 
 void channel_grad_apply_(const int64_t* map, void* out, const void* dout, const void* y, const void* const* vectors,
-                         int64_t activation) {
+                         int64_t activation, double parameter) {
   cuda::channel_grad_apply_(map_of(map), out, dout, y, {vectors[0], vectors[1], vectors[2]}, vectors[3], vectors[4],
-                            static_cast<Activation>(activation), nullptr);
+                            {static_cast<ActivationKind>(activation), parameter}, nullptr);
 }
 
 }  // extern "C"

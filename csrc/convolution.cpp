@@ -1,0 +1,108 @@
+#include "convolution.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/convolution.h>
+#include <ATen/ops/convolution_backward.h>
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+
+namespace fusedconvbn {
+
+using at::Tensor;
+
+std::vector<c10::SymInt> Conv::output_sizes(c10::SymIntArrayRef input, c10::SymIntArrayRef weight) const {
+  TORCH_CHECK_VALUE(input.size() == stride.size() + 2 && weight.size() == input.size(),
+                    "expected a map and a weight of ", stride.size() + 2, " dimensions, got ", input, " and ", weight);
+  std::vector<c10::SymInt> sizes{input[0], transposed ? weight[1] * groups : weight[0]};
+  for (size_t d = 0; d < stride.size(); ++d) {
+    const auto reach = (weight[d + 2] - 1) * dilation[d] + 1;  // of the kernel, in input values
+    sizes.push_back(transposed ? (input[d + 2] - 1) * stride[d] - 2 * padding[d] + reach + output_padding[d]
+                               // ⌊(in + 2·padding − reach) / stride⌋ + 1, never above 0 when the kernel does not fit
+                               : (input[d + 2] + 2 * padding[d] - reach + stride[d]) / stride[d]);
+  }
+  return sizes;
+}
+
+at::MemoryFormat conv_memory_format(const Tensor& input, const Tensor& weight) {
+  // ATen's rule for its fast backends; convolution in one dimension and in 3-d double is contiguous there.
+  const bool contiguous = input.dim() < 4 || (input.dim() == 5 && input.scalar_type() == at::kDouble);
+  if (contiguous) return at::MemoryFormat::Contiguous;
+  const auto format = input.suggest_memory_format();
+  return format == at::MemoryFormat::Contiguous ? weight.suggest_memory_format() : format;
+}
+
+namespace {
+
+bool cpu_has(const char* check) {
+  const auto op = c10::Dispatcher::singleton().findSchema({check, ""});
+  return op && op->typed<bool()>().call();
+}
+
+// Where oneDNN has no fast path for a dtype on this CPU, ATen's own takes ten times as long as one in float.
+bool runs_in_float(const Tensor& t) {
+  if (!t.is_cpu()) return false;
+  static const bool bfloat16 = cpu_has("mkldnn::_is_mkldnn_bf16_supported");
+  static const bool half = cpu_has("mkldnn::_is_mkldnn_fp16_supported");
+  return (t.scalar_type() == at::kBFloat16 && !bfloat16) || (t.scalar_type() == at::kHalf && !half);
+}
+
+// f(first, count) for slices of samples, so small that their maps in float are no more memory than caches hold
+template <typename F>
+void for_sample_slices(const Tensor& input, const Tensor& output, const F& f) {
+  constexpr int64_t slice_bytes = 8 << 20;
+  const int64_t samples = input.size(0);
+  const int64_t bytes = (input.numel() + output.numel()) * int64_t(sizeof(float));
+  const int64_t count = std::clamp<int64_t>(samples * slice_bytes / std::max<int64_t>(bytes, 1), 1, samples);
+  for (int64_t first = 0; first < samples; first += count) f(first, std::min(count, samples - first));
+}
+
+}  // namespace
+
+Tensor convolution(const Conv& conv, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {
+  const auto run = [&](const Tensor& in, const Tensor& w, const std::optional<Tensor>& b) {
+    return at::convolution(in, w, b, conv.stride, conv.padding, conv.dilation, conv.transposed, conv.output_padding,
+                           conv.groups);
+  };
+  const auto format = conv_memory_format(input, weight);
+  if (!runs_in_float(input) || input.numel() == 0) return run(input, weight, bias).contiguous(format);
+
+  const auto sizes = conv.output_sizes(input.sym_sizes(), weight.sym_sizes());
+  auto output = at::empty_symint(sizes, input.options().memory_format(format));
+  const auto w = weight.to(at::kFloat);
+  const auto b = bias ? std::optional<Tensor>(bias->to(at::kFloat)) : bias;
+  for_sample_slices(input, output, [&](int64_t first, int64_t count) {
+    output.narrow(0, first, count).copy_(run(input.narrow(0, first, count).to(at::kFloat), w, b));
+  });
+  return output;
+}
+
+std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Conv& conv, const Tensor& dout, const Tensor& input,
+                                                        const Tensor& weight, std::array<bool, 3> wanted) {
+  const auto format = conv_memory_format(input, weight);
+  const std::array<int64_t, 1> bias_size{dout.size(1)};
+  const auto run = [&](const Tensor& grad, const Tensor& in, const Tensor& w) {
+    auto [din, dweight, dbias] = at::convolution_backward(
+        grad, in, w, wanted[2] ? at::OptionalIntArrayRef(bias_size) : std::nullopt, conv.stride, conv.padding,
+        conv.dilation, conv.transposed, conv.output_padding, conv.groups, wanted);
+    return std::make_tuple(wanted[0] ? din.contiguous(format) : Tensor(),
+                           wanted[1] ? dweight.contiguous(format) : Tensor(), dbias);
+  };
+  if (!runs_in_float(input) || input.numel() == 0) return run(dout, input, weight);
+
+  Tensor din, dweight, dbias;
+  const auto w = weight.to(at::kFloat);
+  if (wanted[0]) din = at::empty(input.sizes(), input.options().memory_format(format));
+  for_sample_slices(input, dout, [&](int64_t first, int64_t count) {
+    const auto part = [&](const Tensor& t) { return t.narrow(0, first, count).to(at::kFloat); };
+    auto [slice_din, slice_dweight, slice_dbias] = run(part(dout), part(input), w);
+    if (wanted[0]) din.narrow(0, first, count).copy_(slice_din);
+    if (wanted[1]) dweight = first == 0 ? slice_dweight : dweight.add_(slice_dweight);
+    if (wanted[2]) dbias = first == 0 ? slice_dbias : dbias.add_(slice_dbias);
+  });
+  if (wanted[1]) dweight = dweight.to(weight.scalar_type());
+  if (wanted[2]) dbias = dbias.to(weight.scalar_type());
+  return {din, dweight, dbias};
+}
+
+}  // namespace fusedconvbn

@@ -1,0 +1,31 @@
+// The convolution of a conv link and its gradients: ATen's, in a memory format that fake kernels can promise.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <tuple>
+#include <vector>
+
+namespace fusedconvbn {
+
+struct Conv {
+  std::vector<int64_t> stride, padding, dilation, output_padding;
+  bool transposed;
+  int64_t groups;
+
+  std::vector<c10::SymInt> output_sizes(c10::SymIntArrayRef input, c10::SymIntArrayRef weight) const;
+};
+
+// The memory format in which a convolution returns its result and its gradients.
+at::MemoryFormat conv_memory_format(const at::Tensor& input, const at::Tensor& weight);
+
+at::Tensor convolution(const Conv& conv, const at::Tensor& input, const at::Tensor& weight,
+                       const std::optional<at::Tensor>& bias);
+
+// The gradients of input, weight and bias, as far as `wanted`.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> convolution_backward(const Conv& conv, const at::Tensor& dout,
+                                                                    const at::Tensor& input, const at::Tensor& weight,
+                                                                    std::array<bool, 3> wanted);
+
+}  // namespace fusedconvbn
