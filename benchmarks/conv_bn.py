@@ -10,6 +10,7 @@ benchmarks/results/conv_bn-<device>.json.
 import argparse
 import copy
 import json
+import math
 import os
 import platform
 import statistics
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -34,13 +36,40 @@ sys.path.append(str(ROOT / "examples"))
 import mnist
 
 Step = Callable[[], None]
+LONGEST = 90.0  # seconds after which a comparison ends, if it has five rounds
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
-# in, out, kernel, image size, at batch 16 and channels_last: what a bottleneck of ResNet-50 is made of
+
+@dataclass(frozen=True)
+class Layer:
+    """Sizes of a convolution at batch 16, channels_last, and what follows it."""
+
+    channels_in: int
+    channels_out: int
+    kernel: int
+    size: int
+    groups: int = 1
+    activation: str = "relu"
+    residual: bool = False
+    dtype: torch.dtype = torch.float32
+
+
+# Of a bottleneck of ResNet-50; then, with SiLU and with a residual, a wide, a depthwise and a compute-bound one.
 LAYERS = {
-    "64→256 1×1, 56²": (64, 256, 1, 56),
-    "64→64 3×3, 56²": (64, 64, 3, 56),
-    "512→128 1×1, 28²": (512, 128, 1, 28),
+    "64→256 1×1, 56²": Layer(64, 256, 1, 56),
+    "64→64 3×3, 56²": Layer(64, 64, 3, 56),
+    "512→128 1×1, 28²": Layer(512, 128, 1, 28),
+} | {
+    f"{name}, {tail}{', bfloat16' if dtype == torch.bfloat16 else ''}": Layer(
+        *sizes, activation=activation, residual=residual, dtype=dtype
+    )
+    for dtype in (torch.float32, torch.bfloat16)
+    for name, sizes in {
+        "64→256 1×1, 56²": (64, 256, 1, 56),
+        "32→32 depthwise 3×3, 112²": (32, 32, 3, 112, 32),
+        "128→128 3×3, 28²": (128, 128, 3, 28),
+    }.items()
+    for tail, activation, residual in (("SiLU", "silu", False), ("add, ReLU", "relu", True))
 }
 
 
@@ -55,7 +84,12 @@ def time_interleaved(
     """Seconds of each step of each variant; which one begins a round moves on."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
+    deadline = math.inf
     for i in tqdm(range(rounds + 2), desc=label, leave=False):
+        if i == 2:
+            deadline = time.perf_counter() + LONGEST
+        if i >= 7 and time.perf_counter() > deadline:
+            break
         for name in names[i % len(names) :] + names[: i % len(names)]:
             synchronize(device)
             start = time.perf_counter()
@@ -79,21 +113,36 @@ def summarise(times: dict[str, list[float]], baseline: str) -> dict[str, dict[st
     return rows
 
 
-def layer_steps(sizes: tuple[int, int, int, int], device: torch.device) -> dict[str, Step]:
-    cin, cout, k, size = sizes
+def layer_steps(sizes: Layer, device: torch.device) -> dict[str, Step]:
     format = torch.channels_last
-    conv = nn.Conv2d(cin, cout, k, padding=k // 2, bias=False).to(device, memory_format=format)
-    bn = nn.BatchNorm2d(cout).to(device)
-    layer = FusedConvBN2d.from_modules(copy.deepcopy(conv), copy.deepcopy(bn), "relu")
-    x = torch.randn(16, cin, size, size, device=device).to(memory_format=format).requires_grad_()
-    dout = torch.randn(16, cout, size, size, device=device).to(memory_format=format)
+    options = {"device": device, "dtype": sizes.dtype}
+    conv = nn.Conv2d(
+        sizes.channels_in,
+        sizes.channels_out,
+        sizes.kernel,
+        padding=sizes.kernel // 2,
+        groups=sizes.groups,
+        bias=False,
+        **options,
+    ).to(memory_format=format)
+    bn = nn.BatchNorm2d(sizes.channels_out, **options)
+    act = nn.ReLU(inplace=True) if sizes.activation == "relu" else nn.SiLU(inplace=True)
+    layer = FusedConvBN2d.from_modules(copy.deepcopy(conv), copy.deepcopy(bn), act)
+
+    def draw(channels: int) -> Tensor:
+        t = torch.randn(16, channels, sizes.size, sizes.size, **options)
+        return t.to(memory_format=format)
+
+    x, dout = draw(sizes.channels_in).requires_grad_(), draw(sizes.channels_out)
+    residual = draw(sizes.channels_out).requires_grad_() if sizes.residual else None
 
     def unfused(x: Tensor) -> Tensor:
-        return F.relu_(bn(conv(x)))
+        out = bn(conv(x))
+        return act(out if residual is None else out + residual)
 
     forwards = {
         "unfused": unfused,
-        "fused": layer,
+        "fused": lambda x: layer(x, residual),
         "checkpoint": lambda x: checkpoint(unfused, x, use_reentrant=False),
         "convolution alone": conv,
     }
@@ -101,6 +150,8 @@ def layer_steps(sizes: tuple[int, int, int, int], device: torch.device) -> dict[
     def step(forward: Callable[[Tensor], Tensor]) -> Step:
         def run() -> None:
             x.grad = None
+            if residual is not None:
+                residual.grad = None
             forward(x).backward(dout)
 
         return run

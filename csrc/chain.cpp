@@ -306,12 +306,22 @@ class Execution {
     return t.to(statistics_dtype(y)).contiguous();
   }
 
+  // S1 and S2
+  static Tensor channel_sums(const Tensor& dout, const Tensor& y, const Affine& affine, const Activation& activation,
+                             const Joined& joined) {
+    return y.numel() ? channel_kernels(y).grad_stats(dout, y, affine, activation, joined)
+                     : at::zeros({2, y.size(1)}, affine.mean.options());
+  }
+
+  // u = y
+  static Affine plain(const Tensor& y) {
+    const auto zero = at::zeros({y.size(1)}, y.options().dtype(statistics_dtype(y)).memory_format(std::nullopt));
+    return {zero, at::ones_like(zero), zero};
+  }
+
   // (mean, scale = a, shift = β) and r.
   std::pair<Affine, Tensor> affine(const Norm& norm, size_t i, const Tensor& y) const {
-    if (!norm.normalises()) {
-      const auto zero = at::zeros({y.size(1)}, y.options().dtype(statistics_dtype(y))), one = at::ones_like(zero);
-      return {Affine{zero, one, zero}, one};
-    }
+    if (!norm.normalises()) return {plain(y), {}};
     const auto& statistics = statistics_[i];
     const int64_t rows = process_group_.empty() ? 2 : 5;
     TORCH_CHECK_VALUE(statistics.sizes() == at::IntArrayRef({rows, y.size(1)}) && statistics.is_contiguous() &&
@@ -355,10 +365,18 @@ class Execution {
     const auto& link = chain_[i];
     const Tensor in = std::move(maps_[i]);
     const auto& weight = tensor(link.weight);
-    const std::array<bool, 3> mask{reached_[i], wanted(link.weight), wanted(link.bias) && !bias_cancels(chain_, i)};
-    auto [din, dweight, dbias] = convolution_backward(conv, grad_, in, weight, mask);
-    if (mask[1]) grads_[link.weight] = std::move(dweight);
-    if (mask[2]) grads_[link.bias] = std::move(dbias);
+    const bool bias = wanted(link.bias) && !bias_cancels(chain_, i);
+    // Half types are added up in float, by a kernel that does so.
+    const bool half = in.scalar_type() == at::kBFloat16 || in.scalar_type() == at::kHalf;
+    if (bias && half) {
+      const auto dout = dense(grad_);
+      const auto sums = channel_sums(dout, dout, plain(dout), {}, {});
+      grads_[link.bias] = sums.select(0, 0).to(tensor(link.bias).scalar_type(), false, true);
+    }
+    auto [din, dweight, dbias] =
+        convolution_backward(conv, grad_, in, weight, {reached_[i], wanted(link.weight), bias && !half});
+    if (dweight.defined()) grads_[link.weight] = std::move(dweight);
+    if (dbias.defined()) grads_[link.bias] = std::move(dbias);
     grad_ = std::move(din);
     grad_owned_ = true;
   }
@@ -382,13 +400,13 @@ class Execution {
         if (const auto r = residual(i, y); r.defined()) {
           u = u_owned ? y : at::empty_like(y);
           u_owned = true;
-          if (y.numel()) channel_kernels(y).apply_(u, y, affine(norm, i, y).first, Activation{}, r);
+          if (y.numel()) channel_kernels(y).apply_(u, y, plain(y), Activation{}, r);
         }
       }
       u = dense(u);
       const auto dout = dense_like("gradient", grad_, u);
       Tensor du = grad_owned_ || !dout.is_same(grad_) ? dout : u_owned ? u : at::empty_like(u);
-      const auto [affine, one] = this->affine(norm, i, u);
+      const auto affine = plain(u);
       if (u.numel()) channel_kernels(u).grad_apply_(du, dout, u, affine, affine.mean, affine.mean, norm.activation);
       grad_ = std::move(du);
       grad_owned_ = true;
@@ -419,8 +437,7 @@ class Execution {
         joined.residual = residual(i, y);
       joined.du = grad_owned_ ? dout : at::empty_like(y);
     }
-    const auto sums =
-        y.numel() ? kernels.grad_stats(dout, y, affine, activation, joined) : at::zeros({2, y.size(1)}, r.options());
+    const auto sums = channel_sums(dout, y, affine, activation, joined);
     if (joined.du.defined()) {
       dout = joined.du;
       grad_owned_ = true;

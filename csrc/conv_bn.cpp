@@ -276,13 +276,17 @@ Tensor folded(const Arguments& args, const Tensor& input, const Tensor& weight, 
   const bool grad =
       at::GradMode::is_enabled() && (input.requires_grad() || weight.requires_grad() || requires_grad(bias) ||
                                      requires_grad(bn_weight) || requires_grad(bn_bias) || requires_grad(residual));
-  if (norm.activation.none() || (!grad && is_traced(input)))
+  const auto dtype = conv_dtype(input);
+  const bool half = dtype == at::kBFloat16 || dtype == at::kHalf;
+  if ((norm.activation.none() && !half) || (!grad && is_traced(input)))
     return finish(plain_convolution(conv, input, scaled, shift), residual, norm.activation);
 
-  const auto dtype = conv_dtype(input);
+  // The folded weight and the shift stay in float, and so do their gradients.
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   PackedChain chain(input.to(dtype));
-  chain.push(conv, scaled.to(dtype), shift.to(dtype));
-  chain.push(norm, {}, {}, residual ? Optional(residual->to(dtype)) : residual);
+  chain.push(conv, scaled, shift);
+  if (!norm.activation.none() || residual)
+    chain.push(norm, {}, {}, residual ? Optional(residual->to(dtype)) : residual);
   return std::get<0>(chain_forward(chain.tensors, chain.links, chain.scalars, "", plan(norm, residual)));
 }
 

@@ -65,12 +65,16 @@ Tensor convolution(const Conv& conv, const Tensor& input, const Tensor& weight, 
                            conv.groups);
   };
   const auto format = conv_memory_format(input, weight);
-  if (!runs_in_float(input) || input.numel() == 0) return run(input, weight, bias).contiguous(format);
+  const auto cast = [&](at::ScalarType dtype) { return bias ? std::optional<Tensor>(bias->to(dtype)) : bias; };
+  if (!runs_in_float(input) || input.numel() == 0) {
+    const auto dtype = input.scalar_type();
+    return run(input, weight.to(dtype), cast(dtype)).contiguous(format);
+  }
 
   const auto sizes = conv.output_sizes(input.sym_sizes(), weight.sym_sizes());
   auto output = at::empty_symint(sizes, input.options().memory_format(format));
   const auto w = weight.to(at::kFloat);
-  const auto b = bias ? std::optional<Tensor>(bias->to(at::kFloat)) : bias;
+  const auto b = cast(at::kFloat);
   for_sample_slices(input, output, [&](int64_t first, int64_t count) {
     output.narrow(0, first, count).copy_(run(input.narrow(0, first, count).to(at::kFloat), w, b));
   });
@@ -88,7 +92,10 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Conv& conv, const 
     return std::make_tuple(wanted[0] ? din.contiguous(format) : Tensor(),
                            wanted[1] ? dweight.contiguous(format) : Tensor(), dbias);
   };
-  if (!runs_in_float(input) || input.numel() == 0) return run(dout, input, weight);
+  if (!runs_in_float(input) || input.numel() == 0) {
+    auto [din, dweight, dbias] = run(dout, input, weight.to(input.scalar_type()));
+    return {din, wanted[1] ? dweight.to(weight.scalar_type()) : dweight, dbias};
+  }
 
   Tensor din, dweight, dbias;
   const auto w = weight.to(at::kFloat);
@@ -101,7 +108,6 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Conv& conv, const 
     if (wanted[2]) dbias = first == 0 ? slice_dbias : dbias.add_(slice_dbias);
   });
   if (wanted[1]) dweight = dweight.to(weight.scalar_type());
-  if (wanted[2]) dbias = dbias.to(weight.scalar_type());
   return {din, dweight, dbias};
 }
 

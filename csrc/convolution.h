@@ -20,6 +20,7 @@ struct Conv {
 // The memory format in which a convolution returns its result and its gradients.
 at::MemoryFormat conv_memory_format(const at::Tensor& input, const at::Tensor& weight);
 
+// Weight and bias may be wider than the input; they are cast to its dtype, their gradients not to it.
 at::Tensor convolution(const Conv& conv, const at::Tensor& input, const at::Tensor& weight,
                        const std::optional<at::Tensor>& bias);
 

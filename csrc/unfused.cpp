@@ -63,9 +63,10 @@ ChainResult unfused_chain(at::TensorList tensors, at::IntArrayRef links, at::Arr
     const auto tensor = [&](int64_t place) { return place < 0 ? std::nullopt : std::optional<Tensor>(tensors[place]); };
     const auto weight = tensor(chain[i].weight), bias = tensor(chain[i].bias);
     if (const auto* conv = chain[i].conv()) {
-      maps.push_back(at::convolution(t, *weight, bias_cancels(chain, i) ? std::nullopt : bias, conv->stride,
-                                     conv->padding, conv->dilation, conv->transposed, conv->output_padding,
-                                     conv->groups));
+      const auto dtype = t.scalar_type();
+      const auto added = bias && !bias_cancels(chain, i) ? std::optional<Tensor>(bias->to(dtype)) : std::nullopt;
+      maps.push_back(at::convolution(t, weight->to(dtype), added, conv->stride, conv->padding, conv->dilation,
+                                     conv->transposed, conv->output_padding, conv->groups));
       continue;
     }
     const auto& norm = *chain[i].norm();

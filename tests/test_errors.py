@@ -242,6 +242,10 @@ TRAINING_ONLY = (
     "running_mean with a gradient",
     "expanded running_var",
     "inference tensor",
+    "counter's dtype",
+    "counter's shape",
+    "no counter",
+    "synchronised tutorial",
 )
 
 
