@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .activations import activation_module
 from .modules import FusedConvBN, _ConvBN
-from .synchronised import plain_batch_norm
+from .synchronised import NOT_SYNCHRONISED
 
 
 class ConvActivation(nn.Sequential):
@@ -90,7 +90,7 @@ def _folded(layer: _ConvBN) -> nn.Module:
 
 
 def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
-    """Gives every fused layer in `module` that has an ``nn.SyncBatchNorm`` a plain batch norm again, in place: the way back
+    """Makes the statistics of every synchronised fused layer in `module` those of one process again, in place: the way back
     from ``nn.SyncBatchNorm.convert_sync_batchnorm``, which takes models with fused layers as they are.
 
     Parameters and buffers are the same objects afterwards. An ``nn.SyncBatchNorm`` elsewhere in the model is left
@@ -103,6 +103,6 @@ def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
         `module`.
     """
     for layer in module.modules():
-        if isinstance(layer, _ConvBN) and isinstance(layer.bn, nn.SyncBatchNorm):
-            layer.bn = plain_batch_norm(layer.bn, layer.bn_class)
+        if isinstance(layer, _ConvBN):
+            layer._synchronised = NOT_SYNCHRONISED
     return module

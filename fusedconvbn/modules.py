@@ -1,7 +1,6 @@
 """The operator as layers. They own real `conv` and `bn` children, so that initialisation, `state_dict`, parameter groups
 and conversion are those of `torch.nn`; only the children's `forward`, and hooks on it, are not run."""
 
-import copy
 import inspect
 import math
 from typing import Any, ClassVar, Optional
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from . import recompute_check
 from .activations import activation_name
 from .functional import conv_bn
-from .synchronised import plain_batch_norm, process_group_name
+from .synchronised import NOT_SYNCHRONISED, Synchronised, plain_batch_norm
 
 
 class _ConvBN(nn.Module):
@@ -41,18 +40,17 @@ class _ConvBN(nn.Module):
         self.process_group = ""  # set where the layer is scripted
 
     def __setattr__(self, name: str, value: Any) -> None:
-        self._accept(name, value)
-        super().__setattr__(name, value)
+        super().__setattr__(name, self._accepted(name, value))
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
-        self._accept(name, module)
-        super().add_module(name, module)
+        super().add_module(name, self._accepted(name, module))
 
-    def _accept(self, name: str, module: Any) -> None:
+    def _accepted(self, name: str, module: Any) -> Any:
         """Refuses a child that the layer would not run, now or when it is exchanged, and reads a convolution's
-        options: they are those it has when it becomes a child."""
+        options: they are those it has when it becomes a child. In the place of an nn.SyncBatchNorm comes a plain batch
+        norm with its parameters and buffers: neither TorchScript nor, on CPU, DDP takes a model that has one."""
         if name not in ("conv", "bn"):
-            return
+            return module
         layer, expected = type(self).__name__, self.conv_class if name == "conv" else self.bn_class
         synchronised = name == "bn" and isinstance(module, nn.SyncBatchNorm)
         if not (isinstance(module, expected) or synchronised):
@@ -67,6 +65,13 @@ class _ConvBN(nn.Module):
             )
         if name == "conv":
             self._read_options(module)
+            return module
+        if synchronised:
+            self._synchronised = Synchronised(True, module.process_group)
+            return plain_batch_norm(module, self.bn_class)
+        if module is not self._modules.get("bn"):
+            self._synchronised = NOT_SYNCHRONISED
+        return module
 
     def _read_options(self, conv: nn.Module) -> None:
         self.transposed = bool(conv.transposed)
@@ -96,19 +101,16 @@ class _ConvBN(nn.Module):
         cls, conv: nn.Module, bn: nn.Module, activation: str | nn.Module | None = None
     ) -> "_ConvBN":
         """The layer for a convolution and the batch norm behind it. Both become its children: parameters and buffers are
-        shared with, not copied from, the modules given."""
+        shared with, not copied from, the modules given. An ``nn.SyncBatchNorm`` makes the layer synchronised, and the child
+        is a plain batch norm with its parameters and buffers."""
         layer = cls.__new__(cls)
         _ConvBN.__init__(layer, conv, bn, activation)
         return layer
 
     def __prepare_scriptable__(self) -> "_ConvBN":
-        """What is scripted: TorchScript cannot read an nn.SyncBatchNorm, but takes its group by name."""
-        if not isinstance(self.bn, nn.SyncBatchNorm):
-            return self
-        layer = copy.copy(self)
-        layer._modules = {**self._modules, "bn": plain_batch_norm(self.bn, self.bn_class)}
-        layer.process_group = process_group_name(self.bn)
-        return layer
+        """TorchScript takes a group by its name."""
+        self.process_group = self._synchronised.group_name()
+        return self
 
     def _run(
         self,
@@ -125,7 +127,7 @@ class _ConvBN(nn.Module):
             momentum = 0.0
         process_group = self.process_group
         if not torch.jit.is_scripting():
-            process_group = process_group_name(bn)
+            process_group = self._synchronised.group_name()
             recompute_check.announce(self)
         if len(self._pad) > 0:
             input = F.pad(input, self._pad, self._pad_mode)
@@ -153,7 +155,7 @@ class _ConvBN(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"activation={self.activation}"
+        return f"activation={self.activation}" + (", synchronised" if self._synchronised.on else "")
 
 
 _LAYER_DOC = """{conv} → {bn} → activation, the same numbers and `state_dict` keys (``conv.*``, ``bn.*``) as the two

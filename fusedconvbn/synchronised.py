@@ -1,16 +1,30 @@
-"""Layers whose `bn` is an nn.SyncBatchNorm: batch statistics over all processes of a group."""
+"""Layers that were given an nn.SyncBatchNorm: batch statistics over all processes of a group."""
+
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from torch import nn
 
 
-def process_group_name(bn: nn.Module) -> str:
-    """The name of the group that `bn` is synchronised in, "" when it is not: it is no nn.SyncBatchNorm, or there is one
-    process."""
-    if not isinstance(bn, nn.SyncBatchNorm) or not (dist.is_available() and dist.is_initialized()):
-        return ""
-    group = bn.process_group if bn.process_group is not None else dist.group.WORLD
-    return group.group_name if dist.get_world_size(group) > 1 else ""
+class Synchronised(NamedTuple):
+    """Whether a layer is synchronised, and in which group: None is that of all processes, as in nn.SyncBatchNorm."""
+
+    on: bool
+    group: Any  # dist.ProcessGroup | None; not every build of torch has torch.distributed
+
+    def group_name(self) -> str:
+        """The name of the group as it is now, "" if statistics are those of one process: because there is one alone, or this
+        one is outside the group."""
+        if not self.on or not (dist.is_available() and dist.is_initialized()):
+            return ""
+        group = self.group if self.group is not None else dist.group.WORLD
+        return group.group_name if dist.get_world_size(group) > 1 else ""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Synchronised":
+        return self  # the copy of a layer is synchronised in the same group
+
+
+NOT_SYNCHRONISED = Synchronised(False, None)
 
 
 def plain_batch_norm(bn: nn.Module, kind: type[nn.Module]) -> nn.Module:
