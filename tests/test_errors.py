@@ -299,6 +299,7 @@ LAYER = {
         TypeError,
         "expected bn to be an nn.BatchNorm2d, got GroupNorm",
     ),
+    "features, synchronised": (dict(bn=nn.SyncBatchNorm(5)), ValueError, "num_features, got 5"),
     "features": (
         dict(bn=nn.BatchNorm2d(5)),
         ValueError,
@@ -319,6 +320,9 @@ def test_children_are_checked_when_they_are_exchanged():
     layer = FusedConvBN2d(3, 4, 2)
     with pytest.raises(TypeError, match=r"expected bn to be .* got BatchNorm1d"):
         layer.bn = nn.BatchNorm1d(4)
+    with pytest.raises(ValueError, match="as num_features, got 5"):
+        layer.bn = nn.SyncBatchNorm(5)
+    assert "synchronised" not in repr(layer)
     with pytest.raises(TypeError, match=r"expected conv to be .* got Identity"):
         layer.conv = nn.Identity()
     with pytest.raises(ValueError, match="as num_features, got 5"):
