@@ -153,9 +153,10 @@ struct Mish {  // u·t,  t = tanh(log(1 + eᵘ)) = n/(n + 2),  n = eᵘ(eᵘ + 2
   }
   template <typename T>
   FUSEDCONVBN_INLINE T backward(T u, T dout) const {  // t + u·(1 − t²)·σ(u)
-    const T e = exponential(clamp(u, T(-1e4), T(20))), n = e * (e + T(2)), inverse = T(1) / (n + T(2));
+    const T bounded = clamp(u, T(-1e4), T(20));
+    const T e = exponential(bounded), n = e * (e + T(2)), inverse = T(1) / (n + T(2));
     const T rest = T(4) * (n + T(1)) * inverse * inverse;
-    return dout * (n * inverse + u * rest * (e / (T(1) + e)));
+    return dout * (n * inverse + bounded * rest * (e / (T(1) + e)));
   }
 };
 

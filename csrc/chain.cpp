@@ -116,9 +116,12 @@ bool last_residual_is_read(const std::vector<Link>& chain, at::IntArrayRef kept)
 }
 
 void check_places(const char* name, at::IntArrayRef places, int64_t first, int64_t last) {
-  for (const auto i : places)
-    TORCH_CHECK_VALUE(i >= first && i <= last, "expected `", name, "` between ", first, " and ", last, ", got ",
-                      places);
+  int64_t least = first;
+  for (const auto i : places) {
+    TORCH_CHECK_VALUE(i >= least && i <= last, "expected `", name, "` between ", first, " and ", last,
+                      ", ascending, got ", places);
+    least = i + 1;
+  }
 }
 
 // ------------------------------------------------------------------------------------------- mathematics
@@ -156,7 +159,8 @@ namespace {
 
 // Rows 0 … 4 of the statistics of a synchronised link (ops.h), from the (2, C) mean and variance of `count` values.
 Tensor synchronise(const Tensor& own, int64_t count, const std::string& process_group) {
-  // Added up in double, Σ T and Σ T² lose nothing when |mean| ≫ std.
+  // Added up in double, Σ T and Σ T² of float maps lose nothing when |mean| ≫ std; those of double maps lose digits of
+  // the variance, as many as (mean/std)² has.
   const auto wide = own.to(at::kDouble);
   const auto mean = wide.select(0, 0), var = wide.select(0, 1);
   const auto sums = all_reduce_sum(
@@ -211,12 +215,12 @@ class Execution {
       if (read_[i] && !maps_[i].defined()) remake(i);
       if (const auto* conv = chain_[i].conv())
         conv_backward(*conv, i);
-      else if (chain_[i].normalises())
+      else if (chain_[i].normalises() && !only_residual(i))
         norm_backward(*chain_[i].norm(), i);
       else
         activation_backward(*chain_[i].norm(), i);
     }
-    if (wanted_[0]) grads_[0] = std::move(grad_);
+    if (wanted_[0]) grads_[0] = grad_owned_ ? std::move(grad_) : grad_.clone();
 
     std::vector<Tensor> result;
     for (const auto t : wanted) {  // that of a bias that cancels was not computed
@@ -343,6 +347,13 @@ class Execution {
     return shows ? maps_[i + 1] : Tensor();
   }
 
+  // Whether of a norm link's gradients that of the residual alone is wanted, and needs no u.
+  bool only_residual(size_t i) const {
+    const auto& link = chain_[i];
+    const bool others = reached_[i] || wanted(link.weight) || wanted(link.bias);
+    return !others && (link.norm()->activation.none() || result(i).defined());
+  }
+
   // reached: the gradient of T_i is needed. read: a backward that will run reads T_i.
   void plan_gradients(at::IntArrayRef wanted) {
     wanted_.resize(tensors_.size());
@@ -356,7 +367,8 @@ class Execution {
       const auto& link = chain_[i];
       const bool bias = this->wanted(link.bias) && !bias_cancels(chain_, i);
       reached_[i + 1] = reached_[i] || this->wanted(link.weight) || bias || this->wanted(link.residual);
-      const bool reads = link.conv() || link.normalises() || !(link.norm()->activation.none() || result(i).defined());
+      const bool needs_u = link.norm() && !link.norm()->activation.none() && !result(i).defined();
+      const bool reads = link.conv() || needs_u || (link.normalises() && !only_residual(i));
       read_[i] = reached_[i + 1] && reads;
     }
   }
@@ -391,11 +403,11 @@ class Execution {
   void activation_backward(const Norm& norm, size_t i) {
     Tensor in = std::move(maps_[i]);
     if (!norm.activation.none()) {
-      bool u_owned = i < remade_.size() && remade_[i];
+      bool u_owned = false;
       Tensor u = result(i);
       if (!u.defined()) {
         const auto y = dense(in);
-        u_owned |= !y.is_same(in);
+        u_owned = (i < remade_.size() && remade_[i]) || !y.is_same(in);
         u = y;
         if (const auto r = residual(i, y); r.defined()) {
           u = u_owned ? y : at::empty_like(y);
@@ -464,10 +476,11 @@ class Execution {
     grad_owned_ = true;
   }
 
-  // Nobody else can see what is written to t. (PyTorch's rule where it adds up gradients in place.)
+  // Nobody else can see what is written to t. (PyTorch's rule where it adds up gradients in place. Not on CUDA, where a
+  // kernel on another stream may still have to read it; not where the memory is not PyTorch's own.)
   static bool nobody_else_has(const Tensor& t) {
-    return at::caching::adjusted_use_count(t) == 1 && !at::caching::is_cached_tensor(t) && t.has_storage() &&
-           t.storage().use_count() == 1;
+    return t.is_cpu() && at::caching::adjusted_use_count(t) == 1 && !at::caching::is_cached_tensor(t) &&
+           t.has_storage() && t.storage().use_count() == 1 && t.storage().allocator();
   }
 
   at::TensorList tensors_;

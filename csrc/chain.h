@@ -67,16 +67,17 @@ std::vector<Link> unpack(at::IntArrayRef links, at::ArrayRef<double> scalars, si
 // Whether the backward of the last link reads its residual when the maps at `kept` are.
 bool last_residual_is_read(const std::vector<Link>& chain, at::IntArrayRef kept);
 
-// An error unless every place is one of first … last.
+// An error unless the places ascend and are among first … last.
 void check_places(const char* name, at::IntArrayRef places, int64_t first, int64_t last);
 
 // r of the table above, from the biased variance of `count` values or from a running variance, which is unbiased.
 at::Tensor inverse_std(const Norm& norm, const at::Tensor& var, const c10::SymInt& count);
 at::Tensor inverse_running_std(const Norm& norm, const at::Tensor& running_var);
 
-// A bias in front of batch statistics shifts the mean and nothing else: it is left out, and its gradient is 0.
+// A convolution's bias in front of batch statistics shifts the mean and nothing else: it is left out, and its gradient
+// is 0.
 inline bool bias_cancels(const std::vector<Link>& chain, size_t i) {
-  return i + 1 < chain.size() && chain[i + 1].normalises();
+  return chain[i].conv() && i + 1 < chain.size() && chain[i + 1].normalises();
 }
 
 }  // namespace fusedconvbn

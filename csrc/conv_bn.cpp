@@ -14,6 +14,7 @@
 #include "autocast/autocast.h"
 #include "chain.h"
 #include "ops.h"
+#include "recompute_check.h"
 #include "unfused.h"
 
 namespace fusedconvbn {
@@ -91,6 +92,11 @@ void check_tensor(const char* name, const Tensor& t, const Tensor& input) {
                     input.device(), "), got ", t.device());
 }
 
+// Autocast lowers both of them, or neither is what it lowers.
+bool casts(const Tensor& t, const Tensor& input) {
+  return (t.scalar_type() == at::kDouble) == (input.scalar_type() == at::kDouble);
+}
+
 // bias, bn_weight, bn_bias, running_mean, running_var
 void check_vector(const char* name, const Optional& t, const Tensor& input, const c10::SymInt& channels, bool any_dtype,
                   bool convolution = false) {
@@ -123,7 +129,7 @@ Arguments check(const Tensor& input, const Tensor& weight, const Optional& bias,
                 std::string_view activation, std::string_view arithmetic, std::string_view process_group) {
   const Norm norm{eps, parse_arithmetic(arithmetic), parse_activation(activation)};
   TORCH_CHECK_VALUE(eps >= 0, "conv_bn: expected eps of at least 0, got ", eps);
-  TORCH_CHECK_VALUE(!momentum || !std::isnan(*momentum), "conv_bn: expected momentum that is a number or None, got ",
+  TORCH_CHECK_VALUE(!momentum || std::isfinite(*momentum), "conv_bn: expected momentum that is a number or None, got ",
                     momentum.value_or(0));
   const bool synchronised = training && !process_group.empty();
   TORCH_CHECK_VALUE(!synchronised || norm.arithmetic == Arithmetic::batchnorm,
@@ -138,7 +144,7 @@ Arguments check(const Tensor& input, const Tensor& weight, const Optional& bias,
   TORCH_CHECK_VALUE(input.dim() == dim, "conv_bn: expected input of ", dim,
                     " dimensions (batch, channels, spatial) like weight, got shape ", input.sym_sizes());
   const bool autocast = autocast_enabled(input);
-  TORCH_CHECK_TYPE(autocast || weight.scalar_type() == input.scalar_type(),
+  TORCH_CHECK_TYPE(weight.scalar_type() == input.scalar_type() || (autocast && casts(weight, input)),
                    "conv_bn: expected weight of the dtype of input (", input.scalar_type(), "), got ",
                    weight.scalar_type());
 
@@ -182,7 +188,7 @@ Arguments check(const Tensor& input, const Tensor& weight, const Optional& bias,
     values = values * out[d + 2];
   }
 
-  check_vector("bias", bias, input, out[1], autocast, /*convolution=*/true);
+  check_vector("bias", bias, input, out[1], autocast && bias && casts(*bias, input), /*convolution=*/true);
   check_vector("bn_weight", bn_weight, input, out[1], autocast);
   check_vector("bn_bias", bn_bias, input, out[1], autocast);
   check_vector("running_mean", running_mean, input, out[1], autocast);
@@ -197,7 +203,7 @@ Arguments check(const Tensor& input, const Tensor& weight, const Optional& bias,
     TORCH_CHECK_VALUE(residual->sym_sizes() == c10::SymIntArrayRef(out), "conv_bn: expected residual of shape ",
                       c10::SymIntArrayRef(out), " (that of the output; it is not broadcast), got ",
                       residual->sym_sizes());
-    TORCH_CHECK_TYPE(autocast || residual->scalar_type() == input.scalar_type(),
+    TORCH_CHECK_TYPE(residual->scalar_type() == input.scalar_type() || (autocast && casts(*residual, input)),
                      "conv_bn: expected residual of the dtype of input (", input.scalar_type(), "), got ",
                      residual->scalar_type());
   }
@@ -290,6 +296,13 @@ Tensor folded(const Arguments& args, const Tensor& input, const Tensor& weight, 
   return std::get<0>(chain_forward(chain.tensors, chain.links, chain.scalars, "", plan(norm, residual)));
 }
 
+// The name of a layer is that of one call.
+struct ClearLayerName {
+  ~ClearLayerName() {
+    if (recompute_is_checked()) layer_name().clear();
+  }
+};
+
 // running = (1 − momentum)·running + momentum·batch, where no momentum stands for 1/n of the n-th batch
 Tensor moved(const Tensor& running, const Tensor& batch, const std::optional<double>& momentum, const Tensor& count) {
   const auto wide = running.to(batch.scalar_type());
@@ -307,12 +320,12 @@ Tensor conv_bn(const Tensor& input, const Tensor& weight, const Optional& bias, 
   const auto args = check(input, weight, bias, bn_weight, bn_bias, running_mean, running_var, num_batches_tracked,
                           residual, training, momentum, eps, stride, padding, dilation, transposed, output_padding,
                           groups, activation, arithmetic, process_group);
+  const ClearLayerName clear_when_left;
   if (!training) return folded(args, input, weight, bias, bn_weight, bn_bias, *running_mean, *running_var, residual);
 
   // What allocates, and so may fail, comes before the first write.
   std::vector<std::pair<Tensor, Tensor>> writes;
   const auto count = num_batches_tracked ? *num_batches_tracked + 1 : Tensor();
-  if (num_batches_tracked) writes.emplace_back(*num_batches_tracked, count);
   Tensor output;
   if (input.sym_size(0) == 0 && process_group.empty()) {  // nothing to normalise, nothing to average
     output = finish(at::batch_norm(plain_convolution(args.conv, input, weight, bias), bn_weight, bn_bias, {}, {}, true,
@@ -342,6 +355,7 @@ Tensor conv_bn(const Tensor& input, const Tensor& weight, const Optional& bias, 
       writes.emplace_back(*running_var, moved(*running_var, var, momentum, count));
     }
   }
+  if (num_batches_tracked) writes.emplace_back(*num_batches_tracked, count);
   for (const auto& [target, value] : writes) target.copy_(value);
   return output;
 }

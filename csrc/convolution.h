@@ -11,8 +11,8 @@ namespace fusedconvbn {
 
 struct Conv {
   std::vector<int64_t> stride, padding, dilation, output_padding;
-  bool transposed;
-  int64_t groups;
+  bool transposed = false;
+  int64_t groups = 1;
 
   std::vector<c10::SymInt> output_sizes(c10::SymIntArrayRef input, c10::SymIntArrayRef weight) const;
 };

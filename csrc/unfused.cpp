@@ -83,7 +83,7 @@ ChainResult unfused_chain(at::TensorList tensors, at::IntArrayRef links, at::Arr
       statistics.push_back(at::stack({mean, var}));
     }
     if (const auto residual = tensor(chain[i].residual)) u = u + *residual;
-    const bool slopes_known = result.defined() && i + 1 == chain.size();
+    const bool slopes_known = result.defined() && i + 1 == chain.size() && norm.activation.slope_from_result();
     maps.push_back((slopes_known ? u * result.gt(0) : activate(u, norm.activation)).to(t.scalar_type()));
   }
   for (const auto i : kept)

@@ -4,6 +4,7 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 #include <ATen/record_function.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -49,6 +50,8 @@ bool ends_in_kernel(const Tensor& dout, at::TensorList saved) {
 bool result_is_kept(at::IntArrayRef kept, size_t links) { return !kept.empty() && kept.back() == int64_t(links); }
 
 struct ChainFunction : torch::autograd::Function<ChainFunction> {
+  static constexpr bool is_traceable = true;  // compiled autograd puts backward into its graph
+
   static Tensor forward(AutogradContext* ctx, at::TensorList tensors, at::IntArrayRef links,
                         at::ArrayRef<double> scalars, std::string_view process_group, at::IntArrayRef kept,
                         ChainResult* result) {
@@ -58,7 +61,8 @@ struct ChainFunction : torch::autograd::Function<ChainFunction> {
     const auto chain = unpack(links, scalars, tensors.size());
     auto saved = tensors.vec();
     if (const auto place = chain.back().residual; place >= 0 && !last_residual_is_read(chain, kept)) {
-      saved[place] = at::zeros({}, output.options()).expand_symint(output.sym_sizes());
+      saved[place] = at::zeros({}, output.options());
+      ctx->saved_data["unread"] = place;
       if (chain.back().norm()->activation.none()) ctx->saved_data["residual"] = place;
     }
     saved.insert(saved.end(), kept_maps.begin(), kept_maps.end());
@@ -77,9 +81,13 @@ struct ChainFunction : torch::autograd::Function<ChainFunction> {
   static variable_list backward(AutogradContext* ctx, variable_list& grads) {
     // Forward settled the dtypes; under an autocast of the caller a remade map would have another one.
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-    const auto saved = ctx->get_saved_variables();
-    const auto all = at::TensorList(saved);
+    auto saved = ctx->get_saved_variables();
     auto& data = ctx->saved_data;
+    if (data.count("unread")) {
+      auto& residual = saved[data["unread"].toInt()];
+      residual = residual.expand_symint(grads[0].sym_sizes());
+    }
+    const auto all = at::TensorList(saved);
     const auto links = data["links"].toIntVector();
     const auto scalars = data["scalars"].toDoubleVector();
     const auto process_group = data["process_group"].toStringRef();
@@ -95,7 +103,7 @@ struct ChainFunction : torch::autograd::Function<ChainFunction> {
       if (ctx->needs_input_grad(i) && i != plain_residual) wanted.push_back(i);
     if (wanted.empty()) return result;
 
-    if (data.count("layer")) layer_name() = data["layer"].toStringRef();
+    if (recompute_is_checked()) layer_name() = data.count("layer") ? data["layer"].toStringRef() : "";
     const auto call = [&](const auto& backward, auto&& dout) {
       return backward(std::forward<decltype(dout)>(dout), all.slice(0, count), all.slice(count, kept.size()),
                       all.slice(last_kept), links, scalars, process_group, kept, wanted);
@@ -143,7 +151,8 @@ std::vector<Tensor> differentiable_backward(const Tensor& dout, at::TensorList t
   auto grads = torch::autograd::grad({output}, inputs, {dout}, /*retain_graph=*/create_graph, create_graph,
                                      /*allow_unused=*/true);
   for (size_t k = 0; k < grads.size(); ++k)
-    if (!grads[k].defined()) grads[k] = inputs[k] * 0;  // of a bias that cancels; part of the graph like the others
+    if (!grads[k].defined())  // of a bias that cancels; part of the graph like the others
+      grads[k] = create_graph ? inputs[k] * 0 : at::zeros_like(inputs[k]);
   return grads;
 }
 

@@ -130,7 +130,8 @@ FUSEDCONVBN_INLINE T grad_value(Act act, T dout, T y, acc_t<T> mean, acc_t<T> sc
                                 acc_t<T> offset) {
   const acc_t<T> centred = acc_t<T>(y) - mean;
   const acc_t<T> du = act.backward(centred * scale + shift, acc_t<T>(dout));
-  return T(scale * du + (slope * centred + offset));
+  const acc_t<T> linear = slope == 0 ? acc_t<T>(0) : slope * centred;  // an infinite value is no NaN then
+  return T(scale * du + (linear + offset));
 }
 
 // ------------------------------------------------------------------------------------------- contiguous

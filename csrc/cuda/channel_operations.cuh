@@ -101,7 +101,8 @@ struct GradApply {
         const auto& c = channels[j * stride];
         const acc centred = acc(v.values[j]) - c.norm.mean;
         const acc du = act.backward(centred * c.norm.scale + c.norm.shift, acc(d.values[j]));
-        d.values[j] = T(c.norm.scale * du + (c.slope * centred + c.offset));
+        const acc linear = c.slope == acc(0) ? acc(0) : c.slope * centred;  // an infinite value is no NaN then
+        d.values[j] = T(c.norm.scale * du + (linear + c.offset));
       }
     });
     *reinterpret_cast<Vector<T, V>*>(out + at) = d;
