@@ -1,22 +1,46 @@
 """Conversions of models with fused layers."""
 
 import copy
+from collections import OrderedDict
 from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
 
 from .activations import activation_module
-from .modules import FusedConvBN, _ConvBN
+from .modules import FusedConvBN, _ConvBN, _FusedConvBN, _FusedConvTransposeBN
 from .synchronised import NOT_SYNCHRONISED
 
 
 class ConvActivation(nn.Sequential):
-    """A folded layer with an activation: the convolution, then the activation, both plain modules."""
+    """A folded layer: ``conv`` and ``activation``, both plain modules, called as the fused layer was."""
 
     def forward(self, input: Tensor, residual: Optional[Tensor] = None) -> Tensor:  # noqa: UP045
-        output = self[0](input)
-        return self[1](output if residual is None else output + residual)
+        output = self.conv(input)
+        return self.activation(output if residual is None else output + residual)
+
+
+class ConvTransposeActivation(nn.Sequential):
+    """The same with a transposed convolution."""
+
+    def forward(
+        self,
+        input: Tensor,
+        output_size: Optional[list[int]] = None,  # noqa: UP045
+        residual: Optional[Tensor] = None,  # noqa: UP045
+    ) -> Tensor:
+        output = self.conv(input, output_size)
+        return self.activation(output if residual is None else output + residual)
+
+
+_FORWARDS = (_FusedConvBN.forward, _FusedConvTransposeBN.forward)
+_FORWARD_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
 
 
 def fold(module: nn.Module) -> nn.Module:
@@ -32,25 +56,45 @@ def fold(module: nn.Module) -> nn.Module:
         module: a fused layer, or a model with fused layers anywhere. It is not changed.
 
     Returns:
-        For a layer an ``nn.Conv*`` or ``nn.ConvTranspose*`` with a bias, and behind it its activation, if it has one, in an
-        ``nn.Sequential``; for a model a copy with such modules in the place of its fused layers. A layer that is used
-        in several places is folded once. All in eval mode.
+        For a layer without activation an ``nn.Conv*`` or ``nn.ConvTranspose*`` with a bias; for one with an
+        activation an ``nn.Sequential`` of such a ``conv`` and the ``activation``, which takes a residual as the layer
+        did. For a model a copy with such ``nn.Sequential`` in the place of its fused layers (where there is no
+        activation, with an ``nn.Identity``, as the model may call the layer with a residual). Forward hooks
+        stay; a layer that is used in several places is folded once. All in eval mode.
 
     Raises:
-        ValueError: a layer has no running statistics; the message names it.
+        ValueError: a layer has no running statistics, or a ``forward`` of its own; the message names it.
+        TypeError: something in ``module`` is scripted: fold first, then script.
     """
-    layers = {m: name for name, m in module.named_modules() if isinstance(m, _ConvBN | FusedConvBN)}
-    for layer, name in layers.items():
-        where = f"{type(layer).__name__} {name!r}" if name else type(layer).__name__
-        if isinstance(layer, FusedConvBN) or layer.bn.running_mean is None:
+    for name, child in module.named_modules():
+        where = f"{type(child).__name__} {name!r}" if name else type(child).__name__
+        fused = isinstance(child, _ConvBN)
+        if isinstance(child, torch.jit.ScriptModule):
+            raise TypeError(
+                f"fold: expected a model to script afterwards, got the scripted {where}"
+            )
+        if isinstance(child, FusedConvBN) or (fused and child.bn.running_mean is None):
             raise ValueError(f"fold: expected {where} to have running statistics, got none")
+        if fused and getattr(child.forward, "__func__", None) not in _FORWARDS:
+            raise ValueError(
+                f"fold: expected {where} to run the forward of a fused layer, got its own"
+            )
+    # In eval mode before anything is exchanged: a model may reach into its layers in its `train`, and a
+    # parametrized weight may be another one then.
+    original = copy.deepcopy(module).eval()
+    layers = [child for child in original.modules() if isinstance(child, _ConvBN)]
     # deepcopy takes what its memo has for an object as its copy
-    memo: dict[int, Any] = {id(layer): _folded(layer) for layer in layers}
-    return copy.deepcopy(module, memo).eval()
+    memo: dict[int, Any] = {id(t): t for t in (*original.parameters(), *original.buffers())}
+    memo.update({id(layer): _folded(layer, alone=layer is original) for layer in layers})
+    result = copy.deepcopy(original, memo)
+    for layer in layers:
+        for name in _FORWARD_HOOKS:
+            setattr(memo[id(layer)], name, copy.deepcopy(getattr(layer, name), memo))
+    return result
 
 
 @torch.no_grad()
-def _folded(layer: _ConvBN) -> nn.Module:
+def _folded(layer: _ConvBN, alone: bool) -> nn.Module:
     old, bn = layer.conv, layer.bn
     conv = type(layer).conv_class(
         old.in_channels,
@@ -65,7 +109,9 @@ def _folded(layer: _ConvBN) -> nn.Module:
         device="meta",
     )
     weight = old.weight.detach()
-    wide = torch.promote_types(bn.running_var.dtype, torch.float32)
+    wide = torch.promote_types(
+        bn.running_var.dtype, torch.promote_types(weight.dtype, torch.float32)
+    )
     scale = (bn.running_var.to(wide) + bn.eps).rsqrt()
     if bn.weight is not None:
         scale = scale * bn.weight
@@ -82,11 +128,16 @@ def _folded(layer: _ConvBN) -> nn.Module:
         scaled = (by_group * scale.reshape(old.groups, 1, -1, *per_channel)).flatten(0, 1)
     else:
         scaled = weight.to(wide) * scale.reshape(-1, 1, *per_channel)
-    conv.weight = nn.Parameter(scaled.to(weight.dtype), old.weight.requires_grad)
-    conv.bias = nn.Parameter(shift.to(weight.dtype), old.weight.requires_grad)
-    if layer.activation == "none":
+    trained = any(
+        p.requires_grad for p in old.parameters()
+    )  # of a parametrized weight none is its own
+    conv.weight = nn.Parameter(scaled.to(weight.dtype), trained)
+    conv.bias = nn.Parameter(shift.to(weight.dtype), trained)
+    if alone and layer.activation == "none":
         return conv.eval()
-    return ConvActivation(conv, activation_module(layer.activation)).eval()
+    kind = ConvTransposeActivation if old.transposed else ConvActivation
+    activation = activation_module(layer.activation)
+    return kind(OrderedDict(conv=conv, activation=activation)).eval()
 
 
 def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
