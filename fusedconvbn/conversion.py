@@ -96,12 +96,17 @@ def fold(module: nn.Module) -> nn.Module:
 @torch.no_grad()
 def _folded(layer: _ConvBN, alone: bool) -> nn.Module:
     old, bn = layer.conv, layer.bn
+    padding = old.padding
+    if (
+        isinstance(padding, str) and not layer._pad
+    ):  # a number wherever it can be: not every optimiser reads names
+        padding = tuple(layer._padding)
     conv = type(layer).conv_class(
         old.in_channels,
         old.out_channels,
         old.kernel_size,
         stride=old.stride,
-        padding=old.padding,
+        padding=padding,
         dilation=old.dilation,
         groups=old.groups,
         padding_mode=old.padding_mode,
