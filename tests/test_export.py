@@ -2,6 +2,8 @@
 where it need not."""
 
 import copy
+import subprocess
+import sys
 import zipfile
 from collections import Counter
 
@@ -77,6 +79,14 @@ def test_exported_evaluation(network, dynamic, tmp_path):
             assert_close(exported.module()(y), model(y))
 
 
+WITHOUT_THE_PACKAGE = """
+import sys, torch
+sys.modules["fusedconvbn"] = None  # an import of it fails
+x, expected = torch.load("data.pt")
+torch.testing.assert_close(torch._inductor.aoti_load_package("model.pt2")(x), expected)
+"""
+
+
 def test_aot_inductor_package(tmp_path):
     """Ahead of time compiled, a model for evaluation runs without the package: no operator of it is left."""
     model = Network().eval()
@@ -92,6 +102,8 @@ def test_aot_inductor_package(tmp_path):
     for batch in (4, 5):
         x = torch.randn(batch, 3, 7, 6)
         assert_close(loaded(x), model(x), rtol=1e-4, atol=1e-5)
+    torch.save((x, loaded(x)), tmp_path / "data.pt")
+    subprocess.run([sys.executable, "-c", WITHOUT_THE_PACKAGE], check=True, cwd=tmp_path)
 
 
 def run_onnx(program, *inputs):
