@@ -1,13 +1,17 @@
 """Scripting, tracing, and a saved model in a process that imports the package and nothing else."""
 
+import copy
 import subprocess
 import sys
 
 import pytest
 import torch
 from cases import CASES
+from deployed import ACTIVATIONS, Activations, Network
 from torch import nn
+from torch.testing import assert_close
 
+import fusedconvbn
 from fusedconvbn import FusedConvBN2d, conv_bn
 
 FRESH_PROCESS = """
@@ -87,3 +91,54 @@ def test_scripted_running_statistics():
         out = scripted(**tensors, **running)
         assert torch.equal(out, conv_bn(**tensors, **expected))
     assert all(torch.equal(running[n], expected[n]) for n in running)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_scripted_layer_takes_every_activation_and_a_residual(activation):
+    layer = FusedConvBN2d(3, 3, 3, padding=1, activation=activation, momentum=None).double()
+    eager, scripted = layer, torch.jit.script(copy.deepcopy(layer))
+    x = torch.randn(2, 3, 5, 4, dtype=torch.float64, requires_grad=True)
+    for residual in (None, x.detach() * 2, x):
+        out, expected = scripted(x, residual), eager(x, residual)
+        assert_close(out, expected)
+        grads = [torch.autograd.grad(o.square().sum(), x)[0] for o in (out, expected)]
+        assert_close(*grads)
+    assert_close(dict(scripted.state_dict()), dict(eager.state_dict()))
+    assert scripted.bn.num_batches_tracked == 3
+
+
+def kinds(graph):
+    return [node.kind() for node in graph.nodes()]
+
+
+@pytest.mark.parametrize(
+    ("network", "optimise"),
+    [
+        (Network, torch.jit.freeze),
+        (Network, torch.jit.optimize_for_inference),
+        (Activations, torch.jit.freeze),
+    ],
+)
+def test_frozen_and_optimised_for_inference(network, optimise, tmp_path):
+    model = network().eval()
+    optimised = optimise(torch.jit.script(model))
+    layers = len([m for m in model.modules() if isinstance(m, nn.BatchNorm2d)])
+    assert not list(optimised.parameters())  # they are constants of the graph
+    assert kinds(optimised.graph).count("fusedconvbn::conv_bn") == layers
+    optimised.save(tmp_path / "model.pt")
+    loaded = torch.jit.load(tmp_path / "model.pt")
+    for batch in (2, 5):
+        x = torch.randn(batch, 4 if network is Activations else 3, 7, 6)
+        for _ in range(2):  # profiled, and as the executor then has it
+            with torch.no_grad():
+                assert_close(optimised(x), model(x))
+                assert_close(loaded(x), model(x))
+
+
+def test_a_folded_model_is_optimised_to_plain_convolutions():
+    model, x = Network().eval(), torch.randn(2, 3, 7, 6)
+    optimised = torch.jit.optimize_for_inference(torch.jit.script(fusedconvbn.fold(model)))
+    assert "fusedconvbn::" not in str(optimised.graph)  # an operator
+    for _ in range(2):
+        with torch.no_grad():
+            assert_close(optimised(x), model(x), rtol=1e-4, atol=1e-5)
