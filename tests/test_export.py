@@ -152,6 +152,7 @@ def test_onnx_of_a_layer_with_a_residual(layer):
     assert_close(run_onnx(program, *inputs), model(*inputs).detach(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_older_onnx_exporter_takes_a_folded_model(tmp_path):
     model, x = FusedConvBN2d(3, 4, 3, activation="relu").eval(), torch.randn(2, 3, 5, 6)
     path = tmp_path / "model.onnx"
