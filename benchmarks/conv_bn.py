@@ -1,6 +1,6 @@
 """The layer and the experiment's network against their rivals, on one device and in one process.
 
-    python benchmarks/conv_bn.py [--device cuda] [--threads 1 2] [--quick]
+    python benchmarks/conv_bn.py [--device cuda] [--threads 1 2] [--part layers] [--quick]
 
 Every variant of a comparison does the same work on the same data. The variants take turns, step by step, and the ratio of
 their medians is what counts: on a shared machine the times themselves drift. Prints tables and writes
@@ -36,7 +36,7 @@ sys.path.append(str(ROOT / "examples"))
 import mnist
 
 Step = Callable[[], None]
-LONGEST = 90.0  # seconds after which a comparison ends, if it has five rounds
+LONGEST = 30.0  # seconds after which a comparison ends, if it has five rounds
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
@@ -256,6 +256,7 @@ def main() -> None:
         default=15,
         help="steps of each network; three times as many of a layer",
     )
+    parser.add_argument("--part", choices=("all", "network", "layers"), default="all")
     parser.add_argument("--quick", action="store_true", help="3 rounds, to see that it runs")
     parser.add_argument(
         "--output", type=Path, help="default: benchmarks/results/conv_bn-<device>.json"
@@ -275,7 +276,9 @@ def main() -> None:
 
     images = torch.randn(arguments.batch, 1, 28, 28, device=device)
     labels = torch.randint(10, (arguments.batch,), device=device)
-    for format_name, format in FORMATS.items():
+    formats = FORMATS if arguments.part != "layers" else {}
+    layers = LAYERS if arguments.part != "network" else {}
+    for format_name, format in formats.items():
         nets = networks(device, format)
         steps = {name: network_step(net, images, labels) for name, net in nets.items()}
         memory = {name: measure_memory(steps[name], nets[name], device) for name in nets}
@@ -301,7 +304,7 @@ def main() -> None:
         torch.set_num_threads(threads)
         key = f"{threads} threads"
         results["network"][key], results["layers"][key] = {}, {}
-        for format_name, format in FORMATS.items():
+        for format_name, format in formats.items():
             nets = networks(device, format)
             steps = {name: network_step(net, images, labels) for name, net in nets.items()}
             rows = summarise(
@@ -309,7 +312,7 @@ def main() -> None:
             )
             results["network"][key][format_name] = rows
             show_times(f"Training step, batch {arguments.batch}, {format_name}, {key}", rows)
-        for name, sizes in LAYERS.items():
+        for name, sizes in layers.items():
             rows = summarise(
                 time_interleaved(layer_steps(sizes, device), device, 3 * rounds, name), "unfused"
             )

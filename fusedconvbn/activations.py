@@ -1,8 +1,13 @@
 """The names of the activations that the operator takes, and those of `nn.Module`s."""
 
+import re
 from collections.abc import Callable
 
 from torch import nn
+
+_SPELLING = re.compile(
+    r"(?P<base>\w+)(\((?P<parameter>-?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?)\))?", re.ASCII
+)
 
 # nn.Module → the operator's name
 _NAMES: dict[type[nn.Module], Callable[[nn.Module], str]] = {
@@ -62,14 +67,13 @@ def activation_module(name: str) -> nn.Module:
     Raises:
         ValueError: there is none of this name.
     """
-    base, _, parameter = name.partition("(")
-    try:
-        if not parameter:
-            return _MODULES[base]()
-        if base in ("leaky_relu", "elu") and parameter.endswith(")"):
-            return _MODULES[base](float(parameter[:-1]))
-    except (KeyError, ValueError):
-        pass
+    parts = _SPELLING.fullmatch(name)
+    if parts and parts["base"] in _MODULES:
+        kind = _MODULES[parts["base"]]
+        if parts["parameter"] is None:
+            return kind()
+        if parts["base"] in ("leaky_relu", "elu"):
+            return kind(float(parts["parameter"]))
     raise ValueError(
         f"expected activation None, one of {', '.join(map(repr, _MODULES))}, 'leaky_relu(slope)', 'elu(alpha)', or "
         f"a module of one of these kinds, got {name!r}"
