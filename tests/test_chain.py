@@ -62,7 +62,21 @@ def plans(n):
     return concatenate.from_iterable(combinations(inner, k) for k in range(n))
 
 
-PATTERNS = ("cn", "nc", "cnc", "ncn", "cnd", "cncn", "ncnc", "ccnn", "dncnt", "cndncn", "ncntnc")
+PATTERNS = (
+    "cn",
+    "nc",
+    "nn",
+    "cnn",
+    "cnc",
+    "ncn",
+    "cnd",
+    "cncn",
+    "ncnc",
+    "ccnn",
+    "dncnt",
+    "cndncn",
+    "ncntnc",
+)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -95,16 +109,45 @@ def test_gradcheck_under_every_plan(pattern):
         assert torch.autograd.gradcheck(function, packed.tensors, fast_mode=True)
 
 
-@pytest.mark.parametrize("wanted", range(8))
-def test_each_gradient_alone(wanted):
-    chain, input = links("cncn"), draw(2, 3, 4, 3)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_each_gradient_alone(pattern, device):
+    chain, input = links(pattern), draw(2, 3, 4, 3)
     packed = pack(input, chain)
-    out, maps, statistics = ops._chain_forward(packed.tensors, *packed.options, [2])
+    out = unfused(input, chain)
     dout = torch.randn_like(out)
     expected = torch.autograd.grad(out, packed.tensors, dout)
-    tensors = [t.detach() for t in packed.tensors]
-    (grad,) = ops._chain_backward(dout, tensors, maps, statistics, *packed.options, [2], [wanted])
-    assert torch.equal(grad, expected[wanted])
+    for wanted, value in enumerate(expected):
+        tensors = [t.detach().to(device) for t in packed.tensors]
+        tensors[wanted].requires_grad_()
+        out = ops._chain_forward(tensors, *packed.options, [])[0]
+        (grad,) = torch.autograd.grad(out, tensors[wanted], dout.to(device))
+        torch.testing.assert_close(grad.cpu(), value, rtol=1e-8, atol=1e-8, msg=str(wanted))
+
+
+def test_gradients_of_one_call_share_no_memory():
+    """An operator's results are its own, though the gradient of a residual is that of the map too."""
+    for activation in ("none", "relu", "silu"):
+        for arithmetic in ("batchnorm", "none"):
+            norm = Norm(residual=draw(2, 3, 4, 3), arithmetic=arithmetic, activation=activation)
+            packed = pack(draw(2, 3, 4, 3), [norm])
+            tensors = [t.detach() for t in packed.tensors]
+            out, _, statistics = ops._chain_forward(tensors, *packed.options, [])
+            dout = torch.randn_like(out)
+            grads = ops._chain_backward(dout, tensors, [], statistics, *packed.options, [], [0, 1])
+            assert len({t.data_ptr() for t in (dout, *grads, *tensors)}) == 3 + len(tensors)
+
+
+@pytest.mark.parametrize("activation", ("relu", "silu"))
+@pytest.mark.parametrize("create_graph", (False, True))
+def test_a_result_that_is_kept_for_any_activation(activation, create_graph):
+    norm = Norm(draw(4), draw(4), draw(2, 4, 5, 3), activation=activation)
+    packed = pack(draw(2, 3, 4, 3), [Conv(draw(4, 3, 2, 1), padding=(1, 0)), norm])
+    grads = []
+    for kept in ([], [2]):
+        out = ops._chain_forward(packed.tensors, *packed.options, kept)[0]
+        dout = torch.ones_like(out) * 0.7
+        grads.append(torch.autograd.grad(out, packed.tensors, dout, create_graph=create_graph))
+    torch.testing.assert_close(*grads)
 
 
 def test_what_was_kept_is_not_written_to():
