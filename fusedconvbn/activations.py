@@ -1,5 +1,6 @@
 """The names of the activations that the operator takes, and those of `nn.Module`s."""
 
+import math
 import re
 from collections.abc import Callable
 
@@ -14,8 +15,8 @@ _NAMES: dict[type[nn.Module], Callable[[nn.Module], str]] = {
     nn.Identity: lambda _: "none",
     nn.ReLU: lambda _: "relu",
     nn.ReLU6: lambda _: "relu6",
-    nn.LeakyReLU: lambda m: f"leaky_relu({m.negative_slope})",
-    nn.ELU: lambda m: f"elu({m.alpha})",
+    nn.LeakyReLU: lambda m: f"leaky_relu({float(m.negative_slope)})",
+    nn.ELU: lambda m: f"elu({float(m.alpha)})",
     nn.SiLU: lambda _: "silu",
     nn.Hardswish: lambda _: "hardswish",
     nn.GELU: lambda m: "gelu" if m.approximate == "none" else "gelu_tanh",
@@ -54,7 +55,9 @@ def activation_name(activation: str | nn.Module | None) -> str:
         return activation
     for kind, name in _NAMES.items():
         if isinstance(activation, kind) and type(activation).forward is kind.forward:
-            return name(activation)
+            found = name(activation)
+            activation_module(found)  # a parameter may be no finite number
+            return found
     raise ValueError(
         f"expected activation None, one of {', '.join(map(repr, _MODULES))}, 'leaky_relu(slope)', 'elu(alpha)', or "
         f"a module of one of these kinds, got {activation!r}"
@@ -72,7 +75,7 @@ def activation_module(name: str) -> nn.Module:
         kind = _MODULES[parts["base"]]
         if parts["parameter"] is None:
             return kind()
-        if parts["base"] in ("leaky_relu", "elu"):
+        if parts["base"] in ("leaky_relu", "elu") and math.isfinite(float(parts["parameter"])):
             return kind(float(parts["parameter"]))
     raise ValueError(
         f"expected activation None, one of {', '.join(map(repr, _MODULES))}, 'leaky_relu(slope)', 'elu(alpha)', or "
