@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fusedconvbn import FusedConvBN2d, conv_bn, track_memory
-from fusedconvbn.chain import Conv, Norm, pack
+from fusedconvbn.activations import activation_module
+from fusedconvbn.chain import ACTIVATIONS, Conv, Norm, pack
 
 SMALL = (
     64 << 10
@@ -176,3 +177,109 @@ def test_the_experiments_network(format):
     assert fused.saved <= 0.61 * eager.saved
     assert fused.end_of_forward <= 0.61 * eager.end_of_forward
     assert fused.peak <= eager.peak
+
+
+# ------------------------------------------------------------------------- activations and residuals
+
+ACTIVATED = pytest.mark.parametrize("activation", ACTIVATIONS)
+
+
+class Layers(nn.Module):
+    """`count` layers of `channels` channels in a row, each with its input as residual if asked for."""
+
+    def __init__(self, fused, activation, residual=False, frozen=False, count=4, channels=8):
+        super().__init__()
+        self.fused, self.residual = fused, residual
+        self.layers = nn.ModuleList(
+            FusedConvBN2d(channels, channels, 3, padding=1, activation=activation)
+            for _ in range(count)
+        )
+        self.layers.train(not frozen)
+
+    def forward(self, x):
+        for layer in self.layers:
+            residual = x if self.residual else None
+            if self.fused:
+                x = layer(x, residual)
+            else:
+                u = layer.bn(layer.conv(x))
+                u = u if residual is None else u + residual
+                x = activation_module(layer.activation)(u)
+        return x
+
+
+def saved(model, *arguments):
+    with track_memory() as memory:
+        out = model(*arguments)
+    del out
+    return memory.saved
+
+
+def of_a_row(activation, **options):
+    """Bytes of one map, and what the unfused and the fused row save."""
+    x = torch.randn(4, 8, 32, 24)
+    return x.nbytes, *(saved(Layers(fused, activation, **options), x) for fused in (False, True))
+
+
+@pytest.mark.parametrize("residual", (False, True), ids=("alone", "residual"))
+@pytest.mark.parametrize("activation", ("silu", "mish", "gelu", "gelu_tanh", "hardswish"))
+def test_a_row_of_layers_saves_one_map_of_three(activation, residual):
+    a_map, eager, fused = of_a_row(activation, residual=residual)
+    assert eager >= 12 * a_map
+    assert 4 * a_map <= fused < 4 * a_map + SMALL // 8
+    assert fused <= 0.36 * eager
+
+
+@pytest.mark.parametrize("frozen", (False, True), ids=("batch", "frozen"))
+@pytest.mark.parametrize("residual", (False, True), ids=("alone", "residual"))
+@ACTIVATED
+def test_never_more_than_the_unfused_layers(activation, residual, frozen):
+    """Neither in a row nor in one layer with a residual that nobody else keeps."""
+    _, eager, fused = of_a_row(activation, residual=residual, frozen=frozen)
+    assert fused <= eager
+
+    layer = FusedConvBN2d(8, 8, 3, padding=1, activation=activation)
+    layer.train(not frozen)
+    x, residual = torch.randn(4, 8, 32, 24), torch.randn(4, 8, 32, 24) if residual else None
+
+    def unfused(x):
+        u = layer.bn(layer.conv(x))
+        return activation_module(activation)(u if residual is None else u + residual)
+
+    assert saved(lambda x: layer(x, residual), x) <= saved(unfused, x) + SMALL // 8
+
+
+@pytest.mark.parametrize("following", ("plain", "fused"))
+@LAYOUTS
+def test_the_tail_of_a_residual_block(format, following):
+    """ReLU's slope is read from the result, which the next convolution keeps anyway: eager keeps one map more."""
+    x, shortcut = (torch.randn(4, 8, 32, 24).to(memory_format=format) for _ in range(2))
+    shortcut.requires_grad_()
+    tail = FusedConvBN2d(8, 8, 3, padding=1, activation="relu").to(memory_format=format)
+    head = FusedConvBN2d(8, 8, 3, padding=1).to(memory_format=format)
+    next_layer = head.conv if following == "plain" else head
+
+    fused = saved(lambda: next_layer(tail(x, residual=shortcut * 1)))
+    eager = saved(lambda: next_layer(F.relu(tail.bn(tail.conv(x)) + shortcut * 1)))
+    assert 2 * x.nbytes <= fused < 2 * x.nbytes + SMALL // 8  # x and the tail's result
+    assert eager - fused >= 0.99 * x.nbytes
+
+
+def test_a_residual_without_activation_is_not_kept():
+    x = torch.randn(4, 8, 32, 24)
+    layer = FusedConvBN2d(8, 8, 3, padding=1)
+    assert saved(lambda: layer(x, residual=torch.randn_like(x))) < x.nbytes + SMALL // 8
+
+
+@ACTIVATED
+def test_backward_with_a_residual_remakes_one_map(activation):
+    """Allocated next to the result and its gradients are the remade map, and the residual's gradient."""
+    a_map = 4 * 8 * 64 * 48 * 4
+    x, residual, dout = (
+        torch.randn(4, 8, 64, 48).to(memory_format=torch.channels_last) for _ in range(3)
+    )
+    x.requires_grad_(), residual.requires_grad_()
+    layer = FusedConvBN2d(8, 8, 1, activation=activation).to(memory_format=torch.channels_last)
+    memory = step(lambda x: layer(x, residual), x, dout=dout)
+    # result, remade map, gradients of residual and of x
+    assert memory.peak < 4 * a_map + 2 * SMALL
