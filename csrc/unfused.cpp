@@ -78,7 +78,11 @@ ChainResult unfused_chain(at::TensorList tensors, at::IntArrayRef links, at::Arr
       const auto [var, mean] = at::var_mean(u, dims, /*correction=*/0, /*keepdim=*/false);
       auto scale = inverse_std(norm, var, t.sym_numel() / t.sym_size(1));
       if (weight) scale = scale * *weight;
-      u = (u - mean.reshape(per_channel)) * scale.reshape(per_channel);
+      auto centre = mean;
+      // A bias that cancels stays in the graph: its gradient is 0, not missing.
+      if (i > 0 && chain[i - 1].conv() && chain[i - 1].bias >= 0)
+        centre = mean + tensors[chain[i - 1].bias].to(mean.scalar_type()) * 0;
+      u = (u - centre.reshape(per_channel)) * scale.reshape(per_channel);
       if (bias) u = u + bias->reshape(per_channel);
       statistics.push_back(at::stack({mean, var}));
     }

@@ -176,23 +176,10 @@ def test_compiled_autograd_of_a_compiled_step():
         assert_close(p.grad, q.grad)
 
 
-@pytest.mark.parametrize(
-    "fullgraph",
-    [
-        False,
-        pytest.param(
-            True,
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="ChainFunction is not marked as traceable: its backward breaks the graph",
-            ),
-        ),
-    ],
-)
-def test_compiled_autograd_of_an_eager_step(fullgraph):
+def test_compiled_autograd_of_an_eager_step():
     model, x = Network().double(), torch.randn(3, 3, 7, 6, dtype=torch.float64)
     eager = copy.deepcopy(model)
-    compiler = torch.compile(backend="aot_eager", fullgraph=fullgraph)
+    compiler = torch.compile(backend="aot_eager", fullgraph=True)
     with torch._dynamo.compiled_autograd._enable(compiler):
         out, grad = backpropagated(model, x)
     assert torch._dynamo.utils.counters["compiled_autograd"]["captures"] == 1

@@ -145,14 +145,11 @@ def test_gradgradcheck(case, training):
         lambda *values: fused(dict(zip(names, values, strict=True)), case, **options),
         list(tensors.values()),
         fast_mode=True,
-        check_fwd_over_rev=not case.bias,  # see the next test
+        check_fwd_over_rev=True,
         check_rev_over_rev=True,
     )
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the unfused chain leaves a bias that cancels out of the graph"
-)
 def test_a_bias_in_front_of_batch_statistics_has_the_gradient_0_in_forward_mode_too():
     case = SMALL["relu"]
     tensors = case.tensors()
