@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import recompute_check
 from .activations import activation_name
 from .functional import conv_bn
 from .synchronised import NOT_SYNCHRONISED, Synchronised, plain_batch_norm
@@ -128,7 +127,6 @@ class _ConvBN(nn.Module):
         process_group = self.process_group
         if not torch.jit.is_scripting():
             process_group = self._synchronised.group_name()
-            recompute_check.announce(self)
         if len(self._pad) > 0:
             input = F.pad(input, self._pad, self._pad_mode)
         return conv_bn(
@@ -369,8 +367,6 @@ class FusedConvBN(nn.Module):
         nn.init.kaiming_uniform_(self.conv_weight, a=math.sqrt(5))
 
     def forward(self, input: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():
-            recompute_check.announce(self)
         return conv_bn(input, self.conv_weight, eps=self.eps, arithmetic="tutorial")
 
     def extra_repr(self) -> str:

@@ -10,7 +10,6 @@ from torch.nn.modules.module import (
     register_module_forward_pre_hook,
 )
 
-_enabled = False
 _hooks: list[Any] = []
 
 
@@ -25,15 +24,33 @@ class _Running(threading.local):
 _running = _Running()
 
 
+def _announce() -> None:
+    """Tells the operators in whose forward they run."""
+    name = ""
+    if _running.stack:
+        module = _running.stack[-1]
+        kind = getattr(module, "original_name", type(module).__name__)  # of a scripted module
+        name = _running.names.get(module) or kind
+    torch.ops.fusedconvbn._set_layer_name(name)
+
+
 def _enter(module: nn.Module, _: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
     if not _running.stack:
         _running.names = {child: name for name, child in module.named_modules()}
     _running.stack.append(module)
+    _announce()
 
 
 def _leave(module: nn.Module, *_: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
     while _running.stack and _running.stack.pop() is not module:
         pass
+    if not _running.stack:
+        _running.names = {}
+    _announce()
 
 
 def check_recompute(enabled: bool = True) -> None:
@@ -43,7 +60,9 @@ def check_recompute(enabled: bool = True) -> None:
     when the input or the weight was written to in between, and autograd's version check does not see a write to ``.data``
     or through memory that is shared. Costs one more pass over each map; for debugging.
 
-    Only calls of forward made while it is on know the name of their layer. Compiled code has none.
+    What changes no mean and no variance of a channel, as a write to γ, is not found. Only calls of forward made while it
+    is on know the name of their layer; a call of :func:`fusedconvbn.conv_bn` has that of the module that makes it, a
+    scripted model that of the module called from Python, compiled code has none.
 
     Args:
         enabled: on, or off again.
@@ -58,19 +77,12 @@ def check_recompute(enabled: bool = True) -> None:
         >>> loss.backward()
         RuntimeError: check_recompute: layer1.0.conv1: the statistics of 64 of 64 channels are not those of forward. …
     """
-    global _enabled
-    _enabled = enabled
+    global _running
+    _running = _Running()
+    torch.ops.fusedconvbn._set_layer_name("")
     torch.ops.fusedconvbn._check_recompute(enabled)
     while _hooks:
         _hooks.pop().remove()
     if enabled:
-        _running.stack.clear()
         _hooks.append(register_module_forward_pre_hook(_enter))
         _hooks.append(register_module_forward_hook(_leave, always_call=True))
-
-
-def announce(layer: nn.Module) -> None:
-    """Tells the operators in whose forward they run."""
-    if _enabled and not torch.compiler.is_compiling():
-        name = _running.names.get(layer) or type(layer).__name__
-        torch.ops.fusedconvbn._set_layer_name(name)
