@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CPP := $(shell find csrc tests examples -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test lint check-cuda test-cuda bench build format clean
+.PHONY: demo test lint check-cuda test-cuda bench fuzz leak sanitize build format clean
 
 demo: build
 	$(BIN)/python examples/mnist.py --output output/mnist.png
@@ -21,6 +21,31 @@ test: build lint check-cuda
 
 bench: build
 	$(BIN)/python benchmarks/conv_bn.py
+
+# 10,000 random calls, other ones each time; a failure prints how to repeat it. FUZZ_EXAMPLES=100000 for a night.
+FUZZ_EXAMPLES ?= 10000
+fuzz: build
+	OMP_NUM_THREADS=1 FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/pytest tests/test_fuzz.py --hypothesis-show-statistics
+
+leak: build
+	$(BIN)/python tests/leak.py
+
+# The suite on a build with AddressSanitizer and UBSan, in a folder of its own. Left out is what starts a compiler (TorchInductor,
+# the CUDA kernels' shim, the allocator of test_trust), as the compiler would run under the sanitizer's preload; what
+# measures memory, which the sanitizer's allocator holds back; and the build's own facts and the example.
+SANITIZED := build/sanitize/lib
+SANITIZER_PRELOAD = $(shell g++ -print-file-name=libasan.so):$(shell g++ -print-file-name=libubsan.so)
+NOT_SANITIZED := test_cuda_kernels test_mnist test_package test_memory test_memory_contract
+sanitize: $(SANITIZED)/built
+	LD_PRELOAD=$(SANITIZER_PRELOAD) PYTHONPATH=$(SANITIZED) OMP_NUM_THREADS=2 \
+	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
+	  $(BIN)/pytest -p no:cacheprovider $(NOT_SANITIZED:%=--ignore=tests/%.py) \
+	  -k "not allocation_that_fails and not memory_does_not_grow and not inductor"
+
+$(SANITIZED)/built: $(VENV)/requirements $(SOURCES) $(wildcard fusedconvbn/*.py)
+	PATH=$(CURDIR)/$(BIN):$$PATH FUSEDCONVBN_SANITIZE=1 $(BIN)/python setup.py --quiet build \
+	  --build-base build/sanitize --build-lib $(SANITIZED)
+	touch $@
 
 lint: $(VENV)/requirements
 	$(BIN)/ruff format --check .

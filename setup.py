@@ -1,7 +1,7 @@
 """Builds the two compiled parts: `_ops` (the operators, free of Python) and `_C` (the build's facts).
 
 The build uses the torch that is already installed. Environment: FORCE_CUDA=1/0 (default: where torch has CUDA and nvcc
-is found), TORCH_CUDA_ARCH_LIST, MAX_JOBS.
+is found), TORCH_CUDA_ARCH_LIST, MAX_JOBS, FUSEDCONVBN_SANITIZE=1 (AddressSanitizer and UBSan, for `make sanitize`).
 """
 
 import importlib.util
@@ -51,6 +51,10 @@ cxx_flags = [
     "-fvisibility=hidden",
     *warnings,
 ]
+sanitizers = []
+if os.environ.get("FUSEDCONVBN_SANITIZE") == "1":
+    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+    cxx_flags += ["-O1", "-g1", "-fno-omit-frame-pointer", *sanitizers]  # the last of two wins
 sources = sorted(
     glob("csrc/*.cpp")
     + [
@@ -65,7 +69,7 @@ ops = (CUDAExtension if build_cuda else CppExtension)(
     sources,
     define_macros=[("AT_PER_OPERATOR_HEADERS", None)],
     extra_compile_args={"cxx": cxx_flags, "nvcc": ["-std=c++20", "-O3"]},
-    extra_link_args=["-fopenmp"],
+    extra_link_args=["-fopenmp", *sanitizers],
     py_limited_api=True,  # does not link libtorch_python: a C++ program can load the library
 )
 
