@@ -14,7 +14,6 @@
 #include "autocast/autocast.h"
 #include "chain.h"
 #include "ops.h"
-#include "recompute_check.h"
 #include "unfused.h"
 
 namespace fusedconvbn {
@@ -296,13 +295,6 @@ Tensor folded(const Arguments& args, const Tensor& input, const Tensor& weight, 
   return std::get<0>(chain_forward(chain.tensors, chain.links, chain.scalars, "", plan(norm, residual)));
 }
 
-// The name of a layer is that of one call.
-struct ClearLayerName {
-  ~ClearLayerName() {
-    if (recompute_is_checked()) layer_name().clear();
-  }
-};
-
 // running = (1 − momentum)·running + momentum·batch, where no momentum stands for 1/n of the n-th batch
 Tensor moved(const Tensor& running, const Tensor& batch, const std::optional<double>& momentum, const Tensor& count) {
   const auto wide = running.to(batch.scalar_type());
@@ -320,7 +312,6 @@ Tensor conv_bn(const Tensor& input, const Tensor& weight, const Optional& bias, 
   const auto args = check(input, weight, bias, bn_weight, bn_bias, running_mean, running_var, num_batches_tracked,
                           residual, training, momentum, eps, stride, padding, dilation, transposed, output_padding,
                           groups, activation, arithmetic, process_group);
-  const ClearLayerName clear_when_left;
   if (!training) return folded(args, input, weight, bias, bn_weight, bn_bias, *running_mean, *running_var, residual);
 
   // What allocates, and so may fail, comes before the first write.

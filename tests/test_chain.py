@@ -168,7 +168,7 @@ def test_what_was_kept_is_not_written_to():
         (dict(links=[7, 0, 0, 0, 0, 0]), "ends inside a link or names what there is not"),
         (dict(scalars=[]), "malformed chain"),
         (dict(kept=[3]), "expected `kept` between 1 and 2"),
-        (dict(kept=[0]), "expected `kept` between 1 and 2, got"),
+        (dict(kept=[0]), "expected `kept` between 1 and 2, ascending, got"),
         (dict(tensors=2), "malformed chain"),
         (dict(links=[0, 0, 0, 1, 2, 0, 1, 0, 0, 1, 1, 0, 0, 1, 0, 0, 0, 0]), "malformed chain"),
         (dict(links=[1, 0, 0, 0, 3, 0], tensors=1), "malformed chain"),

@@ -6,6 +6,7 @@
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <ATen/record_function.h>
+#include <c10/util/ScopeExit.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -103,7 +104,9 @@ struct ChainFunction : torch::autograd::Function<ChainFunction> {
       if (ctx->needs_input_grad(i) && i != plain_residual) wanted.push_back(i);
     if (wanted.empty()) return result;
 
-    if (recompute_is_checked()) layer_name() = data.count("layer") ? data["layer"].toStringRef() : "";
+    const auto name = data.count("layer") ? data["layer"].toStringRef() : std::string();
+    const auto restore_name =
+        c10::make_scope_exit([outer = std::exchange(layer_name(), name)] { layer_name() = outer; });
     const auto call = [&](const auto& backward, auto&& dout) {
       return backward(std::forward<decltype(dout)>(dout), all.slice(0, count), all.slice(count, kept.size()),
                       all.slice(last_kept), links, scalars, process_group, kept, wanted);
