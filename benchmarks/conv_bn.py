@@ -40,6 +40,13 @@ LONGEST = 30.0  # seconds after which a comparison ends, if it has five rounds
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
+ACTIVATIONS = {
+    "none": nn.Identity(),
+    "relu": nn.ReLU(inplace=True),
+    "silu": nn.SiLU(inplace=True),
+}
+
+
 @dataclass(frozen=True)
 class Layer:
     """Sizes of a convolution at batch 16, channels_last, and what follows it."""
@@ -52,6 +59,7 @@ class Layer:
     activation: str = "relu"
     residual: bool = False
     dtype: torch.dtype = torch.float32
+    frozen: bool = False
 
 
 # Of a bottleneck of ResNet-50; then, with SiLU and with a residual, a wide, a depthwise and a compute-bound one.
@@ -70,6 +78,11 @@ LAYERS = {
         "128→128 3×3, 28²": (128, 128, 3, 28),
     }.items()
     for tail, activation, residual in (("SiLU", "silu", False), ("add, ReLU", "relu", True))
+}
+LAYERS |= {
+    "64→256 1×1, 56², frozen": Layer(64, 256, 1, 56, activation="none", frozen=True),
+    "128→128 3×3, 28², frozen": Layer(128, 128, 3, 28, activation="none", frozen=True),
+    "128→128 3×3, 28², frozen, ReLU": Layer(128, 128, 3, 28, frozen=True),
 }
 
 
@@ -125,8 +138,8 @@ def layer_steps(sizes: Layer, device: torch.device) -> dict[str, Step]:
         bias=False,
         **options,
     ).to(memory_format=format)
-    bn = nn.BatchNorm2d(sizes.channels_out, **options)
-    act = nn.ReLU(inplace=True) if sizes.activation == "relu" else nn.SiLU(inplace=True)
+    bn = nn.BatchNorm2d(sizes.channels_out, **options).train(not sizes.frozen)
+    act = ACTIVATIONS[sizes.activation]
     layer = FusedConvBN2d.from_modules(copy.deepcopy(conv), copy.deepcopy(bn), act)
 
     def draw(channels: int) -> Tensor:

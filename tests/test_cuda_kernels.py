@@ -293,5 +293,5 @@ def test_same_as_the_cpu_kernels(shim, channels_last, dtype):
     result = torch.empty_like(y)
     kernels.grad_apply_(result, dout, y, vectors, "relu")
     torch.testing.assert_close(result, dy)
-    kernels.apply_(result, y, vectors[:3], 1)
+    kernels.apply_(result, y, vectors[:3], "relu")
     torch.testing.assert_close(result, out)
