@@ -586,7 +586,7 @@ def test_chains_are_their_unfused_links(call):
     input, links = call.build()
     packed = chain.pack(input, links)
     wanted = [bool(call.requires_grad >> i & 1) for i in range(len(packed.tensors))]
-    assume(any(wanted) and not _starts_at_a_shift(packed.tensors, wanted, links))
+    assume(any(wanted))
     leaves = [
         plain(t, torch.float64).clone().requires_grad_(w)
         for t, w in zip(packed.tensors, wanted, strict=True)
@@ -615,24 +615,6 @@ def test_chains_are_their_unfused_links(call):
         assert torch.equal(grad, again[name])
 
 
-# To be taken out with the xfail below.
-def _starts_at_a_shift(tensors: list[Tensor], wanted: list[bool], links: list) -> bool:
-    """Whether nothing is wanted below the shift of a norm link in front of another one."""
-    rest = iter(zip(tensors[1:], wanted[1:], strict=True))
-    reached = wanted[0]
-    for link, behind in zip(links, [*links[1:], None], strict=True):
-        normalised = getattr(behind, "arithmetic", "none") != "none"
-        for t in (link.weight, link.bias, getattr(link, "residual", None)):
-            if t is None or not next(rest)[1]:
-                continue
-            if t is not link.bias or not normalised:
-                reached = True
-            elif isinstance(link, chain.Norm) and not reached:
-                return True
-    return False
-
-
-@pytest.mark.xfail(strict=True, reason="the shift of a norm link is taken for a bias that cancels")
 def test_the_gradient_of_a_shift_alone_in_front_of_a_norm_link():
     x, shift = torch.randn(5, 2, 3).double(), torch.randn(2).double().requires_grad_()
     packed = chain.pack(x, [chain.Norm(None, shift, activation="relu"), chain.Norm()])

@@ -162,7 +162,6 @@ def test_the_function_alone_has_the_name_of_the_operator(checked):
         change_and_run_backward(conv_bn(image(), w), w)
 
 
-@pytest.mark.xfail(strict=True, reason="backward leaves the name of its layer behind")
 def test_the_function_alone_after_a_backward_has_the_name_of_the_operator(checked):
     Model()(image()).sum().backward()
     w = torch.randn(3, 2, 2, 2, requires_grad=True)
