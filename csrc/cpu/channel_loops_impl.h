@@ -12,6 +12,18 @@ namespace {
 
 constexpr int64_t lanes = 32;
 
+// v in the type of a map. c10's own rounding to bfloat16 branches on NaN, and no loop with it becomes a vector loop.
+template <typename T>
+FUSEDCONVBN_INLINE T rounded(acc_t<T> v) {
+  if constexpr (std::is_same_v<T, c10::BFloat16>) {
+    const auto bits = std::bit_cast<uint32_t>(v);
+    const uint32_t to_even = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return T(static_cast<uint16_t>(v != v ? 0x7fc0u : to_even), T::from_bits());
+  } else {
+    return T(v);
+  }
+}
+
 // sums1[c], sums2[c] += Σ_rows term(row·stride + c, c)
 template <typename Term>
 FUSEDCONVBN_INLINE void add_rows(int64_t rows, int64_t stride, int64_t width, const Term& term,
@@ -104,7 +116,7 @@ struct GradTerm {
       u = centred * v.scale[c] + v.shift[c];
     if constexpr (at == At::sum) u += acc_t<T>(other[i]);
     const acc_t<T> gradient = act.backward(u, acc_t<T>(dout[i]));
-    if constexpr (at != At::u) du[i] = T(gradient);
+    if constexpr (at != At::u) du[i] = rounded<T>(gradient);
     sum += gradient;
     dot += double(gradient) * double(centred);
   }
@@ -131,7 +143,7 @@ FUSEDCONVBN_INLINE T grad_value(Act act, T dout, T y, acc_t<T> mean, acc_t<T> sc
   const acc_t<T> centred = acc_t<T>(y) - mean;
   const acc_t<T> du = act.backward(centred * scale + shift, acc_t<T>(dout));
   const acc_t<T> linear = slope == 0 ? acc_t<T>(0) : slope * centred;  // an infinite value is no NaN then
-  return T(scale * du + (linear + offset));
+  return rounded<T>(scale * du + (linear + offset));
 }
 
 // ------------------------------------------------------------------------------------------- contiguous
@@ -182,11 +194,11 @@ void apply_contiguous(Shape shape, int64_t begin, int64_t end, T* out, const T* 
       if (residual) {
 #pragma omp simd
         for (int64_t i = offset; i < offset + length; ++i)
-          out[i] = T(act.forward((acc_t<T>(y[i]) - mean) * scale + shift + acc_t<T>(residual[i])));
+          out[i] = rounded<T>(act.forward((acc_t<T>(y[i]) - mean) * scale + shift + acc_t<T>(residual[i])));
       } else {
 #pragma omp simd
         for (int64_t i = offset; i < offset + length; ++i)
-          out[i] = T(act.forward((acc_t<T>(y[i]) - mean) * scale + shift));
+          out[i] = rounded<T>(act.forward((acc_t<T>(y[i]) - mean) * scale + shift));
       }
     });
   });
@@ -237,12 +249,12 @@ void apply_channels_last(Shape shape, int64_t begin, int64_t end, T* out, const 
       if (residual) {
 #pragma omp simd
         for (int64_t c = 0; c < C; ++c)
-          out[row + c] = T(
+          out[row + c] = rounded<T>(
               act.forward((acc_t<T>(y[row + c]) - v.mean[c]) * v.scale[c] + v.shift[c] + acc_t<T>(residual[row + c])));
       } else {
 #pragma omp simd
         for (int64_t c = 0; c < C; ++c)
-          out[row + c] = T(act.forward((acc_t<T>(y[row + c]) - v.mean[c]) * v.scale[c] + v.shift[c]));
+          out[row + c] = rounded<T>(act.forward((acc_t<T>(y[row + c]) - v.mean[c]) * v.scale[c] + v.shift[c]));
       }
     }
   });
