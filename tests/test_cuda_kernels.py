@@ -1,6 +1,7 @@
 """The CUDA kernel sources, run on the CPU through tests/cuda_shim, against float64 and against the CPU kernels."""
 
 import ctypes
+import os
 import subprocess
 from pathlib import Path
 
@@ -41,7 +42,10 @@ def shim(tmp_path_factory):
     command += [f"-I{ROOT}/tests/cuda_shim", "-isystem", include]
     for source in ("csrc/cuda/channel_launch.cu", "tests/cuda_shim/library.cpp"):
         command += ["-x", "c++", ROOT / source]
-    subprocess.run(command, check=True)
+    environment = dict(os.environ)
+    if environment.pop("LD_PRELOAD", ""):  # `make sanitize`; the compiler itself runs without
+        command += ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+    subprocess.run(command, check=True, env=environment)
     library = ctypes.CDLL(str(library))
     library.scratch_bytes.restype = ctypes.c_int64
     return library
