@@ -31,12 +31,13 @@ leak: build
 	$(BIN)/python tests/leak.py
 
 # The suite on a build with AddressSanitizer and UBSan, in a folder of its own; what tests compile with g++ (the CUDA kernels'
-# shim) has both too. Left out is what starts a compiler under the sanitizer's preload (TorchInductor), what measures memory,
+# shim) has both too. Left out is what starts a compiler under the sanitizer's preload (TorchInductor, CMake), what measures memory,
 # which the sanitizer's allocator holds back, and what does not run the operators: the build's facts, the reference, the
 # example.
 SANITIZED := build/sanitize/lib
 SANITIZER_PRELOAD = $(shell g++ -print-file-name=libasan.so):$(shell g++ -print-file-name=libubsan.so)
-NOT_SANITIZED := test_mnist test_package test_reference test_memory test_memory_contract
+NOT_SANITIZED := test_mnist test_package test_reference test_memory test_memory_contract test_compile test_export \
+  test_cpp_example
 sanitize: $(SANITIZED)/built
 	LD_PRELOAD=$(SANITIZER_PRELOAD) PYTHONPATH=$(SANITIZED) OMP_NUM_THREADS=2 \
 	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
