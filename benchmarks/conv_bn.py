@@ -36,7 +36,7 @@ sys.path.append(str(ROOT / "examples"))
 import mnist
 
 Step = Callable[[], None]
-LONGEST = 30.0  # seconds after which a comparison ends, if it has five rounds
+LONGEST = 12.0  # seconds after which a comparison ends, if it has five rounds
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
