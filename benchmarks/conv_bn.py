@@ -135,7 +135,7 @@ def layer_steps(sizes: Layer, device: torch.device) -> dict[str, Step]:
         sizes.kernel,
         padding=sizes.kernel // 2,
         groups=sizes.groups,
-        bias=False,
+        bias=sizes.frozen,  # which has a shift to add: so has the convolution that it is compared with
         **options,
     ).to(memory_format=format)
     bn = nn.BatchNorm2d(sizes.channels_out, **options).train(not sizes.frozen)
