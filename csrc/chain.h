@@ -74,6 +74,9 @@ void check_places(const char* name, at::IntArrayRef places, int64_t first, int64
 at::Tensor inverse_std(const Norm& norm, const at::Tensor& var, const c10::SymInt& count);
 at::Tensor inverse_running_std(const Norm& norm, const at::Tensor& running_var);
 
+// ρ of the table above
+at::Tensor rho(const Norm& norm, const at::Tensor& var, const at::Tensor& r, int64_t count);
+
 // A convolution's bias in front of batch statistics shifts the mean and nothing else: it is left out, and its gradient
 // is 0.
 inline bool bias_cancels(const std::vector<Link>& chain, size_t i) {

@@ -25,8 +25,8 @@ _NAMES: dict[type[nn.Module], Callable[[nn.Module], str]] = {
     nn.Tanh: lambda _: "tanh",
 }
 
-# the operator's name, without a parameter in parentheses → nn.Module
-_MODULES: dict[str, Callable[..., nn.Module]] = {
+# the operator's name, without a parameter in parentheses → nn.Module; in the order of csrc/activation.h
+MODULES: dict[str, Callable[..., nn.Module]] = {
     "none": nn.Identity,
     "relu": nn.ReLU,
     "relu6": nn.ReLU6,
@@ -59,7 +59,7 @@ def activation_name(activation: str | nn.Module | None) -> str:
             activation_module(found)  # a parameter may be no finite number
             return found
     raise ValueError(
-        f"expected activation None, one of {', '.join(map(repr, _MODULES))}, 'leaky_relu(slope)', 'elu(alpha)', or "
+        f"expected activation None, one of {', '.join(map(repr, MODULES))}, 'leaky_relu(slope)', 'elu(alpha)', or "
         f"a module of one of these kinds, got {activation!r}"
     )
 
@@ -71,13 +71,13 @@ def activation_module(name: str) -> nn.Module:
         ValueError: there is none of this name.
     """
     parts = _SPELLING.fullmatch(name)
-    if parts and parts["base"] in _MODULES:
-        kind = _MODULES[parts["base"]]
+    if parts and parts["base"] in MODULES:
+        kind = MODULES[parts["base"]]
         if parts["parameter"] is None:
             return kind()
         if parts["base"] in ("leaky_relu", "elu") and math.isfinite(float(parts["parameter"])):
             return kind(float(parts["parameter"]))
     raise ValueError(
-        f"expected activation None, one of {', '.join(map(repr, _MODULES))}, 'leaky_relu(slope)', 'elu(alpha)', or "
+        f"expected activation None, one of {', '.join(map(repr, MODULES))}, 'leaky_relu(slope)', 'elu(alpha)', or "
         f"a module of one of these kinds, got {name!r}"
     )

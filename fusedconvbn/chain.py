@@ -5,20 +5,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-ACTIVATIONS = [
-    "none",
-    "relu",
-    "relu6",
-    "leaky_relu",
-    "elu",
-    "silu",
-    "hardswish",
-    "gelu",
-    "gelu_tanh",
-    "mish",
-    "sigmoid",
-    "tanh",
-]
+from .activations import MODULES
+
+ACTIVATIONS = tuple(MODULES)  # in the order of csrc/activation.h
 PARAMETERS = {"leaky_relu": 0.01, "elu": 1.0}
 ARITHMETICS = ("batchnorm", "tutorial", "none")
 

@@ -97,9 +97,8 @@ def fold(module: nn.Module) -> nn.Module:
 def _folded(layer: _ConvBN, alone: bool) -> nn.Module:
     old, bn = layer.conv, layer.bn
     padding = old.padding
-    if (
-        isinstance(padding, str) and not layer._pad
-    ):  # a number wherever it can be: not every optimiser reads names
+    # Numbers wherever a name can be written so: not every optimiser reads names.
+    if isinstance(padding, str) and not layer._pad:
         padding = tuple(layer._padding)
     conv = type(layer).conv_class(
         old.in_channels,
@@ -133,9 +132,8 @@ def _folded(layer: _ConvBN, alone: bool) -> nn.Module:
         scaled = (by_group * scale.reshape(old.groups, 1, -1, *per_channel)).flatten(0, 1)
     else:
         scaled = weight.to(wide) * scale.reshape(-1, 1, *per_channel)
-    trained = any(
-        p.requires_grad for p in old.parameters()
-    )  # of a parametrized weight none is its own
+    # All parameters, since a parametrized weight is none of them.
+    trained = any(p.requires_grad for p in old.parameters())
     conv.weight = nn.Parameter(scaled.to(weight.dtype), trained)
     conv.bias = nn.Parameter(shift.to(weight.dtype), trained)
     if alone and layer.activation == "none":

@@ -420,6 +420,8 @@ def check_errors() -> None:
     with pytest.raises(ValueError, match="arithmetic"):
         fusedconvbn.conv_bn(*arguments, process_group="0", arithmetic="tutorial")
     torch.testing.assert_close(fused.state_dict(), before, rtol=0, atol=0)
+    # Documented refusals (docs/distributed.md): the formulas for these hold for one process's batch, and would be silently
+    # wrong for the joined one.
     with pytest.raises(NotImplementedError, match="synchronised"):
         torch.autograd.grad(fused(x).sum(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match="synchronised"):

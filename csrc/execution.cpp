@@ -1,0 +1,394 @@
+// Runs a chain forward and backward on a device; all that is particular to the device is in its channel kernels.
+#include <ATen/CachedTensorUtils.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/full_like.h>
+#include <ATen/ops/ones_like.h>
+#include <ATen/ops/stack.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+#include <torch/library.h>
+
+#include <array>
+
+#include "chain.h"
+#include "channel_kernels.h"
+#include "ops.h"
+#include "process_group.h"
+#include "recompute_check.h"
+
+namespace fusedconvbn {
+namespace {
+
+// Rows 0 … 4 of the statistics of a synchronised link (ops.h), from the (2, C) mean and variance of `count` values.
+Tensor synchronise(const Tensor& own, int64_t count, const std::string& process_group) {
+  // Added up in double, Σ T and Σ T² of float maps lose nothing when |mean| ≫ std; those of double maps lose digits of
+  // the variance, as many as (mean/std)² has.
+  const auto wide = own.to(at::kDouble);
+  const auto mean = wide.select(0, 0), var = wide.select(0, 1);
+  const auto sums = all_reduce_sum(
+      at::stack({mean * count, (var + mean * mean) * count, at::full_like(mean, double(count))}), process_group);
+  const auto n = sums.select(0, 2), divisor = n.clamp_min(1);
+  const auto joint_mean = sums.select(0, 0) / divisor;
+  const auto joint_var = (sums.select(0, 1) / divisor - joint_mean * joint_mean).clamp_min(0);
+  return at::cat({at::stack({joint_mean, joint_var, n}).to(own.scalar_type()), own});
+}
+
+class Execution {
+ public:
+  Execution(at::TensorList tensors, at::IntArrayRef links, at::ArrayRef<double> scalars, std::string_view process_group,
+            at::IntArrayRef kept)
+      : tensors_(tensors),
+        chain_(unpack(links, scalars, tensors.size())),
+        process_group_(process_group),
+        maps_(chain_.size() + 1),
+        kept_(chain_.size() + 1),
+        statistics_(chain_.size()) {
+    maps_[0] = tensors[0];
+    kept_[0] = true;
+    check_places("kept", kept, 1, int64_t(chain_.size()));
+    for (const auto i : kept) kept_[i] = true;
+  }
+
+  ChainResult forward(at::IntArrayRef kept) {
+    run(0, chain_.size(), kept_);
+    std::vector<Tensor> kept_maps, statistics;
+    for (const auto i : kept)
+      if (i < int64_t(chain_.size())) kept_maps.push_back(maps_[i]);
+    for (const auto& s : statistics_)
+      if (s.defined()) statistics.push_back(s);
+    return {maps_.back(), kept_maps, statistics};
+  }
+
+  std::vector<Tensor> backward(Tensor dout, at::TensorList kept_maps, at::TensorList statistics, at::IntArrayRef kept,
+                               at::IntArrayRef wanted) {
+    TORCH_CHECK_VALUE(kept_maps.size() == kept.size(), "got ", kept_maps.size(), " kept maps for ", kept.size(),
+                      " places");
+    for (size_t k = 0; k < kept.size(); ++k) maps_[kept[k]] = kept_maps[k];
+    size_t norms = 0;
+    for (const auto& link : chain_) norms += link.normalises();
+    TORCH_CHECK_VALUE(statistics.size() == norms, "got ", statistics.size(), " statistics for ", norms, " norm links");
+    for (size_t i = chain_.size(); i-- > 0;)
+      if (chain_[i].normalises()) statistics_[i] = statistics[--norms];
+    plan_gradients(wanted);
+
+    grad_owned_ = nobody_else_has(dout);
+    grad_ = std::move(dout);
+    for (size_t i = chain_.size(); i-- > 0 && reached_[i + 1];) {
+      if (read_[i] && !maps_[i].defined()) remake(i);
+      if (const auto* conv = chain_[i].conv())
+        conv_backward(*conv, i);
+      else if (chain_[i].normalises() && !only_residual(i))
+        norm_backward(*chain_[i].norm(), i);
+      else
+        activation_backward(*chain_[i].norm(), i);
+    }
+    if (wanted_[0]) grads_[0] = grad_owned_ ? std::move(grad_) : grad_.clone();
+
+    std::vector<Tensor> result;
+    for (const auto t : wanted) {  // that of a bias that cancels was not computed
+      result.push_back(grads_[t].defined() ? grads_[t] : at::zeros_like(tensor(t)));
+    }
+    return result;
+  }
+
+ private:
+  const Tensor& tensor(int64_t place) const { return tensors_[place]; }
+  std::optional<Tensor> optional_tensor(int64_t place) const {
+    return place < 0 ? std::nullopt : std::optional<Tensor>(tensors_[place]);
+  }
+  bool wanted(int64_t place) const { return place >= 0 && wanted_[place]; }
+
+  // Makes T_last from T_first. Statistics that are known are used, the others are computed. A map outside `retain` is
+  // let go, or overwritten, by the link that reads it.
+  void run(size_t first, size_t last, const std::vector<bool>& retain) {
+    for (size_t i = first; i < last; ++i) {
+      const bool free_to_overwrite = i > first && !retain[i];
+      Tensor in = retain[i] ? maps_[i] : std::move(maps_[i]);
+      if (const auto* conv = chain_[i].conv()) {
+        maps_[i + 1] = convolve(*conv, i, in);
+      } else {
+        const auto& norm = *chain_[i].norm();
+        const auto y = dense(in);
+        const bool in_place = free_to_overwrite || !y.is_same(in);
+        if (norm.normalises() && !statistics_[i].defined()) statistics_[i] = statistics(y);
+        maps_[i + 1] = in_place ? y : at::empty_like(y);
+        if (y.numel() == 0) continue;
+        channel_kernels(y).apply_(maps_[i + 1], y, affine(norm, i, y).first, norm.activation, residual(i, y));
+      }
+    }
+  }
+
+  // Remakes T_i, and on the way the other maps that are read by a backward still to come.
+  void remake(size_t i) {
+    size_t first = i;
+    while (!maps_[first].defined()) --first;
+    auto retain = read_;
+    retain[first] = true;
+    run(first, i, retain);
+    remade_.resize(maps_.size());
+    for (size_t m = first + 1; m <= i; ++m) remade_[m] = maps_[m].defined();
+  }
+
+  Tensor convolve(const Conv& conv, size_t i, const Tensor& in) const {
+    const auto& weight = tensor(chain_[i].weight);
+    const auto bias = bias_cancels(chain_, i) ? std::nullopt : optional_tensor(chain_[i].bias);
+    return convolution(conv, in, weight, bias);
+  }
+
+  // The kernels read the two dense layouts; any other map is copied into the one it is nearer to.
+  static Tensor dense(const Tensor& t) {
+    TORCH_CHECK_VALUE(t.dim() >= 2 && t.size(1) > 0, "a norm link needs channels, got shape ", t.sizes());
+    return t.numel() == 0 || channel_layout(t) ? t : t.contiguous(t.suggest_memory_format());
+  }
+  static Tensor dense_like(const char* name, const Tensor& t, const Tensor& like) {
+    TORCH_CHECK_VALUE(t.sizes() == like.sizes() && t.scalar_type() == like.scalar_type() && t.device() == like.device(),
+                      "expected a ", name, " like the output, ", like.toString(), like.sizes(), ", got ", t.toString(),
+                      t.sizes());
+    if (t.numel() == 0) return t;
+    const auto layout = channel_layout(t);
+    if (layout && layout->channels_last == channel_layout(like)->channels_last) return t;
+    return at::empty_like(like).copy_(t);
+  }
+
+  Tensor residual(size_t i, const Tensor& y) const {
+    const auto place = chain_[i].residual;
+    return place < 0 ? Tensor() : dense_like("residual", tensor(place), y);
+  }
+
+  Tensor statistics(const Tensor& y) const {
+    // A process without samples takes part in a synchronised batch.
+    TORCH_CHECK_VALUE(y.numel() > 0 || !process_group_.empty(), "a norm link needs values, got shape ", y.sizes());
+    const auto own =
+        y.numel() ? channel_kernels(y).stats(y) : at::zeros({2, y.size(1)}, y.options().dtype(statistics_dtype(y)));
+    return process_group_.empty() ? own : synchronise(own, y.numel() / y.size(1), process_group_);
+  }
+
+  // A vector of the norm link at `y`, as the kernels read it; undefined when absent.
+  Tensor channel_vector(int64_t place, const Tensor& y) const {
+    if (place < 0) return {};
+    const auto& t = tensors_[place];
+    TORCH_CHECK_VALUE(t.dim() == 1 && t.size(0) == y.size(1) && t.device() == y.device(), "expected a vector of ",
+                      y.size(1), " values on ", y.device(), ", got ", t.toString(), t.sizes());
+    return t.to(statistics_dtype(y)).contiguous();
+  }
+
+  // S1 and S2
+  static Tensor channel_sums(const Tensor& dout, const Tensor& y, const Affine& affine, const Activation& activation,
+                             const Joined& joined) {
+    return y.numel() ? channel_kernels(y).grad_stats(dout, y, affine, activation, joined)
+                     : at::zeros({2, y.size(1)}, affine.mean.options());
+  }
+
+  // u = y
+  static Affine plain(const Tensor& y) {
+    const auto zero = at::zeros({y.size(1)}, y.options().dtype(statistics_dtype(y)).memory_format(std::nullopt));
+    return {zero, at::ones_like(zero), zero};
+  }
+
+  // (mean, scale = a, shift = β) and r.
+  std::pair<Affine, Tensor> affine(const Norm& norm, size_t i, const Tensor& y) const {
+    if (!norm.normalises()) return {plain(y), {}};
+    const auto& statistics = statistics_[i];
+    const int64_t rows = process_group_.empty() ? 2 : 5;
+    TORCH_CHECK_VALUE(statistics.sizes() == at::IntArrayRef({rows, y.size(1)}) && statistics.is_contiguous() &&
+                          statistics.scalar_type() == statistics_dtype(y) && statistics.device() == y.device(),
+                      "expected the statistics of a map of shape ", y.sizes(), ", got ", statistics.toString(),
+                      statistics.sizes());
+    TORCH_CHECK_VALUE(norm.arithmetic == Arithmetic::batchnorm || process_group_.empty(),
+                      "the tutorial's arithmetic is not synchronised");
+    const auto r = inverse_std(norm, statistics.select(0, 1), y.numel() / y.size(1));
+    const auto weight = channel_vector(chain_[i].weight, y), bias = channel_vector(chain_[i].bias, y);
+    return {
+        Affine{statistics.select(0, 0), weight.defined() ? r * weight : r, bias.defined() ? bias : at::zeros_like(r)},
+        r};
+  }
+
+  // The result of link i, if it is at hand and act' shows in it.
+  Tensor result(size_t i) const {
+    const bool shows = i + 1 == chain_.size() && chain_[i].norm()->activation.slope_from_result();
+    return shows ? maps_[i + 1] : Tensor();
+  }
+
+  // Whether of a norm link's gradients that of the residual alone is wanted, and needs no u.
+  bool only_residual(size_t i) const {
+    const auto& link = chain_[i];
+    const bool others = reached_[i] || wanted(link.weight) || wanted(link.bias);
+    return !others && (link.norm()->activation.none() || result(i).defined());
+  }
+
+  // reached: the gradient of T_i is needed. read: a backward that will run reads T_i.
+  void plan_gradients(at::IntArrayRef wanted) {
+    wanted_.resize(tensors_.size());
+    grads_.resize(tensors_.size());
+    check_places("wanted", wanted, 0, int64_t(tensors_.size()) - 1);
+    for (const auto t : wanted) wanted_[t] = true;
+    reached_.assign(maps_.size(), false);
+    read_.assign(maps_.size(), false);
+    reached_[0] = wanted_[0];
+    for (size_t i = 0; i < chain_.size(); ++i) {
+      const auto& link = chain_[i];
+      const bool bias = this->wanted(link.bias) && !bias_cancels(chain_, i);
+      reached_[i + 1] = reached_[i] || this->wanted(link.weight) || bias || this->wanted(link.residual);
+      const bool needs_u = link.norm() && !link.norm()->activation.none() && !result(i).defined();
+      const bool reads = link.conv() || needs_u || (link.normalises() && !only_residual(i));
+      read_[i] = reached_[i + 1] && reads;
+    }
+  }
+
+  void conv_backward(const Conv& conv, size_t i) {
+    const auto& link = chain_[i];
+    const Tensor in = std::move(maps_[i]);
+    const auto& weight = tensor(link.weight);
+    const bool bias = wanted(link.bias) && !bias_cancels(chain_, i);
+    // Half types are added up in float, by a kernel that does so.
+    const bool half = in.scalar_type() == at::kBFloat16 || in.scalar_type() == at::kHalf;
+    if (bias && half) {
+      const auto dout = dense(grad_);
+      const auto sums = channel_sums(dout, dout, plain(dout), {}, {});
+      grads_[link.bias] = sums.select(0, 0).to(tensor(link.bias).scalar_type(), false, true);
+    }
+    auto [din, dweight, dbias] =
+        convolution_backward(conv, grad_, in, weight, {reached_[i], wanted(link.weight), bias && !half});
+    if (dweight.defined()) grads_[link.weight] = std::move(dweight);
+    if (dbias.defined()) grads_[link.bias] = std::move(dbias);
+    grad_ = std::move(din);
+    grad_owned_ = true;
+  }
+
+  // du, which is in grad_, is the gradient of the residual too.
+  void share_with_residual(size_t i) {
+    if (!wanted(chain_[i].residual)) return;
+    grads_[chain_[i].residual] = grad_owned_ ? grad_ : grad_.clone();
+    grad_owned_ = false;
+  }
+
+  void activation_backward(const Norm& norm, size_t i) {
+    Tensor in = std::move(maps_[i]);
+    if (!norm.activation.none()) {
+      bool u_owned = false;
+      Tensor u = result(i);
+      if (!u.defined()) {
+        const auto y = dense(in);
+        u_owned = (i < remade_.size() && remade_[i]) || !y.is_same(in);
+        u = y;
+        if (const auto r = residual(i, y); r.defined()) {
+          u = u_owned ? y : at::empty_like(y);
+          u_owned = true;
+          if (y.numel()) channel_kernels(y).apply_(u, y, plain(y), Activation{}, r);
+        }
+      }
+      u = dense(u);
+      const auto dout = dense_like("gradient", grad_, u);
+      Tensor du = grad_owned_ || !dout.is_same(grad_) ? dout : u_owned ? u : at::empty_like(u);
+      const auto affine = plain(u);
+      if (u.numel()) channel_kernels(u).grad_apply_(du, dout, u, affine, affine.mean, affine.mean, norm.activation);
+      grad_ = std::move(du);
+      grad_owned_ = true;
+    }
+    share_with_residual(i);
+    if (!reached_[i]) grad_.reset();
+  }
+
+  void norm_backward(const Norm& norm, size_t i) {
+    const auto& link = chain_[i];
+    const Tensor in = std::move(maps_[i]);
+    const auto y = dense(in);
+    const bool y_owned = (i < remade_.size() && remade_[i]) || !y.is_same(in);
+    const auto& kernels = channel_kernels(y);
+    const auto& statistics = statistics_[i];
+    const auto [affine, r] = this->affine(norm, i, y);
+    if (recompute_is_checked() && y.numel())
+      check_recomputed(kernels.stats(y), statistics.slice(0, statistics.size(0) - 2), y.scalar_type());
+
+    auto dout = dense_like("gradient", grad_, y);
+    grad_owned_ |= !dout.is_same(grad_);
+    auto activation = norm.activation;
+    Joined joined;
+    if (link.residual >= 0 && !activation.none()) {
+      if (const auto out = result(i); out.defined())
+        joined.result = dense_like("result", out, y);
+      else
+        joined.residual = residual(i, y);
+      joined.du = grad_owned_ ? dout : at::empty_like(y);
+    }
+    const auto sums = channel_sums(dout, y, affine, activation, joined);
+    if (joined.du.defined()) {
+      dout = joined.du;
+      grad_owned_ = true;
+      activation = Activation{};
+    }
+    grad_ = dout;
+    share_with_residual(i);
+
+    const auto s1 = sums.select(0, 0), dweight = r * sums.select(0, 1);
+    if (wanted(link.weight)) grads_[link.weight] = dweight.to(tensor(link.weight).scalar_type());
+    if (wanted(link.bias)) grads_[link.bias] = s1.to(tensor(link.bias).scalar_type(), false, true);
+    if (!reached_[i]) return grad_.reset();
+
+    // −a/R, and S1 and S2, of all processes
+    const auto total = process_group_.empty() ? sums : all_reduce_sum(sums, process_group_);
+    const auto count = y.numel() / y.size(1);
+    const auto factor = process_group_.empty() ? affine.scale * (-1. / double(count))
+                                               : -affine.scale / statistics.select(0, 2).clamp_min(1);
+    const auto slope = factor * r * total.select(0, 1) * rho(norm, statistics.select(0, 1), r, count);
+    const auto offset = factor * total.select(0, 0);
+    Tensor out = y_owned ? y : grad_owned_ ? dout : at::empty_like(y);
+    if (y.numel()) kernels.grad_apply_(out, dout, y, affine, slope, offset, activation);
+    grad_ = std::move(out);
+    grad_owned_ = true;
+  }
+
+  // Nobody else can see what is written to t. (PyTorch's rule where it adds up gradients in place. Not on CUDA, where a
+  // kernel on another stream may still have to read it; not where the memory is not PyTorch's own.)
+  static bool nobody_else_has(const Tensor& t) {
+    return t.is_cpu() && at::caching::adjusted_use_count(t) == 1 && !at::caching::is_cached_tensor(t) &&
+           t.has_storage() && t.storage().use_count() == 1 && t.storage().allocator();
+  }
+
+  at::TensorList tensors_;
+  std::vector<Link> chain_;
+  std::string process_group_;
+  std::vector<Tensor> maps_;  // T_0 … T_n, undefined where not at hand
+  std::vector<bool> kept_;
+  std::vector<Tensor> statistics_;  // of link i
+  // backward
+  Tensor grad_;              // of the output of the link at hand
+  bool grad_owned_ = false;  // and may be written over
+  std::vector<bool> wanted_, reached_, read_, remade_;
+  std::vector<Tensor> grads_;
+};
+
+ChainResult chain_forward_kernel(at::TensorList tensors, at::IntArrayRef links, at::ArrayRef<double> scalars,
+                                 std::string_view process_group, at::IntArrayRef kept) {
+  return Execution(tensors, links, scalars, process_group, kept).forward(kept);
+}
+
+std::vector<Tensor> chain_backward_op(const Tensor& dout, at::TensorList tensors, at::TensorList kept_maps,
+                                      at::TensorList statistics, at::IntArrayRef links, at::ArrayRef<double> scalars,
+                                      std::string_view process_group, at::IntArrayRef kept, at::IntArrayRef wanted) {
+  return chain_backward_kernel(dout, tensors, kept_maps, statistics, links, scalars, process_group, kept, wanted);
+}
+
+}  // namespace
+
+std::vector<Tensor> chain_backward_kernel(Tensor dout, at::TensorList tensors, at::TensorList kept_maps,
+                                          at::TensorList statistics, at::IntArrayRef links,
+                                          at::ArrayRef<double> scalars, std::string_view process_group,
+                                          at::IntArrayRef kept, at::IntArrayRef wanted) {
+  return Execution(tensors, links, scalars, process_group, kept)
+      .backward(std::move(dout), kept_maps, statistics, kept, wanted);
+}
+
+TORCH_LIBRARY_IMPL(fusedconvbn, CPU, m) {
+  m.impl("_chain_forward", TORCH_FN(chain_forward_kernel));
+  m.impl("_chain_backward", TORCH_FN(chain_backward_op));
+}
+
+TORCH_LIBRARY_IMPL(fusedconvbn, CUDA, m) {
+  m.impl("_chain_forward", TORCH_FN(chain_forward_kernel));
+  m.impl("_chain_backward", TORCH_FN(chain_backward_op));
+}
+
+}  // namespace fusedconvbn
