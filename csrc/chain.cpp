@@ -1,6 +1,7 @@
 #include "chain.h"
 
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/rsqrt.h>
 #include <ATen/ops/sqrt.h>
 
@@ -12,7 +13,7 @@ using at::Tensor;
 
 namespace {
 
-enum class Kind : int64_t { conv = 0, norm = 1 };
+enum class Kind : int64_t { conv = 0, norm, gate, parts };
 
 template <typename T>
 void append(std::vector<T>& to, const std::vector<T>& from) {
@@ -27,6 +28,10 @@ bool push_if(std::vector<Tensor>& tensors, const std::optional<Tensor>& t) {
 
 }  // namespace
 
+PackedChain::PackedChain(at::TensorList input) : tensors(input.vec()) {
+  if (input.size() != 1) append(links, {int64_t(Kind::parts), int64_t(input.size())});
+}
+
 void PackedChain::push(const Conv& conv, const Tensor& weight, const std::optional<Tensor>& bias) {
   tensors.push_back(weight);
   const bool has_bias = push_if(tensors, bias);
@@ -35,20 +40,25 @@ void PackedChain::push(const Conv& conv, const Tensor& weight, const std::option
 }
 
 void PackedChain::push(const Norm& norm, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
-                       const std::optional<Tensor>& residual) {
+                       const std::optional<Tensor>& residual, const std::optional<Tensor>& statistics) {
   const bool has_weight = push_if(tensors, weight), has_bias = push_if(tensors, bias);
   const bool has_residual = push_if(tensors, residual);
+  push_if(tensors, statistics);
   append(links, {int64_t(Kind::norm), has_weight, has_bias, has_residual, int64_t(norm.arithmetic),
                  int64_t(norm.activation.kind)});
   append(scalars, {norm.eps, norm.activation.parameter});
 }
 
-std::vector<Link> unpack(at::IntArrayRef links, at::ArrayRef<double> scalars, size_t tensor_count) {
+void PackedChain::push(const Gate&, const Tensor& values) {
+  tensors.push_back(values);
+  links.push_back(int64_t(Kind::gate));
+}
+
+Chain unpack(at::IntArrayRef links, at::ArrayRef<double> scalars, size_t tensor_count) {
   // For users of the packed form alone; conv_bn has checked its arguments by name.
   constexpr auto malformed = "malformed chain: `links` ends inside a link or names what there is not";
-  std::vector<Link> chain;
+  Chain chain;
   size_t at = 0, norms = 0;
-  int64_t tensor = 1;
   const auto next = [&] {
     TORCH_CHECK_VALUE(at < links.size(), malformed);
     return links[at++];
@@ -58,6 +68,12 @@ std::vector<Link> unpack(at::IntArrayRef links, at::ArrayRef<double> scalars, si
     at += n;
     return links.slice(at - n, n).vec();
   };
+  if (!links.empty() && links[0] == int64_t(Kind::parts)) {
+    next();
+    chain.parts = next();
+    TORCH_CHECK_VALUE(chain.parts >= 1 && chain.parts <= int64_t(tensor_count), malformed);
+  }
+  int64_t tensor = chain.parts;
   const auto next_tensor = [&](bool present) { return present ? tensor++ : -1; };
   while (at < links.size()) {
     const auto kind = next();
@@ -73,13 +89,17 @@ std::vector<Link> unpack(at::IntArrayRef links, at::ArrayRef<double> scalars, si
       TORCH_CHECK_VALUE(conv.groups > 0, malformed);
       for (const auto stride : conv.stride) TORCH_CHECK_VALUE(stride > 0, malformed);
       link.op = conv;
+    } else if (kind == int64_t(Kind::gate)) {
+      link.weight = next_tensor(true);
+      link.op = Gate{};
     } else {
       TORCH_CHECK_VALUE(kind == int64_t(Kind::norm) && 2 * norms + 1 < scalars.size(), malformed);
       link.weight = next_tensor(next());
       link.bias = next_tensor(next());
       link.residual = next_tensor(next());
       const auto arithmetic = next(), activation = next();
-      TORCH_CHECK_VALUE(arithmetic >= 0 && arithmetic <= int64_t(Arithmetic::none), malformed);
+      TORCH_CHECK_VALUE(arithmetic >= 0 && arithmetic <= int64_t(Arithmetic::running), malformed);
+      link.statistics = next_tensor(arithmetic == int64_t(Arithmetic::running));
       TORCH_CHECK_VALUE(activation >= 0 && activation < activation_kinds, malformed);
       const Norm norm{scalars[2 * norms],
                       static_cast<Arithmetic>(arithmetic),
@@ -94,7 +114,7 @@ std::vector<Link> unpack(at::IntArrayRef links, at::ArrayRef<double> scalars, si
   return chain;
 }
 
-bool last_residual_is_read(const std::vector<Link>& chain, at::IntArrayRef kept) {
+bool last_residual_is_read(const Chain& chain, at::IntArrayRef kept) {
   const auto* norm = chain.back().norm();
   if (!norm || norm->activation.none()) return false;
   const bool result_kept = !kept.empty() && kept.back() == int64_t(chain.size());
@@ -129,13 +149,15 @@ Tensor rho(const Norm& norm, const Tensor& var, const Tensor& r, int64_t count) 
 }
 
 Tensor inverse_std(const Norm& norm, const Tensor& var, const c10::SymInt& count) {
-  return norm.arithmetic == Arithmetic::batchnorm ? at::rsqrt(var + norm.eps)
-                                                  : (unbiased_std(var, count) + norm.eps).reciprocal();
+  return norm.arithmetic == Arithmetic::tutorial ? (unbiased_std(var, count) + norm.eps).reciprocal()
+                                                 : at::rsqrt(var + norm.eps);
 }
 
 Tensor inverse_running_std(const Norm& norm, const Tensor& running_var) {
-  return norm.arithmetic == Arithmetic::batchnorm ? at::rsqrt(running_var + norm.eps)
-                                                  : (at::sqrt(running_var) + norm.eps).reciprocal();
+  return norm.arithmetic == Arithmetic::tutorial ? (at::sqrt(running_var) + norm.eps).reciprocal()
+                                                 : at::rsqrt(running_var + norm.eps);
 }
+
+Tensor concatenated(at::TensorList parts) { return parts.size() == 1 ? parts[0] : at::cat(parts, 1); }
 
 }  // namespace fusedconvbn

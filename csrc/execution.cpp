@@ -4,6 +4,7 @@
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/full_like.h>
+#include <ATen/ops/mul.h>
 #include <ATen/ops/ones_like.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
@@ -35,23 +36,32 @@ Tensor synchronise(const Tensor& own, int64_t count, const std::string& process_
   return at::cat({at::stack({joint_mean, joint_var, n}).to(own.scalar_type()), own});
 }
 
+// What a norm link finds of y.
+Tensor map_statistics(const Tensor& y, const std::string& process_group) {
+  const auto own =
+      y.numel() ? channel_kernels(y).stats(y) : at::zeros({2, y.size(1)}, y.options().dtype(statistics_dtype(y)));
+  return process_group.empty() ? own : synchronise(own, y.numel() / y.size(1), process_group);
+}
+
 class Execution {
  public:
   Execution(at::TensorList tensors, at::IntArrayRef links, at::ArrayRef<double> scalars, std::string_view process_group,
-            at::IntArrayRef kept)
+            at::IntArrayRef kept, const Tensor& input_statistics = {})
       : tensors_(tensors),
         chain_(unpack(links, scalars, tensors.size())),
         process_group_(process_group),
         maps_(chain_.size() + 1),
         kept_(chain_.size() + 1),
         statistics_(chain_.size()) {
-    maps_[0] = tensors[0];
-    kept_[0] = true;
+    if (chain_.parts == 1) maps_[0] = tensors[0];
+    kept_[0] = chain_.parts == 1;
+    if (chain_[0].norm() && chain_[0].norm()->batch_statistics()) statistics_[0] = input_statistics;
     check_places("kept", kept, 1, int64_t(chain_.size()));
     for (const auto i : kept) kept_[i] = true;
   }
 
   ChainResult forward(at::IntArrayRef kept) {
+    make_input();
     run(0, chain_.size(), kept_);
     std::vector<Tensor> kept_maps, statistics;
     for (const auto i : kept)
@@ -72,6 +82,7 @@ class Execution {
     for (size_t i = chain_.size(); i-- > 0;)
       if (chain_[i].normalises()) statistics_[i] = statistics[--norms];
     plan_gradients(wanted);
+    remade_.assign(maps_.size(), false);
 
     grad_owned_ = nobody_else_has(dout);
     grad_ = std::move(dout);
@@ -79,6 +90,8 @@ class Execution {
       if (read_[i] && !maps_[i].defined()) remake(i);
       if (const auto* conv = chain_[i].conv())
         conv_backward(*conv, i);
+      else if (chain_[i].gate())
+        gate_backward(i);
       else if (chain_[i].normalises() && !only_residual(i))
         norm_backward(*chain_[i].norm(), i);
       else
@@ -100,19 +113,29 @@ class Execution {
   }
   bool wanted(int64_t place) const { return place >= 0 && wanted_[place]; }
 
+  // A virtual concatenation exists while a link reads it.
+  void make_input() {
+    if (!maps_[0].defined()) maps_[0] = concatenated(tensors_.slice(0, chain_.parts));
+  }
+
   // Makes T_last from T_first. Statistics that are known are used, the others are computed. A map outside `retain` is
   // let go, or overwritten, by the link that reads it.
   void run(size_t first, size_t last, const std::vector<bool>& retain) {
     for (size_t i = first; i < last; ++i) {
-      const bool free_to_overwrite = i > first && !retain[i];
+      const bool free_to_overwrite = !retain[i] && (i > first || !kept_[i]);
       Tensor in = retain[i] ? maps_[i] : std::move(maps_[i]);
       if (const auto* conv = chain_[i].conv()) {
         maps_[i + 1] = convolve(*conv, i, in);
       } else {
-        const auto& norm = *chain_[i].norm();
-        const auto y = dense(in);
+        const auto y = dense(in, i);
         const bool in_place = free_to_overwrite || !y.is_same(in);
-        if (norm.normalises() && !statistics_[i].defined()) statistics_[i] = statistics(y);
+        if (chain_[i].gate()) {
+          maps_[i + 1] = in_place ? y : at::empty_like(y);
+          at::mul_out(maps_[i + 1], y, gate(i, y));
+          continue;
+        }
+        const auto& norm = *chain_[i].norm();
+        if (norm.normalises() && !statistics_[i].defined()) statistics_[i] = statistics(norm, i, y);
         maps_[i + 1] = in_place ? y : at::empty_like(y);
         if (y.numel() == 0) continue;
         channel_kernels(y).apply_(maps_[i + 1], y, affine(norm, i, y).first, norm.activation, residual(i, y));
@@ -123,12 +146,12 @@ class Execution {
   // Remakes T_i, and on the way the other maps that are read by a backward still to come.
   void remake(size_t i) {
     size_t first = i;
-    while (!maps_[first].defined()) --first;
+    while (first > 0 && !maps_[first].defined()) --first;
     auto retain = read_;
-    retain[first] = true;
+    retain[first] = kept_[first] || (first > 0 && read_[first]);
+    make_input();
     run(first, i, retain);
-    remade_.resize(maps_.size());
-    for (size_t m = first + 1; m <= i; ++m) remade_[m] = maps_[m].defined();
+    for (size_t m = kept_[first] ? first + 1 : first; m <= i; ++m) remade_[m] = maps_[m].defined();
   }
 
   Tensor convolve(const Conv& conv, size_t i, const Tensor& in) const {
@@ -137,7 +160,9 @@ class Execution {
     return convolution(conv, in, weight, bias);
   }
 
-  // The kernels read the two dense layouts; any other map is copied into the one it is nearer to.
+  // The kernels read the two dense layouts; any other map is copied into the one it is nearer to. T_0 always is in the
+  // one that the fake kernels promise.
+  static Tensor dense(const Tensor& t, size_t i) { return dense(i == 0 ? t.contiguous(t.suggest_memory_format()) : t); }
   static Tensor dense(const Tensor& t) {
     TORCH_CHECK_VALUE(t.dim() >= 2 && t.size(1) > 0, "a norm link needs channels, got shape ", t.sizes());
     return t.numel() == 0 || channel_layout(t) ? t : t.contiguous(t.suggest_memory_format());
@@ -157,12 +182,21 @@ class Execution {
     return place < 0 ? Tensor() : dense_like("residual", tensor(place), y);
   }
 
-  Tensor statistics(const Tensor& y) const {
+  // s of a gate, as it multiplies y
+  Tensor gate(size_t i, const Tensor& y) const {
+    const auto& s = tensor(chain_[i].weight);
+    auto sizes = y.sizes().vec();
+    std::fill(sizes.begin() + 2, sizes.end(), 1);
+    TORCH_CHECK_VALUE(s.sizes() == sizes && s.device() == y.device(), "expected a gate of shape ", sizes, " on ",
+                      y.device(), ", got ", s.toString(), s.sizes());
+    return s.to(y.scalar_type());
+  }
+
+  Tensor statistics(const Norm& norm, size_t i, const Tensor& y) const {
+    if (norm.arithmetic == Arithmetic::running) return tensor(chain_[i].statistics).to(statistics_dtype(y));
     // A process without samples takes part in a synchronised batch.
     TORCH_CHECK_VALUE(y.numel() > 0 || !process_group_.empty(), "a norm link needs values, got shape ", y.sizes());
-    const auto own =
-        y.numel() ? channel_kernels(y).stats(y) : at::zeros({2, y.size(1)}, y.options().dtype(statistics_dtype(y)));
-    return process_group_.empty() ? own : synchronise(own, y.numel() / y.size(1), process_group_);
+    return map_statistics(y, process_group_);
   }
 
   // A vector of the norm link at `y`, as the kernels read it; undefined when absent.
@@ -191,12 +225,12 @@ class Execution {
   std::pair<Affine, Tensor> affine(const Norm& norm, size_t i, const Tensor& y) const {
     if (!norm.normalises()) return {plain(y), {}};
     const auto& statistics = statistics_[i];
-    const int64_t rows = process_group_.empty() ? 2 : 5;
+    const int64_t rows = synchronised(norm) ? 5 : 2;
     TORCH_CHECK_VALUE(statistics.sizes() == at::IntArrayRef({rows, y.size(1)}) && statistics.is_contiguous() &&
                           statistics.scalar_type() == statistics_dtype(y) && statistics.device() == y.device(),
                       "expected the statistics of a map of shape ", y.sizes(), ", got ", statistics.toString(),
                       statistics.sizes());
-    TORCH_CHECK_VALUE(norm.arithmetic == Arithmetic::batchnorm || process_group_.empty(),
+    TORCH_CHECK_VALUE(norm.arithmetic != Arithmetic::tutorial || process_group_.empty(),
                       "the tutorial's arithmetic is not synchronised");
     const auto r = inverse_std(norm, statistics.select(0, 1), y.numel() / y.size(1));
     const auto weight = channel_vector(chain_[i].weight, y), bias = channel_vector(chain_[i].bias, y);
@@ -204,6 +238,8 @@ class Execution {
         Affine{statistics.select(0, 0), weight.defined() ? r * weight : r, bias.defined() ? bias : at::zeros_like(r)},
         r};
   }
+
+  bool synchronised(const Norm& norm) const { return norm.batch_statistics() && !process_group_.empty(); }
 
   // The result of link i, if it is at hand and act' shows in it.
   Tensor result(size_t i) const {
@@ -223,7 +259,11 @@ class Execution {
     wanted_.resize(tensors_.size());
     grads_.resize(tensors_.size());
     check_places("wanted", wanted, 0, int64_t(tensors_.size()) - 1);
-    for (const auto t : wanted) wanted_[t] = true;
+    for (const auto t : wanted) {
+      TORCH_CHECK_VALUE(t == 0 || t >= chain_.parts, "expected `wanted` with 0 for the gradient of all parts, got ",
+                        wanted);
+      wanted_[t] = true;
+    }
     reached_.assign(maps_.size(), false);
     read_.assign(maps_.size(), false);
     reached_[0] = wanted_[0];
@@ -232,7 +272,8 @@ class Execution {
       const bool bias = this->wanted(link.bias) && !bias_cancels(chain_, i);
       reached_[i + 1] = reached_[i] || this->wanted(link.weight) || bias || this->wanted(link.residual);
       const bool needs_u = link.norm() && !link.norm()->activation.none() && !result(i).defined();
-      const bool reads = link.conv() || needs_u || (link.normalises() && !only_residual(i));
+      const bool reads = link.conv() || needs_u || (link.normalises() && !only_residual(i)) ||
+                         (link.gate() && this->wanted(link.weight));
       read_[i] = reached_[i + 1] && reads;
     }
   }
@@ -257,6 +298,40 @@ class Execution {
     grad_owned_ = true;
   }
 
+  // Σ a·b over the positions of each sample and channel, (N, C)
+  static Tensor position_dots(const Tensor& a, const Tensor& b) {
+    const int64_t samples = b.size(0), channels = b.size(1);
+    const auto dots = [](const Tensor& a, const Tensor& b) {
+      return channel_sums(a, b, plain(b), {}, {}).select(0, 1);
+    };
+    if (b.numel() == 0) return at::zeros({samples, channels}, b.options().memory_format(std::nullopt));
+    if (!channel_layout(b)->channels_last) {  // then samples are as good as channels
+      auto flat = b.sizes().vec();
+      flat[0] = 1, flat[1] = samples * channels;
+      return dots(a.view(flat), b.view(flat)).view({samples, channels});
+    }
+    std::vector<Tensor> rows;
+    for (int64_t n = 0; n < samples; ++n) rows.push_back(dots(a.narrow(0, n, 1), b.narrow(0, n, 1)));
+    return at::stack(rows);
+  }
+
+  void gate_backward(size_t i) {
+    const auto& link = chain_[i];
+    const Tensor in = std::move(maps_[i]);
+    if (wanted(link.weight)) {
+      const auto y = dense(in, i);
+      const auto& s = tensor(link.weight);
+      grads_[link.weight] = position_dots(dense_like("gradient", grad_, y), y)
+                                .to(s.scalar_type())
+                                .view(s.sizes())
+                                .contiguous(s.suggest_memory_format());
+    }
+    if (!reached_[i]) return grad_.reset();
+    const auto s = gate(i, grad_);
+    grad_ = grad_owned_ ? grad_.mul_(s) : grad_ * s;
+    grad_owned_ = true;
+  }
+
   // du, which is in grad_, is the gradient of the residual too.
   void share_with_residual(size_t i) {
     if (!wanted(chain_[i].residual)) return;
@@ -270,8 +345,8 @@ class Execution {
       bool u_owned = false;
       Tensor u = result(i);
       if (!u.defined()) {
-        const auto y = dense(in);
-        u_owned = (i < remade_.size() && remade_[i]) || !y.is_same(in);
+        const auto y = dense(in, i);
+        u_owned = remade_[i] || !y.is_same(in);
         u = y;
         if (const auto r = residual(i, y); r.defined()) {
           u = u_owned ? y : at::empty_like(y);
@@ -294,12 +369,12 @@ class Execution {
   void norm_backward(const Norm& norm, size_t i) {
     const auto& link = chain_[i];
     const Tensor in = std::move(maps_[i]);
-    const auto y = dense(in);
-    const bool y_owned = (i < remade_.size() && remade_[i]) || !y.is_same(in);
+    const auto y = dense(in, i);
+    const bool y_owned = remade_[i] || !y.is_same(in);
     const auto& kernels = channel_kernels(y);
     const auto& statistics = statistics_[i];
     const auto [affine, r] = this->affine(norm, i, y);
-    if (recompute_is_checked() && y.numel())
+    if (recompute_is_checked() && y.numel() && norm.batch_statistics())
       check_recomputed(kernels.stats(y), statistics.slice(0, statistics.size(0) - 2), y.scalar_type());
 
     auto dout = dense_like("gradient", grad_, y);
@@ -328,12 +403,17 @@ class Execution {
     if (!reached_[i]) return grad_.reset();
 
     // −a/R, and S1 and S2, of all processes
-    const auto total = process_group_.empty() ? sums : all_reduce_sum(sums, process_group_);
-    const auto count = y.numel() / y.size(1);
-    const auto factor = process_group_.empty() ? affine.scale * (-1. / double(count))
-                                               : -affine.scale / statistics.select(0, 2).clamp_min(1);
-    const auto slope = factor * r * total.select(0, 1) * rho(norm, statistics.select(0, 1), r, count);
-    const auto offset = factor * total.select(0, 0);
+    Tensor slope, offset;
+    if (norm.batch_statistics()) {
+      const auto total = process_group_.empty() ? sums : all_reduce_sum(sums, process_group_);
+      const auto count = y.numel() / y.size(1);
+      const auto factor = process_group_.empty() ? affine.scale * (-1. / double(count))
+                                                 : -affine.scale / statistics.select(0, 2).clamp_min(1);
+      slope = factor * r * total.select(0, 1) * rho(norm, statistics.select(0, 1), r, count);
+      offset = factor * total.select(0, 0);
+    } else {
+      slope = offset = at::zeros_like(affine.scale);
+    }
     Tensor out = y_owned ? y : grad_owned_ ? dout : at::empty_like(y);
     if (y.numel()) kernels.grad_apply_(out, dout, y, affine, slope, offset, activation);
     grad_ = std::move(out);
@@ -348,7 +428,7 @@ class Execution {
   }
 
   at::TensorList tensors_;
-  std::vector<Link> chain_;
+  Chain chain_;
   std::string process_group_;
   std::vector<Tensor> maps_;  // T_0 … T_n, undefined where not at hand
   std::vector<bool> kept_;
@@ -361,8 +441,14 @@ class Execution {
 };
 
 ChainResult chain_forward_kernel(at::TensorList tensors, at::IntArrayRef links, at::ArrayRef<double> scalars,
-                                 std::string_view process_group, at::IntArrayRef kept) {
-  return Execution(tensors, links, scalars, process_group, kept).forward(kept);
+                                 std::string_view process_group, at::IntArrayRef kept,
+                                 const std::optional<Tensor>& input_statistics) {
+  return Execution(tensors, links, scalars, process_group, kept, input_statistics.value_or(Tensor())).forward(kept);
+}
+
+Tensor channel_stats_kernel(const Tensor& y, std::string_view process_group) {
+  TORCH_CHECK_VALUE(y.dim() >= 2 && y.numel() > 0, "expected a map with values, got shape ", y.sizes());
+  return map_statistics(y.contiguous(y.suggest_memory_format()), std::string(process_group));
 }
 
 std::vector<Tensor> chain_backward_op(const Tensor& dout, at::TensorList tensors, at::TensorList kept_maps,
@@ -384,11 +470,13 @@ std::vector<Tensor> chain_backward_kernel(Tensor dout, at::TensorList tensors, a
 TORCH_LIBRARY_IMPL(fusedconvbn, CPU, m) {
   m.impl("_chain_forward", TORCH_FN(chain_forward_kernel));
   m.impl("_chain_backward", TORCH_FN(chain_backward_op));
+  m.impl("_channel_stats", TORCH_FN(channel_stats_kernel));
 }
 
 TORCH_LIBRARY_IMPL(fusedconvbn, CUDA, m) {
   m.impl("_chain_forward", TORCH_FN(chain_forward_kernel));
   m.impl("_chain_backward", TORCH_FN(chain_backward_op));
+  m.impl("_channel_stats", TORCH_FN(channel_stats_kernel));
 }
 
 }  // namespace fusedconvbn

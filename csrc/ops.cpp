@@ -14,20 +14,34 @@ TORCH_LIBRARY(fusedconvbn, m) {
       "int[1] dilation=1, bool transposed=False, int[1] output_padding=0, int groups=1, "
       "str activation=\"none\", str arithmetic=\"batchnorm\", str process_group=\"\") -> Tensor");
   m.def(
-      "_chain_forward(Tensor[] tensors, int[] links, float[] scalars, str process_group, int[] kept) "
-      "-> (Tensor output, Tensor[] kept_maps, Tensor[] statistics)");
+      "conv_bn_chain(Tensor[] tensors, Tensor(a!)[] buffers, int[] links, float[] scalars, int[] buffer_counts, "
+      "float[] momenta, int[] training, str process_group=\"\", int[] kept=[], Tensor? input_statistics=None) -> "
+      "Tensor");
+  m.def("_channel_stats(Tensor input, str process_group) -> Tensor");
+  m.def(
+      "_chain_forward(Tensor[] tensors, int[] links, float[] scalars, str process_group, int[] kept, "
+      "Tensor? input_statistics=None) -> (Tensor output, Tensor[] kept_maps, Tensor[] statistics)");
   m.def(
       "_chain_backward(Tensor dout, Tensor[] tensors, Tensor[] kept_maps, Tensor[] statistics, "
       "int[] links, float[] scalars, str process_group, int[] kept, int[] wanted) -> Tensor[]");
   m.impl("conv_bn", c10::DispatchKey::CompositeImplicitAutograd, TORCH_FN(conv_bn));
+  m.impl("conv_bn_chain", c10::DispatchKey::CompositeImplicitAutograd, TORCH_FN(conv_bn_chain));
 }
 
 ChainResult chain_forward(at::TensorList tensors, at::IntArrayRef links, at::ArrayRef<double> scalars,
-                          std::string_view process_group, at::IntArrayRef kept) {
+                          std::string_view process_group, at::IntArrayRef kept,
+                          const std::optional<Tensor>& input_statistics) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("fusedconvbn::_chain_forward", "")
                              .typed<decltype(chain_forward)>();
-  return op.call(tensors, links, scalars, process_group, kept);
+  return op.call(tensors, links, scalars, process_group, kept, input_statistics);
+}
+
+Tensor channel_stats(const Tensor& input, std::string_view process_group) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("fusedconvbn::_channel_stats", "")
+                             .typed<decltype(channel_stats)>();
+  return op.call(input, process_group);
 }
 
 std::vector<Tensor> chain_backward(const Tensor& dout, at::TensorList tensors, at::TensorList kept_maps,

@@ -20,16 +20,27 @@ Tensor conv_bn(const Tensor& input, const Tensor& weight, const std::optional<Te
                at::IntArrayRef dilation, bool transposed, at::IntArrayRef output_padding, int64_t groups,
                std::string_view activation, std::string_view arithmetic, std::string_view process_group);
 
+// A chain with the running statistics of its norm links; docs in csrc/conv_bn_chain.cpp.
+Tensor conv_bn_chain(at::TensorList tensors, at::TensorList buffers, at::IntArrayRef links,
+                     at::ArrayRef<double> scalars, at::IntArrayRef buffer_counts, at::ArrayRef<double> momenta,
+                     at::IntArrayRef training, std::string_view process_group, at::IntArrayRef kept,
+                     const std::optional<Tensor>& input_statistics);
+
+// The statistics of a map as _chain_forward returns them.
+Tensor channel_stats(const Tensor& input, std::string_view process_group);
+
 // Runs a packed chain (chain.h), synchronised among the processes of the group of this name, if it has one. Returns
 // T_n, the inner maps T_i named by `kept` (which may also have n: T_n is not returned twice), and of each norm link
 // that normalises the (2, C) mean and biased variance, or, synchronised, (5, C): mean, biased variance and number of
-// values of all processes, then mean and biased variance of this one.
+// values of all processes, then mean and biased variance of this one. `input_statistics` are those of T_0, for a first
+// link that normalises by the batch; they are computed where not given.
 using ChainResult = std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>>;
 ChainResult chain_forward(at::TensorList tensors, at::IntArrayRef links, at::ArrayRef<double> scalars,
-                          std::string_view process_group, at::IntArrayRef kept);
+                          std::string_view process_group, at::IntArrayRef kept,
+                          const std::optional<Tensor>& input_statistics);
 
-// The gradients of tensors[i] for each i in `wanted` (ascending), from that of T_n. A residual that is not read
-// (`last_residual_is_read`) may be any tensor.
+// The gradients of tensors[i] for each i in `wanted` (ascending), from that of T_n. Place 0 is that of T_0, also where
+// it has parts. A residual that is not read (`last_residual_is_read`) may be any tensor.
 std::vector<Tensor> chain_backward(const Tensor& dout, at::TensorList tensors, at::TensorList kept_maps,
                                    at::TensorList statistics, at::IntArrayRef links, at::ArrayRef<double> scalars,
                                    std::string_view process_group, at::IntArrayRef kept, at::IntArrayRef wanted);

@@ -57,7 +57,7 @@ ChainResult unfused_chain(at::TensorList tensors, at::IntArrayRef links, at::Arr
                               "synchronised batch norm");
   const auto chain = unpack(links, scalars, tensors.size());
   check_places("kept", kept, 1, int64_t(chain.size()));
-  std::vector<Tensor> maps{tensors[0]}, kept_maps, statistics;
+  std::vector<Tensor> maps{concatenated(tensors.slice(0, chain.parts))}, kept_maps, statistics;
   for (size_t i = 0; i < chain.size(); ++i) {
     const auto t = maps.back();
     const auto tensor = [&](int64_t place) { return place < 0 ? std::nullopt : std::optional<Tensor>(tensors[place]); };
@@ -69,18 +69,28 @@ ChainResult unfused_chain(at::TensorList tensors, at::IntArrayRef links, at::Arr
                                      conv->transposed, conv->output_padding, conv->groups));
       continue;
     }
+    if (chain[i].gate()) {
+      maps.push_back(t * weight->to(t.scalar_type()));
+      continue;
+    }
     const auto& norm = *chain[i].norm();
     auto u = t.to(statistics_dtype(t));
     if (norm.normalises()) {
       std::vector<int64_t> dims{0}, per_channel(t.dim(), 1);
       for (int64_t d = 2; d < t.dim(); ++d) dims.push_back(d);
       per_channel[1] = -1;
-      const auto [var, mean] = at::var_mean(u, dims, /*correction=*/0, /*keepdim=*/false);
+      Tensor var, mean;
+      if (norm.batch_statistics()) {
+        std::tie(var, mean) = at::var_mean(u, dims, /*correction=*/0, /*keepdim=*/false);
+      } else {
+        const auto running = tensors[chain[i].statistics].to(u.scalar_type());
+        mean = running.select(0, 0), var = running.select(0, 1);
+      }
       auto scale = inverse_std(norm, var, t.sym_numel() / t.sym_size(1));
       if (weight) scale = scale * *weight;
       auto centre = mean;
       // A bias that cancels stays in the graph: its gradient is 0, not missing.
-      if (i > 0 && chain[i - 1].conv() && chain[i - 1].bias >= 0)
+      if (i > 0 && bias_cancels(chain, i - 1) && chain[i - 1].bias >= 0)
         centre = mean + tensors[chain[i - 1].bias].to(mean.scalar_type()) * 0;
       u = (u - centre.reshape(per_channel)) * scale.reshape(per_channel);
       if (bias) u = u + bias->reshape(per_channel);

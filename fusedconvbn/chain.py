@@ -9,7 +9,7 @@ from .activations import MODULES
 
 ACTIVATIONS = tuple(MODULES)  # in the order of csrc/activation.h
 PARAMETERS = {"leaky_relu": 0.01, "elu": 1.0}
-ARITHMETICS = ("batchnorm", "tutorial", "none")
+ARITHMETICS = ("batchnorm", "tutorial", "none", "running")
 
 
 @dataclass
@@ -28,8 +28,8 @@ class Conv:
 
 @dataclass
 class Norm:
-    """T' = act((T − μ)·r·weight + bias [+ residual]) with the batch statistics of T; act(T [+ residual]) with the
-    arithmetic "none"."""
+    """T' = act((T − μ)·r·weight + bias [+ residual]) with the batch statistics of T, or, of the arithmetic "running", with
+    `statistics`, the (2, C) mean and variance; act(T [+ residual]) with the arithmetic "none"."""
 
     weight: Tensor | None = None
     bias: Tensor | None = None
@@ -38,6 +38,14 @@ class Norm:
     arithmetic: str = "batchnorm"
     activation: str = "none"
     parameter: float | None = None  # the activation's; its usual one when None
+    statistics: Tensor | None = None
+
+
+@dataclass
+class Gate:
+    """T' = T·weight, where weight is (N, C, 1, …)."""
+
+    weight: Tensor
 
 
 @dataclass
@@ -55,9 +63,16 @@ class Packed:
         return self.links, self.scalars, self.process_group
 
 
-def pack(input: Tensor, chain: Sequence[Conv | Norm]) -> Packed:
-    packed = Packed([input])
+def pack(input: Tensor | Sequence[Tensor], chain: Sequence[Conv | Norm | Gate]) -> Packed:
+    """Packs a chain. An input of several tensors is their virtual concatenation."""
+    packed = Packed([input] if isinstance(input, Tensor) else list(input))
+    if len(packed.tensors) > 1:
+        packed.links += [3, len(packed.tensors)]
     for link in chain:
+        if isinstance(link, Gate):
+            packed.tensors.append(link.weight)
+            packed.links.append(2)
+            continue
         given = (link.weight, link.bias, getattr(link, "residual", None))
         packed.tensors += [t for t in given if t is not None]
         if isinstance(link, Conv):
@@ -65,6 +80,8 @@ def pack(input: Tensor, chain: Sequence[Conv | Norm]) -> Packed:
             packed.links += [len(link.stride), *link.stride, *link.padding]
             packed.links += [*link.dilation, *link.output_padding]
         else:
+            if link.statistics is not None:
+                packed.tensors.append(link.statistics)
             packed.links += [1, *(t is not None for t in given)]
             packed.links += [ARITHMETICS.index(link.arithmetic), ACTIVATIONS.index(link.activation)]
             parameter = PARAMETERS.get(link.activation, 0.0)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fusedconvbn.chain import Conv, Norm, pack
+from fusedconvbn.chain import Conv, Gate, Norm, pack
 
 ops = torch.ops.fusedconvbn
 
@@ -16,11 +16,24 @@ def draw(*shape):
     return torch.randn(shape, dtype=torch.float64, requires_grad=True)
 
 
-def links(pattern):
-    """`pattern` has a letter for each link: c, d (depthwise), t (transposed) or n."""
-    channels, made = 3, []
+def links(pattern, channels=3):
+    """`pattern` has a letter for each link: c, d (depthwise), t (transposed), n, f (frozen norm) or g (gate)."""
+    made = []
     for letter in pattern:
-        if letter == "n":
+        if letter == "g":
+            made.append(Gate(draw(2, channels, 1, 1)))
+        elif letter == "f":
+            statistics = torch.stack([torch.randn(channels), torch.rand(channels) + 0.3]).double()
+            made.append(
+                Norm(
+                    draw(channels),
+                    draw(channels),
+                    arithmetic="running",
+                    activation="silu" if len(made) % 2 else "none",
+                    statistics=statistics,
+                )
+            )
+        elif letter == "n":
             activation = "relu" if len(made) % 2 else "none"
             made.append(Norm(draw(channels), draw(channels), activation=activation))
         elif letter == "d":
@@ -37,12 +50,18 @@ def links(pattern):
 
 
 def unfused(input, chain):
+    """`input` may be a list, which is concatenated."""
+    input = input if isinstance(input, torch.Tensor) else torch.cat(input, 1)
     for link in chain:
-        if isinstance(link, Norm):
+        if isinstance(link, Gate):
+            input = input * link.weight
+        elif isinstance(link, Norm):
+            running = (None, None) if link.statistics is None else link.statistics
+            training = link.statistics is None
             input = F.batch_norm(
-                input, None, None, link.weight, link.bias, training=True, eps=link.eps
+                input, *running, link.weight, link.bias, training=training, eps=link.eps
             )
-            input = F.relu(input) if link.activation == "relu" else input
+            input = {"relu": F.relu, "silu": F.silu, "none": lambda t: t}[link.activation](input)
         else:
             options = [list(v) for v in (link.stride, link.padding, link.dilation)]
             input = torch.convolution(
@@ -76,7 +95,19 @@ PATTERNS = (
     "dncnt",
     "cndncn",
     "ncntnc",
+    "gcn",
+    "cngdn",
+    "cng",
+    "fcn",
+    "ncfg",
+    "cfgdn",
 )
+
+
+def differentiable(packed, chain):
+    """The tensors of `packed` that have gradients: all but running statistics."""
+    frozen = [id(getattr(link, "statistics", None)) for link in chain]
+    return [t for t in packed.tensors if id(t) not in frozen]
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -85,19 +116,19 @@ def test_every_plan_gives_the_unfused_gradients(pattern, device):
     packed = pack(input, chain)
     expected_out = unfused(input, chain)
     dout = torch.randn_like(expected_out)
-    expected = torch.autograd.grad(expected_out, packed.tensors, dout)
-    tensors = [t.detach().to(device).requires_grad_() for t in packed.tensors]
+    expected = torch.autograd.grad(expected_out, differentiable(packed, chain), dout)
+    tensors = [t.detach().to(device).requires_grad_(t.requires_grad) for t in packed.tensors]
     for kept in plans(len(chain)):
         out, maps, statistics = ops._chain_forward(tensors, *packed.options, kept)
         assert len(maps) == len(kept)
-        assert len(statistics) == pattern.count("n")
+        assert len(statistics) == pattern.count("n") + pattern.count("f")
         torch.testing.assert_close(out.cpu(), expected_out)
-        grads = torch.autograd.grad(out, tensors, dout.to(device))
+        grads = torch.autograd.grad(out, [t for t in tensors if t.requires_grad], dout.to(device))
         for grad, value in zip(grads, expected, strict=True):
             torch.testing.assert_close(grad.cpu(), value, rtol=1e-8, atol=1e-8, msg=str(kept))
 
 
-@pytest.mark.parametrize("pattern", ("cnc", "ncn", "cncn", "dncnt", "cndncn"))
+@pytest.mark.parametrize("pattern", ("cnc", "ncn", "cncn", "dncnt", "cndncn", "gcn", "cfgdn"))
 def test_gradcheck_under_every_plan(pattern):
     chain, input = links(pattern), draw(2, 3, 3, 2)
     packed = pack(input, chain)
@@ -115,13 +146,68 @@ def test_each_gradient_alone(pattern, device):
     packed = pack(input, chain)
     out = unfused(input, chain)
     dout = torch.randn_like(out)
-    expected = torch.autograd.grad(out, packed.tensors, dout)
-    for wanted, value in enumerate(expected):
+    places = [i for i, t in enumerate(packed.tensors) if t.requires_grad]
+    expected = torch.autograd.grad(out, [packed.tensors[i] for i in places], dout)
+    for wanted, value in zip(places, expected, strict=True):
         tensors = [t.detach().to(device) for t in packed.tensors]
         tensors[wanted].requires_grad_()
         out = ops._chain_forward(tensors, *packed.options, [])[0]
         (grad,) = torch.autograd.grad(out, tensors[wanted], dout.to(device))
         torch.testing.assert_close(grad.cpu(), value, rtol=1e-8, atol=1e-8, msg=str(wanted))
+
+
+PARTS = (1, 2, 3)  # channels
+
+
+@pytest.mark.parametrize("format", (torch.contiguous_format, torch.channels_last), ids=str)
+@pytest.mark.parametrize("statistics", (False, True), ids=("", "known statistics"))
+@pytest.mark.parametrize("pattern", ("ncn", "nc", "n", "cn", "cncn", "fcn"))
+def test_a_list_is_a_virtual_concatenation(pattern, statistics, format, device):
+    """The parts are saved, their concatenation is not; their gradients are those through torch.cat."""
+    chain = links(pattern, sum(PARTS))
+    parts = [draw(2, c, 4, 3).detach().to(memory_format=format).requires_grad_() for c in PARTS]
+    packed = pack(parts, chain)
+    expected_out = unfused(parts, chain)
+    dout = torch.randn_like(expected_out)
+    expected = torch.autograd.grad(expected_out, differentiable(packed, chain), dout)
+    tensors = [t.detach().to(device).requires_grad_(t.requires_grad) for t in packed.tensors]
+    given = None
+    if statistics:
+        given = torch.cat([ops._channel_stats(t, "") for t in tensors[: len(parts)]], 1)
+    for kept in plans(len(chain)):
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            out = ops._chain_forward(tensors, *packed.options, kept, given)[0]
+        assert all(t.shape[:2] != (2, sum(PARTS)) or t.dim() != 4 for t in saved[: len(tensors)])
+        torch.testing.assert_close(out.cpu(), expected_out)
+        grads = torch.autograd.grad(out, [t for t in tensors if t.requires_grad], dout.to(device))
+        for grad, value in zip(grads, expected, strict=True):
+            torch.testing.assert_close(grad.cpu(), value, rtol=1e-8, atol=1e-8, msg=str(kept))
+    for wanted in range(len(parts)):  # one part's gradient alone, and the second derivative
+        one = [t.detach().requires_grad_(i == wanted) for i, t in enumerate(tensors)]
+        out = ops._chain_forward(one, *packed.options, [])[0]
+        (grad,) = torch.autograd.grad(out, one[wanted], dout.to(device))
+        torch.testing.assert_close(grad.cpu(), expected[wanted], rtol=1e-8, atol=1e-8)
+    inputs = [t for t in packed.tensors if t.requires_grad]
+    assert torch.autograd.gradgradcheck(
+        lambda *_: ops._chain_forward(packed.tensors, *packed.options, [])[0],
+        inputs,
+        fast_mode=True,
+    )
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 1, 1), (3, 5, 4, 6), (3, 1, 4, 6), (3, 5, 7)])
+@pytest.mark.parametrize("format", ("contiguous", "channels_last"))
+def test_a_gates_gradients(shape, format):
+    x = torch.randn(shape, dtype=torch.float64)
+    if format == "channels_last" and x.dim() == 4:
+        x = x.to(memory_format=torch.channels_last)
+    s = torch.randn(*shape[:2], *(1 for _ in shape[2:]), dtype=torch.float64).requires_grad_()
+    x.requires_grad_()
+    packed = pack(x, [Gate(s)])
+    assert torch.autograd.gradcheck(
+        lambda x, s: ops._chain_forward([x, s], *packed.options, [])[0], (x, s)
+    )
 
 
 def test_gradients_of_one_call_share_no_memory():

@@ -21,21 +21,26 @@ namespace {
 
 template <c10::DeviceType device, c10::DispatchKey key>
 ChainResult chain_forward_autocast(at::TensorList tensors, at::IntArrayRef links, at::ArrayRef<double> scalars,
-                                   std::string_view process_group, at::IntArrayRef kept) {
+                                   std::string_view process_group, at::IntArrayRef kept,
+                                   const std::optional<Tensor>& input_statistics) {
   c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKeySet{key});
   const auto dtype = at::autocast::get_autocast_dtype(device);
   auto cast = tensors.vec();
   const auto lower = [&](int64_t i) {
     if (i >= 0) cast[i] = at::autocast::cached_cast(dtype, cast[i], device);
   };
-  lower(0);
-  for (const auto& link : unpack(links, scalars, tensors.size())) {
-    lower(link.residual);
-    if (!link.conv()) continue;
-    lower(link.weight);
-    lower(link.bias);
+  const auto chain = unpack(links, scalars, tensors.size());
+  // Batch norm alone takes what it is given.
+  if (std::any_of(chain.begin(), chain.end(), [](const Link& link) { return link.conv(); })) {
+    for (int64_t part = 0; part < chain.parts; ++part) lower(part);
+    for (const auto& link : chain) {
+      lower(link.residual);
+      if (link.norm()) continue;
+      lower(link.weight);
+      lower(link.bias);
+    }
   }
-  return chain_forward(cast, links, scalars, process_group, kept);
+  return chain_forward(cast, links, scalars, process_group, kept, input_statistics);
 }
 
 }  // namespace

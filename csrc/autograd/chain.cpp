@@ -11,6 +11,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "../composite.h"
 #include "../ops.h"
 #include "../recompute_check.h"
 #include "../unfused.h"
@@ -20,11 +21,6 @@ namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-bool any_requires_grad(at::TensorList tensors) {
-  return at::GradMode::is_enabled() &&
-         std::any_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return t.requires_grad(); });
-}
 
 bool any_has_tangent(at::TensorList tensors) {
   return std::any_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return t._fw_grad(/*level=*/0).defined(); });
@@ -55,9 +51,9 @@ struct ChainFunction : torch::autograd::Function<ChainFunction> {
 
   static Tensor forward(AutogradContext* ctx, at::TensorList tensors, at::IntArrayRef links,
                         at::ArrayRef<double> scalars, std::string_view process_group, at::IntArrayRef kept,
-                        ChainResult* result) {
+                        const std::optional<Tensor>* input_statistics, ChainResult* result) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    *result = chain_forward(tensors, links, scalars, process_group, kept);
+    *result = chain_forward(tensors, links, scalars, process_group, kept, *input_statistics);
     const auto& [output, kept_maps, statistics] = *result;
     const auto chain = unpack(links, scalars, tensors.size());
     auto saved = tensors.vec();
@@ -71,6 +67,7 @@ struct ChainFunction : torch::autograd::Function<ChainFunction> {
     saved.insert(saved.end(), statistics.begin(), statistics.end());
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data["tensors"] = int64_t(tensors.size());
+    ctx->saved_data["parts"] = chain.parts;
     ctx->saved_data["links"] = links.vec();
     ctx->saved_data["scalars"] = scalars.vec();
     ctx->saved_data["process_group"] = std::string(process_group);
@@ -95,13 +92,17 @@ struct ChainFunction : torch::autograd::Function<ChainFunction> {
     const auto kept = data["kept"].toIntVector();
     const auto count = static_cast<size_t>(data["tensors"].toInt());
     const auto last_kept = count + kept.size();
-    variable_list result(count + 5);  // one for each argument of forward
+    variable_list result(count + 6);  // one for each argument of forward
     // Without an activation the gradient of the last residual is dout.
     const int64_t plain_residual = data.count("residual") ? data["residual"].toInt() : -1;
     if (plain_residual >= 0 && ctx->needs_input_grad(plain_residual)) result[plain_residual] = grads[0];
+    const auto parts = data["parts"].toInt();
     std::vector<int64_t> wanted;
-    for (int64_t i = 0; i < int64_t(count); ++i)
-      if (ctx->needs_input_grad(i) && i != plain_residual) wanted.push_back(i);
+    for (int64_t i = 0; i < int64_t(count); ++i) {
+      if (!ctx->needs_input_grad(i) || i == plain_residual) continue;
+      const auto place = i < parts ? 0 : i;
+      if (wanted.empty() || wanted.back() != place) wanted.push_back(place);
+    }
     if (wanted.empty()) return result;
 
     const auto name = data.count("layer") ? data["layer"].toStringRef() : std::string();
@@ -120,19 +121,29 @@ struct ChainFunction : torch::autograd::Function<ChainFunction> {
       computed = call(chain_backward, grads[0]);
     }
     for (size_t k = 0; k < wanted.size(); ++k) result[wanted[k]] = computed[k];
+    if (parts > 1 && wanted[0] == 0) {
+      const Tensor whole = std::move(result[0]);
+      c10::SymInt first = 0;
+      for (int64_t p = 0; p < parts; ++p) {
+        const auto channels = saved[p].sym_size(1);
+        result[p] = ctx->needs_input_grad(p) ? whole.narrow_symint(1, first, channels) : Tensor();
+        first = first + channels;
+      }
+    }
     return result;
   }
 };
 
 ChainResult chain_forward_autograd(at::TensorList tensors, at::IntArrayRef links, at::ArrayRef<double> scalars,
-                                   std::string_view process_group, at::IntArrayRef kept) {
+                                   std::string_view process_group, at::IntArrayRef kept,
+                                   const std::optional<Tensor>& input_statistics) {
   if (needs_unfused(tensors)) return unfused_chain(tensors, links, scalars, process_group, kept, {});
   if (!any_requires_grad(tensors)) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return chain_forward(tensors, links, scalars, process_group, kept);
+    return chain_forward(tensors, links, scalars, process_group, kept, input_statistics);
   }
   ChainResult result;
-  std::get<0>(result) = ChainFunction::apply(tensors, links, scalars, process_group, kept, &result);
+  std::get<0>(result) = ChainFunction::apply(tensors, links, scalars, process_group, kept, &input_statistics, &result);
   return result;
 }
 
@@ -144,11 +155,21 @@ std::vector<Tensor> differentiable_backward(const Tensor& dout, at::TensorList t
   check_places("wanted", wanted, 0, int64_t(tensors.size()) - 1);
   const bool create_graph = at::GradMode::is_enabled();
   const at::AutoGradMode grad_mode(true);
-  const bool has_result = result_is_kept(kept, unpack(links, scalars, tensors.size()).size());
-  variable_list own;  // so that a tensor which was made from another one does not pass its gradient on
-  for (const auto& t : tensors) own.push_back(t.view_as(t));
+  const auto chain = unpack(links, scalars, tensors.size());
+  const bool has_result = result_is_kept(kept, chain.size());
+  // T_0 as one tensor. Views, so that a tensor which was made from another one does not pass its gradient on.
+  const auto parts = chain.parts;
+  variable_list own{concatenated(tensors.slice(0, parts))};
+  if (parts > 1)
+    links = links.slice(2);
+  else
+    own[0] = own[0].view_as(own[0]);
+  for (const auto& t : tensors.slice(parts)) own.push_back(t.view_as(t));
   variable_list inputs;
-  for (const auto i : wanted) inputs.push_back(own[i].requires_grad() ? own[i] : own[i].requires_grad_());
+  for (const auto i : wanted) {
+    auto& t = own[i == 0 ? 0 : i - parts + 1];
+    inputs.push_back(t.requires_grad() ? t : t.requires_grad_());
+  }
   const auto output = std::get<0>(
       unfused_chain(own, links, scalars, process_group, {}, has_result ? kept_maps.back().detach() : Tensor()));
   auto grads = torch::autograd::grad({output}, inputs, {dout}, /*retain_graph=*/create_graph, create_graph,
@@ -170,8 +191,19 @@ std::vector<Tensor> chain_backward_autograd(const Tensor& dout, at::TensorList t
 }
 
 ChainResult chain_forward_vmap(at::TensorList tensors, at::IntArrayRef links, at::ArrayRef<double> scalars,
-                               std::string_view process_group, at::IntArrayRef kept) {
+                               std::string_view process_group, at::IntArrayRef kept, const std::optional<Tensor>&) {
   return unfused_chain(tensors, links, scalars, process_group, kept, {});
+}
+
+// Not differentiable: the chain that is given the result differentiates through its input.
+Tensor channel_stats_autograd(const Tensor& input, std::string_view process_group) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return channel_stats(input, process_group);
+}
+
+// The chain computes its own there.
+Tensor channel_stats_vmap(const Tensor& input, std::string_view) {
+  return at::zeros({2, input.size(1)}, input.options());
 }
 
 }  // namespace
@@ -179,6 +211,8 @@ ChainResult chain_forward_vmap(at::TensorList tensors, at::IntArrayRef links, at
 // torch.func.vmap
 TORCH_LIBRARY_IMPL(fusedconvbn, FuncTorchBatchedDecomposition, m) {
   m.impl("conv_bn", TORCH_FN(conv_bn));
+  m.impl("conv_bn_chain", TORCH_FN(conv_bn_chain));
+  m.impl("_channel_stats", TORCH_FN(channel_stats_vmap));
   m.impl("_chain_forward", TORCH_FN(chain_forward_vmap));
   m.impl("_chain_backward", TORCH_FN(differentiable_backward));
 }
@@ -187,6 +221,7 @@ TORCH_LIBRARY_IMPL(fusedconvbn, FuncTorchBatchedDecomposition, m) {
 TORCH_LIBRARY_IMPL(fusedconvbn, Batched, m) { m.impl("_chain_backward", TORCH_FN(differentiable_backward)); }
 
 TORCH_LIBRARY_IMPL(fusedconvbn, Autograd, m) {
+  m.impl("_channel_stats", TORCH_FN(channel_stats_autograd));
   m.impl("_chain_forward", TORCH_FN(chain_forward_autograd));
   m.impl("_chain_backward", TORCH_FN(chain_backward_autograd));
 }

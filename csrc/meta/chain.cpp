@@ -12,10 +12,10 @@ namespace fusedconvbn {
 namespace {
 
 ChainResult chain_forward_meta(at::TensorList tensors, at::IntArrayRef links, at::ArrayRef<double> scalars,
-                               std::string_view process_group, at::IntArrayRef kept) {
+                               std::string_view process_group, at::IntArrayRef kept, const std::optional<Tensor>&) {
   const auto chain = unpack(links, scalars, tensors.size());
   check_places("kept", kept, 1, int64_t(chain.size()));
-  std::vector<Tensor> maps{tensors[0]}, kept_maps, statistics;
+  std::vector<Tensor> maps{concatenated(tensors.slice(0, chain.parts))}, kept_maps, statistics;
   for (const auto& link : chain) {
     const auto t = maps.back();
     if (const auto* conv = link.conv()) {
@@ -23,11 +23,9 @@ ChainResult chain_forward_meta(at::TensorList tensors, at::IntArrayRef links, at
       maps.push_back(at::empty_symint(conv->output_sizes(t.sym_sizes(), weight.sym_sizes()),
                                       t.options().memory_format(conv_memory_format(t, weight))));
     } else {
-      maps.push_back(t.is_non_overlapping_and_dense()
-                         ? at::empty_like(t)
-                         : at::empty_like(t, t.options().memory_format(t.suggest_memory_format())));
+      maps.push_back(at::empty_like(t, t.options().memory_format(t.suggest_memory_format())));
       if (!link.normalises()) continue;
-      const int64_t rows = process_group.empty() ? 2 : 5;
+      const int64_t rows = process_group.empty() || !link.norm()->batch_statistics() ? 2 : 5;
       statistics.push_back(at::empty_symint({rows, t.sym_size(1)}, t.options().dtype(statistics_dtype(t))));
     }
   }
@@ -43,7 +41,8 @@ std::vector<Tensor> chain_backward_meta(const Tensor&, at::TensorList tensors, a
   const auto chain = unpack(links, scalars, tensors.size());
   check_places("wanted", wanted, 0, int64_t(tensors.size()) - 1);
   auto grads = tensors.vec();
-  auto t = tensors[0];
+  auto t = concatenated(tensors.slice(0, chain.parts));
+  grads[0] = chain[0].conv() ? t : at::empty_like(t, t.options().memory_format(t.suggest_memory_format()));
   for (size_t i = 0; i < chain.size(); ++i) {
     if (const auto* conv = chain[i].conv()) {
       auto& weight = grads[chain[i].weight];
@@ -51,8 +50,9 @@ std::vector<Tensor> chain_backward_meta(const Tensor&, at::TensorList tensors, a
       if (i == 0) grads[0] = at::empty_like(t, t.options().memory_format(format));
       t = at::empty_symint(conv->output_sizes(t.sym_sizes(), weight.sym_sizes()), t.options().memory_format(format));
       weight = at::empty_like(weight, weight.options().memory_format(format));
-    } else if (chain[i].residual >= 0) {
-      grads[chain[i].residual] = t;
+    } else {
+      t = at::empty_like(t, t.options().memory_format(t.suggest_memory_format()));
+      if (chain[i].residual >= 0) grads[chain[i].residual] = t;
     }
   }
   std::vector<Tensor> result;
@@ -60,9 +60,15 @@ std::vector<Tensor> chain_backward_meta(const Tensor&, at::TensorList tensors, a
   return result;
 }
 
+Tensor channel_stats_meta(const Tensor& input, std::string_view process_group) {
+  const int64_t rows = process_group.empty() ? 2 : 5;
+  return at::empty_symint({rows, input.sym_size(1)}, input.options().dtype(statistics_dtype(input)));
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fusedconvbn, Meta, m) {
+  m.impl("_channel_stats", TORCH_FN(channel_stats_meta));
   m.impl("_chain_forward", TORCH_FN(chain_forward_meta));
   m.impl("_chain_backward", TORCH_FN(chain_backward_meta));
 }

@@ -1,0 +1,269 @@
+// A chain as models run it: convolutions, batch norms in either mode with their running statistics, gates. Composite,
+// as conv_bn is.
+//
+//   tensors, links, scalars   the packed form of chain.h, its norm links of arithmetic batchnorm; the result of the
+//   last
+//                             convolution or norm may have a residual that is broadcast
+//   buffers                   of each norm link in turn running_mean, running_var and num_batches_tracked, the first
+//   buffer_counts             so many of them: 0, 2 or 3
+//   momenta                   of each norm link; NaN for none
+//   training                  of each norm link: 1 for the statistics of the batch, 0 for the running ones
+//   process_group, kept, input_statistics   as for _chain_forward
+//
+// A first gate may be any product: what is no gate is multiplied and then is T_0. In eval mode batch norm is folded
+// into the convolution in front of it.
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/batch_norm.h>
+#include <ATen/ops/convolution.h>
+#include <ATen/ops/stack.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "arguments.h"
+#include "composite.h"
+#include "ops.h"
+#include "running.h"
+#include "unfused.h"
+
+namespace fusedconvbn {
+namespace {
+
+using Sizes = std::vector<c10::SymInt>;
+
+// Whether s is one value per sample and channel of t.
+bool is_gate(const Tensor& s, const Tensor& t) {
+  if (s.dim() != t.dim() || s.dim() < 3 || s.scalar_type() != t.scalar_type() || s.device() != t.device()) return false;
+  for (int64_t d = 0; d < s.dim(); ++d)
+    if (s.sym_size(d) != (d < 2 ? t.sym_size(d) : c10::SymInt(1))) return false;
+  return true;
+}
+
+bool broadcasts_to(const Tensor& t, c10::SymIntArrayRef sizes) {
+  if (t.dim() > int64_t(sizes.size())) return false;
+  for (int64_t d = 1; d <= t.dim(); ++d)
+    if (t.sym_size(t.dim() - d) != 1 && t.sym_size(t.dim() - d) != sizes[sizes.size() - d]) return false;
+  return true;
+}
+
+struct ModelLink {
+  std::optional<ConvArguments> conv;
+  std::optional<NormArguments> norm;
+  Tensor gate;
+  Sizes sizes;  // of its result
+};
+
+struct Model {
+  std::vector<Tensor> parts;
+  std::vector<ModelLink> links;
+  // What the kernels do not add: a residual of another dtype, or larger than the map, with the activation behind it.
+  Optional tail;
+  Activation tail_activation;
+
+  bool in_training() const {
+    return std::any_of(links.begin(), links.end(), [](const auto& l) { return l.norm && l.norm->training; });
+  }
+};
+
+// Everything that can be wrong is found here, before anything is computed.
+Model checked(at::TensorList tensors, at::TensorList buffers, const Chain& chain, at::IntArrayRef buffer_counts,
+              at::ArrayRef<double> momenta, at::IntArrayRef training, std::string_view process_group) {
+  const size_t norms = std::count_if(chain.begin(), chain.end(), [](const Link& l) { return l.norm(); });
+  int64_t buffer_count = 0;
+  for (const auto n : buffer_counts) buffer_count += n;
+  TORCH_CHECK_VALUE(buffer_counts.size() == norms && momenta.size() == norms && training.size() == norms &&
+                        buffer_count == int64_t(buffers.size()),
+                    "conv_bn_chain: expected a number of buffers, a momentum and a mode for each of ", norms,
+                    " norm links, got ", buffer_counts, ", ", momenta, " and ", training);
+  Model model;
+  model.parts = tensors.slice(0, chain.parts).vec();
+  for (const auto& part : model.parts) check_tensor("conv_bn_chain", "input", part, tensors[0]);
+  const auto optional = [&](int64_t place) { return place < 0 ? Optional() : Optional(tensors[place]); };
+
+  size_t first = 0;
+  if (chain[0].gate()) {
+    auto &x = model.parts[0], s = tensors[chain[0].weight];
+    TORCH_CHECK_VALUE(chain.parts == 1, "conv_bn_chain: expected one input in front of a gate, got ", chain.parts);
+    if (!is_gate(s, x) && is_gate(x, s)) std::swap(x, s);
+    if (is_gate(s, x)) {
+      model.links.push_back({.gate = s, .sizes = x.sym_sizes().vec()});
+    } else {
+      x = x * s;
+    }
+    first = 1;
+  }
+  const auto& input = model.parts[0];
+  auto sizes = input.sym_sizes().vec();
+  TORCH_CHECK_VALUE(sizes.size() >= 2, "conv_bn_chain: expected input with channels, got shape ", input.sym_sizes());
+  for (size_t p = 1; p < model.parts.size(); ++p) {
+    auto part = model.parts[p].sym_sizes().vec();
+    TORCH_CHECK_VALUE(part.size() == sizes.size(), "conv_bn_chain: expected inputs of as many dimensions, got ",
+                      input.sym_sizes(), " and ", model.parts[p].sym_sizes());
+    sizes[1] = sizes[1] + part[1];
+    part[1] = sizes[1];
+    TORCH_CHECK_VALUE(part == sizes, "conv_bn_chain: expected inputs that differ in their channels alone, got ",
+                      input.sym_sizes(), " and ", model.parts[p].sym_sizes());
+    TORCH_CHECK_TYPE(model.parts[p].scalar_type() == input.scalar_type(),
+                     "conv_bn_chain: expected inputs of one dtype, got ", input.scalar_type(), " and ",
+                     model.parts[p].scalar_type());
+  }
+  size_t n = 0, buffer = 0;
+  for (size_t i = first; i < chain.size(); ++i) {
+    const auto op = "conv_bn_chain: link " + std::to_string(i);
+    const auto& link = chain[i];
+    ModelLink made;
+    if (const auto* conv = link.conv()) {
+      made.conv = ConvArguments{*conv, tensors[link.weight], optional(link.bias)};
+      sizes = check_conv(op, input, sizes, *made.conv);
+    } else if (link.gate()) {
+      made.gate = tensors[link.weight];
+    } else {
+      const bool train = training[n] != 0;
+      TORCH_CHECK_VALUE(link.norm()->arithmetic == Arithmetic::batchnorm, op, ": expected arithmetic batchnorm, got ",
+                        int64_t(link.norm()->arithmetic));
+      TORCH_CHECK_VALUE(link.residual < 0 || i + 1 == chain.size(), op, ": expected a residual at the last link alone");
+      NormArguments norm{*link.norm(), optional(link.weight), optional(link.bias), {}, {}, {}, {}, train, {}};
+      if (!std::isnan(momenta[n])) norm.momentum = momenta[n];
+      Optional* const targets[] = {&norm.running_mean, &norm.running_var, &norm.num_batches_tracked};
+      TORCH_CHECK_VALUE(buffer_counts[n] >= 0 && buffer_counts[n] <= 3, op, ": expected 0 to 3 buffers, got ",
+                        buffer_counts[n]);
+      for (int64_t b = 0; b < buffer_counts[n]; ++b) *targets[b] = buffers[buffer++];
+      if (const auto residual = optional(link.residual)) {
+        const bool fits = residual->scalar_type() == input.scalar_type() && residual->device() == input.device() &&
+                          broadcasts_to(*residual, sizes);
+        if (fits) {
+          norm.residual = residual->expand_symint(sizes);
+        } else {
+          model.tail = residual;
+          model.tail_activation = std::exchange(norm.norm.activation, Activation{});
+        }
+      }
+      check_norm(op, "", input, sizes, norm, train && !process_group.empty());
+      made.norm = norm;
+      ++n;
+    }
+    made.sizes = sizes;
+    model.links.push_back(std::move(made));
+  }
+  return model;
+}
+
+// A batch of no samples: nothing to normalise, nothing to average.
+Tensor run_empty(const Model& model, RunningUpdates& updates) {
+  auto t = concatenated(model.parts);
+  for (const auto& link : model.links) {
+    if (link.conv) {
+      const auto& conv = link.conv->conv;
+      t = at::convolution(t, link.conv->weight, link.conv->bias, conv.stride, conv.padding, conv.dilation,
+                          conv.transposed, conv.output_padding, conv.groups);
+    } else if (link.norm) {
+      const auto& norm = *link.norm;
+      const bool running = !norm.training;
+      t = at::batch_norm(t, norm.weight, norm.bias, running ? norm.running_mean : Optional(),
+                         running ? norm.running_var : Optional(), norm.training, /*momentum=*/0, norm.norm.eps, false);
+      t = finish(t, norm.residual, norm.norm.activation);
+      if (norm.training) updates.count(norm);
+    } else {
+      t = t * link.gate;
+    }
+  }
+  return t;
+}
+
+}  // namespace
+
+Tensor conv_bn_chain(at::TensorList tensors, at::TensorList buffers, at::IntArrayRef links,
+                     at::ArrayRef<double> scalars, at::IntArrayRef buffer_counts, at::ArrayRef<double> momenta,
+                     at::IntArrayRef training, std::string_view process_group, at::IntArrayRef kept,
+                     const std::optional<Tensor>& input_statistics) {
+  const auto chain = unpack(links, scalars, tensors.size());
+  const auto model = checked(tensors, buffers, chain, buffer_counts, momenta, training, process_group);
+  const auto count = model.links.size();
+  const auto dropped = chain.size() - count;  // a product in place of a gate
+
+  RunningUpdates updates;
+  Tensor output;
+  if (model.parts[0].sym_size(0) == 0 && process_group.empty() && model.in_training()) {
+    output = run_empty(model, updates);
+  } else {
+    PackedChain packed(model.parts);
+    std::vector<int64_t> place(chain.size() + 1, 0);  // where each map is in the chain that is run
+    int64_t links_pushed = 0;
+    bool reads_input_statistics = false;
+    const auto push = [&](size_t i, const auto& link, const auto&... rest) {
+      packed.push(link, rest...);
+      place[dropped + i + 1] = ++links_pushed;
+    };
+    Norm last{};
+    bool last_residual = false;
+    for (size_t i = 0; i < count; ++i) {
+      const auto& link = model.links[i];
+      if (link.conv) {
+        const bool folds = i + 1 < count && model.links[i + 1].norm && !model.links[i + 1].norm->training;
+        const auto [weight, bias] =
+            folds ? fold(*link.conv, *model.links[i + 1].norm) : std::pair(link.conv->weight, Tensor());
+        push(i, link.conv->conv, weight, folds ? Optional(bias) : link.conv->bias);
+      } else if (link.norm) {
+        const auto& norm = *link.norm;
+        last = norm.norm;
+        last_residual = norm.residual.has_value();
+        if (norm.training) {
+          reads_input_statistics |= i == 0;
+          push(i, last, norm.weight, norm.bias, norm.residual);
+        } else if (i > 0 && model.links[i - 1].conv) {
+          last.arithmetic = Arithmetic::none;
+          if (last.identity() && !norm.residual)
+            place[dropped + i + 1] = links_pushed;
+          else
+            push(i, last, Optional(), Optional(), norm.residual);
+        } else {
+          last.arithmetic = Arithmetic::running;
+          const auto wide = norm.running_var->scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+          push(i, last, norm.weight, norm.bias, norm.residual,
+               Optional(at::stack({norm.running_mean->to(wide), norm.running_var->to(wide)})));
+        }
+      } else {
+        push(i, Gate{}, link.gate);
+      }
+    }
+    const bool ends_in_norm = model.links.back().norm.has_value();
+    const bool grad = any_requires_grad(packed.tensors);
+    std::vector<int64_t> places;
+    if (grad) {
+      for (const auto k : kept) {
+        TORCH_CHECK_VALUE(k > 0 && k < int64_t(chain.size()), "conv_bn_chain: expected kept between 1 and ",
+                          chain.size() - 1, ", got ", kept);
+        if (place[k] > 0 && place[k] < links_pushed && (places.empty() || places.back() < place[k]))
+          places.push_back(place[k]);
+      }
+      if (ends_in_norm)
+        for (const auto k : kept_result(last, last_residual, links_pushed)) places.push_back(k);
+    }
+    const auto group = model.in_training() ? process_group : std::string_view();
+    const bool plain = !grad && !model.in_training() && is_traced(model.parts[0]);
+    const auto result = plain ? unfused_chain(packed.tensors, packed.links, packed.scalars, group, {}, {})
+                              : chain_forward(packed.tensors, packed.links, packed.scalars, group, places,
+                                              reads_input_statistics ? input_statistics : std::nullopt);
+    output = std::get<0>(result);
+
+    const auto& statistics = std::get<2>(result);
+    size_t s = 0;
+    for (size_t i = 0; i < count; ++i) {
+      if (!model.links[i].norm) continue;
+      const auto& norm = *model.links[i].norm;
+      const bool folds = !norm.training && i > 0 && model.links[i - 1].conv;
+      if (folds) continue;
+      const auto& found = statistics[s++];
+      if (!norm.training) continue;
+      updates.count(norm);
+      const bool follows_conv = i > 0 && model.links[i - 1].conv;
+      updates.add(norm, found, model.links[i].sizes, follows_conv ? model.links[i - 1].conv->bias : Optional(),
+                  !process_group.empty());
+    }
+  }
+  if (model.tail) output = activate(output + *model.tail, model.tail_activation);
+  updates.write();
+  return output;
+}
+
+}  // namespace fusedconvbn

@@ -1,0 +1,31 @@
+// Running statistics: read in eval mode, where they are folded into the convolution in front, and updated in training.
+#pragma once
+
+#include "arguments.h"
+
+namespace fusedconvbn {
+
+// BN with given statistics is a scale and a shift per output channel: one convolution with
+//   weight' = a·weight      bias' = β + (bias − running_mean)·a
+// Both differentiable, in float for half types.
+std::pair<at::Tensor, at::Tensor> fold(const ConvArguments& conv, const NormArguments& norm);
+
+// The running statistics of any number of norms, written together: what allocates, and so may fail, comes before the
+// first write.
+class RunningUpdates {
+ public:
+  // One more batch in the counter of `norm`; comes before `add`.
+  void count(const NormArguments& norm);
+
+  // `statistics` as _chain_forward returns them, of a map of `sizes`, less `bias`, which the convolution left out.
+  void add(const NormArguments& norm, const at::Tensor& statistics, c10::SymIntArrayRef sizes, const Optional& bias,
+           bool synchronised);
+
+  void write() const;
+
+ private:
+  std::vector<std::pair<at::Tensor, at::Tensor>> writes_;  // target, value
+  at::Tensor count_;
+};
+
+}  // namespace fusedconvbn
