@@ -7,6 +7,7 @@ _library.load()
 
 from .conversion import fold, revert_sync_batchnorm
 from .functional import conv_bn
+from .fusion import fuse, unfuse
 from .memory import track_memory
 from .modules import (
     FusedConvBN,
@@ -33,6 +34,8 @@ __all__ = [
     "check_recompute",
     "conv_bn",
     "fold",
+    "fuse",
     "revert_sync_batchnorm",
     "track_memory",
+    "unfuse",
 ]

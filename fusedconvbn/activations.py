@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-_SPELLING = re.compile(
+SPELLING = re.compile(
     r"(?P<base>\w+)(\((?P<parameter>-?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?)\))?", re.ASCII
 )
 
@@ -70,7 +70,7 @@ def activation_module(name: str) -> nn.Module:
     Raises:
         ValueError: there is none of this name.
     """
-    parts = _SPELLING.fullmatch(name)
+    parts = SPELLING.fullmatch(name)
     if parts and parts["base"] in MODULES:
         kind = MODULES[parts["base"]]
         if parts["parameter"] is None:

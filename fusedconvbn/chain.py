@@ -5,11 +5,18 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from .activations import MODULES
+from .activations import MODULES, SPELLING
 
 ACTIVATIONS = tuple(MODULES)  # in the order of csrc/activation.h
 PARAMETERS = {"leaky_relu": 0.01, "elu": 1.0}
 ARITHMETICS = ("batchnorm", "tutorial", "none", "running")
+
+
+def parse_activation(name: str) -> tuple[str, float | None]:
+    """ "leaky_relu(0.2)" → "leaky_relu", 0.2"""
+    parts = SPELLING.fullmatch(name)
+    assert parts is not None, name
+    return parts["base"], None if parts["parameter"] is None else float(parts["parameter"])
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -86,6 +86,20 @@ def track_memory(device: torch.device | str = "cpu") -> Iterator[MemoryReport]:
     if torch.autograd._profiler_enabled():
         raise RuntimeError("track_memory: no other profiler may run around it, but one does")
 
+    report = MemoryReport()
+    with profile(profile_memory=True) as profiler, saved_storages(device) as storages:
+        yield report
+    events = profiler.kineto_results.experimental_event_tree()
+    report.end_of_forward, report.peak = _replay(events, device)
+    report.saved = sum(storages.values())
+
+
+@contextlib.contextmanager
+def saved_storages(
+    device: torch.device, saw: Callable[[int], None] | None = None
+) -> Iterator[dict[StorageWeakRef, int]]:
+    """Collects what autograd saves for backward: distinct storages and their bytes. `saw` is called with the bytes of
+    each new one."""
     # The weak references keep no memory, but as long as they exist no other storage can get the
     # same identity; an address alone could be used again.
     storages: dict[StorageWeakRef, int] = {}
@@ -95,7 +109,10 @@ def track_memory(device: torch.device | str = "cpu") -> Iterator[MemoryReport]:
     def pack(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
         if _counts(tensor, device):
             storage = tensor.untyped_storage()
-            storages[StorageWeakRef(storage)] = storage.nbytes()
+            reference = StorageWeakRef(storage)
+            if saw is not None and reference not in storages:
+                saw(storage.nbytes())
+            storages[reference] = storage.nbytes()
         return tensor.detach(), tensor._version
 
     def unpack(packed: tuple[torch.Tensor, int]) -> torch.Tensor:
@@ -107,12 +124,8 @@ def track_memory(device: torch.device | str = "cpu") -> Iterator[MemoryReport]:
             )
         return tensor
 
-    report = MemoryReport()
-    with profile(profile_memory=True) as profiler, saved_tensors_hooks(pack, unpack):
-        yield report
-    events = profiler.kineto_results.experimental_event_tree()
-    report.end_of_forward, report.peak = _replay(events, device)
-    report.saved = sum(storages.values())
+    with saved_tensors_hooks(pack, unpack):
+        yield storages
 
 
 def _on(device: torch.device, wanted: torch.device) -> bool:

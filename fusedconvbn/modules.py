@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .activations import activation_name
 from .functional import conv_bn
+from .links import ConvOptions
 from .synchronised import NOT_SYNCHRONISED, Synchronised, plain_batch_norm
 
 
@@ -74,26 +75,13 @@ class _ConvBN(nn.Module):
 
     def _read_options(self, conv: nn.Module) -> None:
         self.transposed = bool(conv.transposed)
-        self._stride = list(conv.stride)
-        self._dilation = list(conv.dilation)
-        self._output_padding = list(conv.output_padding)
-        # Padding that the convolution cannot do itself goes into F.pad: a mode other than zeros, and the
-        # odd value of "same", which stands at the end.
-        if conv.padding == "same":
-            total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
-        elif conv.padding == "valid":
-            total = [0] * len(self._stride)
-        else:
-            total = [2 * p for p in conv.padding]
-        self._padding = [t // 2 for t in total]
-        ends = [(0, t % 2) for t in total]
-        self._pad_mode = "constant"
-        if conv.padding_mode != "zeros":
-            self._pad_mode = conv.padding_mode
-            ends = [(t // 2, t - t // 2) for t in total]
-            self._padding = [0] * len(total)
-        pad = [value for end in reversed(ends) for value in end]
-        self._pad = pad if any(pad) else []
+        options = ConvOptions.of(conv)
+        self._stride = options.stride
+        self._padding = options.padding
+        self._dilation = options.dilation
+        self._output_padding = options.output_padding
+        self._pad = options.pad
+        self._pad_mode = options.pad_mode
 
     @classmethod
     def from_modules(

@@ -1,0 +1,177 @@
+"""The forward of a fused module: its chains run as operators as long as the module is what it was when it was fused."""
+
+import copy
+import functools
+import inspect
+import re
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from .links import Chain
+from .matching import CALL, Matcher, rewrite
+from .tracing import Guards, Untraceable, compiled, function_of, picklable, trace, unpickled
+
+
+@dataclass
+class Variant:
+    """One way through a module's forward.
+
+    Attributes:
+        source: the code of ``forward(self, …)``.
+        scope: its globals.
+        guards: when it is the right way.
+        positional: its number of arguments.
+    """
+
+    source: str
+    scope: dict[str, Any]
+    chains: list[Chain]
+    guards: Guards
+    positional: int
+
+    def __post_init__(self) -> None:
+        self.function = compiled(self.source, {**self.scope, "chains": self.chains})
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {name: value for name, value in self.__dict__.items() if name != "function"}
+        return {**state, "scope": picklable(self.scope)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, scope=unpickled(state["scope"]))
+        self.__post_init__()
+
+
+class FusedForward:
+    """Stands in a module's ``__dict__`` as its ``forward``. What it cannot run fused (hooks were put on a module that it
+    would not call, a child was exchanged, other arguments are given) is run by the forward that it hides, whose
+    children may have fused forwards of their own."""
+
+    is_fused = True
+
+    def __init__(self, module: nn.Module, variants: list[Variant]) -> None:
+        self.module = module
+        self.variants = variants
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        return types.MethodType(type(self.module).forward, self.module)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.__wrapped__)
+
+    @property
+    def chains(self) -> list[Chain]:
+        return [chain for variant in self.variants for chain in variant.chains]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        index = _variant(self)
+        if index >= 0:
+            variant = self.variants[index]
+            if kwargs or len(args) != variant.positional:
+                args, kwargs = _without_defaults(self.__signature__, args, kwargs)
+            if not kwargs and len(args) == variant.positional:
+                return variant.function(self.module, *args)
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "FusedForward":
+        return FusedForward(copy.deepcopy(self.module, memo), self.variants)
+
+
+def _without_defaults(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same call without arguments that are what they would be by default, and with as few keywords as can be."""
+    try:
+        given = signature.bind(*args, **kwargs).arguments
+    except TypeError:  # the original forward gives the error
+        return args, kwargs
+    positional: list[Any] = []
+    for name, parameter in signature.parameters.items():
+        if name not in given or given[name] is parameter.default:
+            continue
+        if parameter.default is not parameter.empty:
+            return args, kwargs
+        positional.append(given[name])
+    return tuple(positional), {}
+
+
+@torch.compiler.assume_constant_result
+def _variant(forward: FusedForward) -> int:
+    """The variant whose guards hold, -1 if none; in compiled code what it was when it was compiled."""
+    for index, variant in enumerate(forward.variants):
+        if variant.guards.hold(forward.module):
+            return index
+    return -1
+
+
+@dataclass
+class Analysis:
+    """What can be fused of a module's forward.
+
+    Attributes:
+        refused: path of a module below it, and why it is in no chain.
+        pairs: batch norms right behind a convolution, by path.
+    """
+
+    graph: fx.Graph
+    variant: Variant
+    refused: dict[str, str]
+    pairs: list[tuple[str, str]]
+
+
+def analyse(module: nn.Module, training: bool | None = None) -> Analysis:
+    """Traces a module's forward and finds its chains.
+
+    Raises:
+        Untraceable: it cannot be traced.
+    """
+    found = trace(module, training)
+    modules = dict(module.named_modules())
+    matcher = Matcher(found.graph, module)
+    pairs = []
+    for node in found.graph.nodes:
+        if node.op == "call_module" and isinstance(modules[node.target], _NORMS) and node.args:
+            before = node.args[0]
+            if isinstance(before, fx.Node) and before.op == "call_module":
+                if isinstance(modules[before.target], nn.modules.conv._ConvNd):
+                    pairs.append((before.target, node.target))
+    for match in matcher.matches:
+        for node in match.nodes:
+            if node.op == "call_module":
+                path = tuple(node.target.split("."))
+                found.guards.add(path, modules[node.target], not isinstance(modules[node.target], _NORMS))
+    chains = rewrite(found.graph, matcher.matches)
+    source, scope = function_of(found.graph, {})
+    source = re.sub(rf"self\.{CALL}(\d+)\(", r"chains[\1](self, ", source)
+    variant = Variant(source, scope, chains, found.guards, found.positional)
+    return Analysis(found.graph, variant, matcher.refused, pairs)
+
+
+_NORMS = (nn.modules.batchnorm._BatchNorm,)
+
+
+def fused_forward(module: nn.Module) -> tuple[FusedForward | None, Analysis]:
+    """The fused forward of a module, None if there is nothing to fuse, and what was found.
+
+    Raises:
+        Untraceable: its forward cannot be traced.
+    """
+    analyses = [analyse(module)]
+    if analyses[0].variant.guards.training:  # a branch depends on the mode
+        for mode in (True, False):
+            try:
+                other = analyse(module, mode)
+            except Untraceable:
+                continue
+            if other.variant.guards.training not in [a.variant.guards.training for a in analyses]:
+                analyses.append(other)
+    variants = [a.variant for a in analyses]
+    if not any(v.chains for v in variants):
+        return None, analyses[0]
+    return FusedForward(module, variants), analyses[0]

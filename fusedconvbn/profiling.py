@@ -1,0 +1,150 @@
+"""What a step of a model would save for backward, and how large its maps are, without running it."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from .links import BATCH_NORMS, CONVOLUTIONS, Chain
+from .memory import saved_storages
+
+
+@dataclass
+class Profile:
+    """One forward pass.
+
+    Attributes:
+        saved: bytes that autograd saves for backward.
+        by_module: the part of them that was first saved while a module ran, the innermost one, by its path.
+        values: values in the result of each convolution and batch norm, by path.
+        nbytes: their bytes.
+        shapes, inputs: their shapes, and those of what the modules were given.
+        fake: whether no real tensor was computed.
+    """
+
+    saved: int = 0
+    by_module: dict[str, int] = field(default_factory=dict)
+    values: dict[str, int] = field(default_factory=dict)
+    nbytes: dict[str, int] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    inputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    fake: bool = True
+
+
+def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A tensor, a sequence of positional arguments, or a mapping of keyword arguments."""
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs), {}
+    return (example_inputs,), {}
+
+
+def device_of(model: nn.Module) -> torch.device:
+    tensors = (*model.parameters(), *model.buffers())
+    return next((t.device for t in tensors), torch.device("cpu"))
+
+
+def profile(model: nn.Module, example_inputs: Any, fused: bool = False) -> Profile:
+    """Runs a forward pass in training mode (in the modes its modules are in, if the model itself is in it) with stand-ins for tensors, or, where the model needs real ones (a branch depends on
+    their values), with copies of its buffers and its random state as it was."""
+    args, kwargs = arguments(example_inputs)
+    modes = {m: m.training for m in model.modules()}
+    if not model.training:
+        model.train()
+    try:
+        try:
+            return _fake_profile(model, args, kwargs, fused)
+        except Exception:
+            return _real_profile(model, args, kwargs, fused)
+    finally:
+        for m, mode in modes.items():
+            m.training = mode
+
+
+def _fake_profile(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fused: bool
+) -> Profile:
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+
+        def fake(value: Any) -> Any:
+            return mode.from_tensor(value) if isinstance(value, Tensor) else value
+
+        state = {
+            name: fake(t) for name, t in (*model.named_parameters(), *model.named_buffers())
+        }
+        args, kwargs = pytree.tree_map(fake, (args, kwargs))
+        with _recorded(model, Profile(), fused) as found:
+            # The result is held until the count is done: what is saved has to live.
+            result = torch.func.functional_call(model, state, args, kwargs)
+            del result
+    return found
+
+
+def _real_profile(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fused: bool
+) -> Profile:
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    devices = [device_of(model)] if device_of(model).type == "cuda" else []
+    with (
+        torch.random.fork_rng(devices=devices),
+        _recorded(model, Profile(fake=False), fused) as found,
+    ):
+        state = {**dict(model.named_parameters()), **buffers}
+        result = torch.func.functional_call(model, state, *copy.deepcopy((args, kwargs)))
+        del result
+    return found
+
+
+@contextmanager
+def _recorded(model: nn.Module, found: Profile, fused: bool) -> Iterator[Profile]:
+    """Hooks on modules, which would keep fused forwards from running, are only put on others; in a fused model the chains
+    are known by their names."""
+    running = [""]
+    names = {m: name for name, m in model.named_modules()}
+    call = Chain.__call__
+
+    def run_chain(chain: Chain, owner: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        running.append(".".join(filter(None, (names.get(owner, ""), chain.name))))
+        try:
+            return call(chain, owner, *args, **kwargs)
+        finally:
+            running.pop()
+
+    def enter(module: nn.Module, _: Any) -> None:
+        running.append(names[module])
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        running.pop()
+        if isinstance(module, (*CONVOLUTIONS, *BATCH_NORMS)) and isinstance(output, Tensor):
+            name = names[module]
+            found.values[name] = output.numel()
+            found.nbytes[name] = output.numel() * output.element_size()
+            found.shapes[name] = tuple(output.shape)
+            if args and isinstance(args[0], Tensor):
+                found.inputs[name] = tuple(args[0].shape)
+
+    def saw(nbytes: int) -> None:
+        found.by_module[running[-1]] = found.by_module.get(running[-1], 0) + nbytes
+
+    hooks = []
+    for module in () if fused else names:
+        hooks += [
+            module.register_forward_pre_hook(enter),
+            module.register_forward_hook(leave, always_call=True),
+        ]
+    try:
+        Chain.__call__ = run_chain
+        with torch.enable_grad(), saved_storages(device_of(model), saw) as storages:
+            yield found
+            found.saved = sum(storages.values())
+    finally:
+        Chain.__call__ = call
+        for hook in hooks:
+            hook.remove()
