@@ -121,6 +121,37 @@ def _count(reader: fx.Node, node: fx.Node) -> int:
     return count
 
 
+# What a subclass may have of its own without computing something else.
+_HARMLESS = {
+    "__init__",
+    "__module__",
+    "__doc__",
+    "__annotations__",
+    "__qualname__",
+    "__parameters__",
+    "__orig_bases__",
+    "__constants__",
+    "__static_attributes__",
+    "__firstlineno__",
+    "__dict__",
+    "__weakref__",
+    "__repr__",
+    "extra_repr",
+    "reset_parameters",
+    "_version",
+}
+
+
+@cache
+def _overridden(kind: type, base: type) -> str:
+    """The first attribute of `base` that its subclass `kind` has replaced; "" where it computes the same."""
+    for parent in kind.__mro__[: kind.__mro__.index(base)]:
+        for name in parent.__dict__:
+            if name not in _HARMLESS and hasattr(base, name):
+                return name
+    return ""
+
+
 @cache
 def _place_of_inplace(function: Any) -> int | None:
     """Where an argument `inplace` stands, as in ``F.relu(x, True)``."""
@@ -343,8 +374,8 @@ class Matcher:
         kind = next(k for k in (*CONVOLUTIONS, *BATCH_NORMS) if isinstance(module, k))
         if parametrize.is_parametrized(module):
             return "it is parametrised"
-        if type(module) is not kind:
-            return f"it is a {type(module).__name__}, a subclass of nn.{kind.__name__}"
+        if overridden := _overridden(type(module), kind):
+            return f"it is a {type(module).__name__}, which has its own {overridden}"
         if has_hooks(module):
             return "it has hooks"
         if "forward" in module.__dict__:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .links import submodule
+from .links import BATCH_NORMS, CONVOLUTIONS, submodule
 
 _ROOT = "m"  # where the traced module hangs below the root that fx sees
 _HOOKS = (
@@ -173,7 +173,9 @@ class _Tracer(fx.Tracer):
 def is_leaf(module: nn.Module) -> bool:
     """Whether a module is called as it is: torch's own, a fused layer, what is scripted, or has hooks or a forward that
     somebody else put there."""
-    if isinstance(module, torch.jit.ScriptModule) or has_hooks(module):
+    if isinstance(module, (torch.jit.ScriptModule, *CONVOLUTIONS, *BATCH_NORMS)):
+        return True
+    if has_hooks(module):
         return True
     if "forward" in module.__dict__ and not getattr(module.forward, "is_fused", False):
         return True

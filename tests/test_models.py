@@ -1,0 +1,88 @@
+"""Networks that nobody here wrote: each is fused whole, and stays the same network."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from zoo import MODELS, tensors_of
+
+import fusedconvbn
+from fusedconvbn.fusion import fused_with_findings
+from fusedconvbn.links import BATCH_NORMS
+
+
+def train(model, x, steps=5):
+    """Losses of a few steps; dropout and stochastic depth draw the same numbers in every call."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+    losses = []
+    for step in range(steps):
+        torch.manual_seed(step)
+        loss = 0
+        for scores in tensors_of(model(x)):
+            targets = torch.arange(scores[:, 0].numel()).view_as(scores[:, 0]) % scores.shape[1]
+            loss = loss + F.cross_entropy(scores, targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def assert_same(ours, theirs, tolerance=1e-8):
+    """Relative to the largest value of each tensor, and, for what is 0 but for rounding, to one."""
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        difference = (ours[name].double() - value.double()).abs().max()
+        assert difference <= tolerance * max(value.double().abs().max(), 1e-2), name
+
+
+@pytest.mark.parametrize("memory", ("auto", "min"))
+@pytest.mark.parametrize("name", MODELS)
+def test_the_same_network(name, memory):
+    torch.manual_seed(0)
+    model, x = MODELS[name]()
+    model, x = model.double(), x.double()
+    fused, found = fused_with_findings(copy.deepcopy(model), x, memory, True, False)
+
+    assert not found.untraceable
+    in_chains = {
+        ".".join(filter(None, (owner, *link.path)))
+        for owner, chain in found.chains
+        for link in chain.links
+    }
+    missed = [pair for pair in found.pairs if not in_chains.issuperset(pair)]
+    assert found.pairs and not missed
+    norms = {n for n, m in model.named_modules() if isinstance(m, BATCH_NORMS)}
+    assert norms <= in_chains | set(found.refused)
+    assert not found.refused
+
+    assert train(fused, x) == pytest.approx(train(model, x), rel=1e-8)
+    assert_same(fused.state_dict(), model.state_dict())
+    with torch.no_grad():
+        ours, theirs = tensors_of(fused.eval()(x)), tensors_of(model.eval()(x))
+    for ours, theirs in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8 * theirs.abs().max())
+
+    back = fusedconvbn.unfuse(fused)
+    assert type(back) is type(model) and "forward" not in back.__dict__
+    assert [n for n, _ in back.named_modules()] == [n for n, _ in model.named_modules()]
+    with torch.no_grad():
+        again = tensors_of(back(x))
+    assert_same(dict(enumerate(again)), dict(enumerate(tensors_of(model(x)))))
+
+
+def test_parameters_stay_the_same_objects():
+    model, x = MODELS["resnet18"]()
+    fused = fusedconvbn.fuse(model, x)
+    assert fused is not model and type(fused) is type(model)
+    for (name, p), (other, q) in zip(
+        model.named_parameters(), fused.named_parameters(), strict=True
+    ):
+        assert name == other and p is q
+    for (name, p), (other, q) in zip(model.named_buffers(), fused.named_buffers(), strict=True):
+        assert name == other and p is q
+    assert "forward" not in model.__dict__
+    assert fusedconvbn.fuse(model, inplace=True) is model and "forward" in model.__dict__
+    assert isinstance(model.layer1[0].conv1, nn.Conv2d)

@@ -1,0 +1,74 @@
+"""torchvision's definitions of models, beside a torch that its own operators are not built for."""
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+_library = torch.library.Library("torchvision", "DEF")
+for _name in ("nms", "qnms"):
+    _library.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+from torchvision import models
+
+
+def _classifier(name: str, size: int = 64) -> Callable[[], tuple[nn.Module, Tensor]]:
+    def make() -> tuple[nn.Module, Tensor]:
+        options = {"googlenet": {"init_weights": True}}.get(name, {})
+        if name == "inception_v3":  # its auxiliary head needs an image of 299
+            options = {"init_weights": True, "aux_logits": False}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = models.get_model(name, weights=None, num_classes=10, **options)
+        return model, torch.randn(4, 3, size, size)
+
+    return make
+
+
+def _segmenter(name: str) -> Callable[[], tuple[nn.Module, Tensor]]:
+    def make() -> tuple[nn.Module, Tensor]:
+        model = models.get_model(
+            name, weights=None, weights_backbone=None, num_classes=5, aux_loss=True
+        )
+        return model, torch.randn(2, 3, 64, 64)
+
+    return make
+
+
+def _video() -> tuple[nn.Module, Tensor]:
+    return models.video.r3d_18(weights=None, num_classes=10), torch.randn(2, 3, 4, 32, 32)
+
+
+MODELS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
+    **{
+        name: _classifier(name)
+        for name in (
+            "resnet18",
+            "resnet50",
+            "resnext50_32x4d",
+            "wide_resnet50_2",
+            "densenet121",
+            "mobilenet_v2",
+            "mobilenet_v3_large",
+            "efficientnet_b0",
+            "regnet_y_400mf",
+            "shufflenet_v2_x1_0",
+            "googlenet",
+            "mnasnet1_0",
+            "vgg16_bn",
+        )
+    },
+    "inception_v3": _classifier("inception_v3", 96),
+    "deeplabv3_resnet50": _segmenter("deeplabv3_resnet50"),
+    "fcn_resnet50": _segmenter("fcn_resnet50"),
+    "r3d_18": _video,
+}
+
+
+def tensors_of(output: object) -> list[Tensor]:
+    """The tensors of a model's result: one, a tuple of them, or a dict."""
+    if isinstance(output, Tensor):
+        return [output]
+    values = output.values() if isinstance(output, dict) else output
+    return [t for t in values if t is not None]
