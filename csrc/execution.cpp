@@ -143,11 +143,13 @@ class Execution {
     }
   }
 
-  // Remakes T_i, and on the way the other maps that are read by a backward still to come.
+  // Remakes T_i, and on the way the other maps that are read by a backward still to come. But for the one below T_i,
+  // which is read next, those that are one pass away from another one are let go of and made again when their turn comes.
   void remake(size_t i) {
     size_t first = i;
     while (first > 0 && !maps_[first].defined()) --first;
     auto retain = read_;
+    for (size_t m = first + 1; m + 1 < i; ++m) retain[m] = read_[m] && chain_[m - 1].conv();
     retain[first] = kept_[first] || (first > 0 && read_[first]);
     make_input();
     run(first, i, retain);

@@ -19,6 +19,8 @@ from .modules import (
     FusedConvTransposeBN3d,
 )
 from .recompute_check import check_recompute
+from .report import explain
+from .sequential import FusedConvBNSequential
 
 __version__ = "0.1.0"
 
@@ -27,12 +29,14 @@ __all__ = [
     "FusedConvBN1d",
     "FusedConvBN2d",
     "FusedConvBN3d",
+    "FusedConvBNSequential",
     "FusedConvTransposeBN1d",
     "FusedConvTransposeBN2d",
     "FusedConvTransposeBN3d",
     "build_info",
     "check_recompute",
     "conv_bn",
+    "explain",
     "fold",
     "fuse",
     "revert_sync_batchnorm",

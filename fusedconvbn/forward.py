@@ -1,7 +1,6 @@
 """The forward of a fused module: its chains run as operators as long as the module is what it was when it was fused."""
 
 import copy
-import functools
 import inspect
 import re
 import types
@@ -14,6 +13,7 @@ from torch import fx, nn
 
 from .links import Chain
 from .matching import CALL, Matcher, rewrite
+from .scripting import scriptable
 from .tracing import Guards, Untraceable, compiled, function_of, picklable, trace, unpickled
 
 
@@ -78,6 +78,22 @@ class FusedForward:
             if not kwargs and len(args) == variant.positional:
                 return variant.function(self.module, *args)
         return type(self.module).forward(self.module, *args, **kwargs)
+
+    def scriptable(self) -> nn.Module:
+        """What ``torch.jit.script`` compiles in the module's place.
+
+        Raises:
+            NotImplementedError: the forward depends on the mode.
+        """
+        if any(variant.guards.training for variant in self.variants):
+            raise NotImplementedError(
+                f"TorchScript of a fused {type(self.module).__name__}, whose forward branches on `training`"
+            )
+        found = analyse(self.module)
+        for chain, planned in zip(found.variant.chains, self.variants[0].chains, strict=True):
+            chain.kept = planned.kept
+        chains = {f"{CALL}{i}": chain for i, chain in enumerate(found.variant.chains)}
+        return scriptable(self.module, found.graph, chains)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FusedForward":
         return FusedForward(copy.deepcopy(self.module, memo), self.variants)
@@ -145,7 +161,9 @@ def analyse(module: nn.Module, training: bool | None = None) -> Analysis:
         for node in match.nodes:
             if node.op == "call_module":
                 path = tuple(node.target.split("."))
-                found.guards.add(path, modules[node.target], not isinstance(modules[node.target], _NORMS))
+                found.guards.add(
+                    path, modules[node.target], not isinstance(modules[node.target], _NORMS)
+                )
     chains = rewrite(found.graph, matcher.matches)
     source, scope = function_of(found.graph, {})
     source = re.sub(rf"self\.{CALL}(\d+)\(", r"chains[\1](self, ", source)

@@ -109,7 +109,7 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """
     model = model if inplace else _sharing_copy(model)
     for module, _ in _fused(model):
-        del module.__dict__["forward"]
+        del module.__dict__["forward"], module.__dict__["__prepare_scriptable__"]
     return model
 
 
@@ -136,7 +136,7 @@ def fused_with_findings(
     except BaseException:
         unfuse(model, inplace=True)
         for module, forward in before:
-            module.__dict__["forward"] = forward
+            _put(module, forward)
         raise
 
 
@@ -181,6 +181,11 @@ def _plan(found: Findings, memory: float | int | str, price: float) -> frozenset
     return best(found.maps, budget - least)
 
 
+def _put(module: nn.Module, forward: FusedForward) -> None:
+    module.__dict__["forward"] = forward
+    module.__dict__["__prepare_scriptable__"] = forward.scriptable
+
+
 def _sharing_copy(model: nn.Module) -> nn.Module:
     # deepcopy takes what its memo has for an object as its copy
     return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
@@ -221,7 +226,7 @@ def _install(model: nn.Module, found: Findings) -> None:
             del outermost[other]
         outermost[path] = (module, forward, analysis)
         if forward is not None:
-            module.__dict__["forward"] = forward
+            _put(module, forward)
     seen = set()
     for path, (_, forward, analysis) in reversed(outermost.items()):
         prefix = f"{path}." if path else ""

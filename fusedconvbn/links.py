@@ -147,11 +147,13 @@ class Chain:
         links: in the order in which they run.
         kept: the inner maps that are kept for backward: i stands for the result of link i, counted from 1, a gate
             in front being link 1.
+        modules: the paths of all modules that it stands for, activations too.
     """
 
     links: tuple[ConvLink | NormLink, ...]
     gated: bool = False
     kept: tuple[int, ...] = ()
+    modules: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -164,9 +166,7 @@ class Chain:
     def plan(self, kept: Any) -> None:
         """Keeps those of the maps whose path is in `kept`, joined by dots."""
         first = 1 + self.gated
-        self.kept = tuple(
-            first + i for i, path in enumerate(self.maps()) if ".".join(path) in kept
-        )
+        self.kept = tuple(first + i for i, path in enumerate(self.maps()) if ".".join(path) in kept)
 
     def __call__(
         self,

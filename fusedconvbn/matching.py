@@ -428,7 +428,9 @@ class Matcher:
             if parts is None or not only_chains_read(node):
                 continue
             nodes = parts if isinstance(parts, list) else [parts]
-            if any(self._storage(t) in [self._storage(p) for p in nodes] for t in self.writes.values()):
+            if any(
+                self._storage(t) in [self._storage(p) for p in nodes] for t in self.writes.values()
+            ):
                 continue
             virtual[node] = parts
         for cat in [n for n in heads if n in virtual]:
@@ -498,6 +500,8 @@ def rewrite(graph: fx.Graph, matches: Iterable[Match]) -> list[Chain]:
         if statistics is not None and _reads_statistics(match):
             kwargs["statistics"] = statistics
             kwargs["keys"] = tuple(part.name for part in match.input)
+        if match.concatenates and isinstance(match.input, fx.Node):
+            match.input.meta["is_list"] = True
         with graph.inserting_before(match.end):
             call = graph.create_node(
                 "call_module", f"{CALL}{len(chains)}", (match.input,), kwargs, name="chain"
@@ -505,9 +509,10 @@ def rewrite(graph: fx.Graph, matches: Iterable[Match]) -> list[Chain]:
         match.end.replace_all_uses_with(call)
         for other in matches:  # later ones may read the node that goes
             _replace_inputs(other, match.end, call)
+        modules = tuple(node.target for node in match.nodes if node.op == "call_module")
+        chains.append(Chain(tuple(match.links), match.gate is not None, modules=modules))
         for node in reversed(match.nodes):
             graph.erase_node(node)
-        chains.append(Chain(tuple(match.links), gated=match.gate is not None))
     for node in reversed(list(graph.nodes)):
         if node.target in _CAT and not node.users:
             graph.erase_node(node)

@@ -15,11 +15,11 @@ from torch import nn
 from .links import CONVOLUTIONS
 
 # What a device does in a second, in round figures; only their ratios count. (calibrate=True measures instead.)
-_FLOPS = {"cpu": 150e9, "cuda": 150e12}
+_FLOPS = {"cpu": 200e9, "cuda": 200e12}
 _BYTES = {"cpu": 15e9, "cuda": 2e12}
 # A kept byte is worth the time that moving so many takes: what keeping costs beside the memory (a fresh page on CPU, where
 # a remade map is soon freed), and what makes "auto" give up memory that is nearly free.
-_PRICE = 4.0
+_PRICE = 5.5
 AUTO_FRACTION = 0.53  # of the bytes that eager saves
 
 
@@ -76,7 +76,9 @@ def parse_memory(memory: float | int | str) -> float | int | str:
     Raises:
         ValueError, TypeError: it is none of them.
     """
-    rule = 'expected memory "auto", "min", a fraction of eager\'s bytes above 0, or a size like "6GiB"'
+    rule = (
+        'expected memory "auto", "min", a fraction of eager\'s bytes above 0, or a size like "6GiB"'
+    )
     if isinstance(memory, str):
         if memory in ("auto", "min"):
             return memory
@@ -92,9 +94,7 @@ def parse_memory(memory: float | int | str) -> float | int | str:
     return float(memory) if isinstance(memory, float) or memory == 1 else memory
 
 
-def best(
-    maps: Iterable[InnerMap], budget: int | None, price: float = 0.0
-) -> frozenset[str]:
+def best(maps: Iterable[InnerMap], budget: int | None, price: float = 0.0) -> frozenset[str]:
     """The paths of the maps to keep: those whose sizes add up to at most `budget` bytes and that cost the least time, where
     a kept byte costs `price` seconds; of several such plans one of the fewest bytes.
 

@@ -76,9 +76,7 @@ def _fake_profile(
         def fake(value: Any) -> Any:
             return mode.from_tensor(value) if isinstance(value, Tensor) else value
 
-        state = {
-            name: fake(t) for name, t in (*model.named_parameters(), *model.named_buffers())
-        }
+        state = {name: fake(t) for name, t in (*model.named_parameters(), *model.named_buffers())}
         args, kwargs = pytree.tree_map(fake, (args, kwargs))
         with _recorded(model, Profile(), fused) as found:
             # The result is held until the count is done: what is saved has to live.

@@ -37,7 +37,7 @@ def _segmenter(name: str) -> Callable[[], tuple[nn.Module, Tensor]]:
 
 
 def _video() -> tuple[nn.Module, Tensor]:
-    return models.video.r3d_18(weights=None, num_classes=10), torch.randn(2, 3, 4, 32, 32)
+    return models.video.r3d_18(weights=None, num_classes=10), torch.randn(4, 3, 8, 32, 32)
 
 
 MODELS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {

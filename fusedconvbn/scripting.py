@@ -1,0 +1,99 @@
+"""Fused forwards for TorchScript: the same graph, with each chain written out as a call of the operator."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from .chain import ACTIVATIONS, PARAMETERS, parse_activation
+from .links import Chain, ConvLink, submodule
+from .synchronised import Synchronised
+
+
+def scriptable(owner: nn.Module, graph: fx.Graph, chains: dict[str, Chain]) -> fx.GraphModule:
+    """A module with the parameters, buffers and modes of `owner` that TorchScript can compile.
+
+    Args:
+        graph: of the forward, in which call_module nodes stand for chains.
+        chains: by the targets of those nodes.
+
+    Raises:
+        NotImplementedError: a chain reads a list of tensors that is made at run time.
+    """
+    for node in list(graph.nodes):
+        if node.op == "call_module" and node.target in chains:
+            with graph.inserting_before(node):
+                node.replace_all_uses_with(_written_out(graph, node, owner, chains[node.target]))
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+    return fx.GraphModule(owner, graph, type(owner).__name__)
+
+
+def _written_out(graph: fx.Graph, node: fx.Node, owner: nn.Module, chain: Chain) -> fx.Node:
+    parts = node.args[0]
+    residual, gate = node.kwargs.get("residual"), node.kwargs.get("gate")
+    parts = [parts] if isinstance(parts, fx.Node) and not _is_list(parts) else parts
+    if not isinstance(parts, (list, tuple)):
+        raise NotImplementedError(
+            "a concatenation of a list that is made at run time in TorchScript"
+        )
+    tensors: list[Any] = list(parts)
+    links: list[int] = [3, len(parts)] if len(parts) > 1 else []
+    first = chain.links[0]
+    if isinstance(first, ConvLink) and first.options.pad:
+        whole = parts[0] if len(parts) == 1 else graph.call_function(torch.cat, (list(parts), 1))
+        pad = (whole, first.options.pad, first.options.pad_mode)
+        tensors, links = [graph.call_function(F.pad, pad)], []
+    if gate is not None:
+        tensors.append(gate)
+        links.append(2)
+
+    def attribute(path: tuple[str, ...], name: str) -> fx.Node:
+        return graph.get_attr(".".join((*path, name)))
+
+    buffers: list[fx.Node] = []
+    scalars: list[float] = []
+    counts: list[int] = []
+    momenta: list[Any] = []
+    training: list[Any] = []
+    group = ""
+    for i, link in enumerate(chain.links):
+        module = submodule(owner, link.path)
+        given = [n for n in ("weight", "bias") if getattr(module, n) is not None]
+        tensors += [attribute(link.path, name) for name in given]
+        if isinstance(link, ConvLink):
+            options = link.options
+            links += [0, int("bias" in given), int(link.transposed), link.groups]
+            links += [len(options.stride), *options.stride, *options.padding]
+            links += [*options.dilation, *options.output_padding]
+            continue
+        last = residual if i + 1 == len(chain.links) else None
+        if last is not None:
+            tensors.append(last)
+        base, parameter = parse_activation(link.activation)
+        links += [1, int("weight" in given), int("bias" in given), int(last is not None), 0]
+        links.append(ACTIVATIONS.index(base))
+        scalars += [module.eps, PARAMETERS.get(base, 0.0) if parameter is None else parameter]
+        names = [
+            n
+            for n in ("running_mean", "running_var", "num_batches_tracked")
+            if getattr(module, n) is not None
+        ]
+        buffers += [attribute(link.path, name) for name in names]
+        counts.append(len(names))
+        nan = graph.call_function(float, ("nan",)) if module.momentum is None and names else None
+        momenta.append(nan if nan is not None else module.momentum or 0.0)
+        mode = graph.call_function(int, (attribute(link.path, "training"),)) if names else 1
+        training.append(mode)
+        if isinstance(module, nn.SyncBatchNorm):
+            group = Synchronised(True, module.process_group).group_name()
+    arguments = (tensors, buffers, links, scalars, counts, momenta, training, group)
+    return graph.call_function(
+        torch.ops.fusedconvbn.conv_bn_chain, (*arguments, list(chain.kept), None)
+    )
+
+
+def _is_list(node: fx.Node) -> bool:
+    """Whether a node's value is a list: the input of a concatenation that the graph does not make."""
+    return node.meta.get("is_list", False)
