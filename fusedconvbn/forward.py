@@ -1,5 +1,6 @@
 """The forward of a fused module: its chains run as operators as long as the module is what it was when it was fused."""
 
+import contextlib
 import copy
 import inspect
 import re
@@ -8,13 +9,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx, nn
 
-from .links import Chain
+from .links import BATCH_NORMS, CONVOLUTIONS, Chain
 from .matching import CALL, Matcher, rewrite
 from .scripting import scriptable
-from .tracing import Guards, Untraceable, compiled, function_of, picklable, trace, unpickled
+from .tracing import (
+    Guards,
+    Untraceable,
+    compiled,
+    function_of,
+    is_leaf,
+    picklable,
+    trace,
+    unpickled,
+)
 
 
 @dataclass
@@ -64,6 +73,11 @@ class FusedForward:
     @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(self.__wrapped__)
+
+    @property
+    def __code__(self) -> types.CodeType:
+        """Where torch.export finds the line to name in a message."""
+        return type(self.module).forward.__code__
 
     @property
     def chains(self) -> list[Chain]:
@@ -117,13 +131,16 @@ def _without_defaults(
     return tuple(positional), {}
 
 
-@torch.compiler.assume_constant_result
 def _variant(forward: FusedForward) -> int:
     """The variant whose guards hold, -1 if none; in compiled code what it was when it was compiled."""
     for index, variant in enumerate(forward.variants):
         if variant.guards.hold(forward.module):
             return index
     return -1
+
+
+# What torch.compiler.assume_constant_result does, which would import the compiler here and now.
+_variant._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @dataclass
@@ -141,29 +158,35 @@ class Analysis:
     pairs: list[tuple[str, str]]
 
 
-def analyse(module: nn.Module, training: bool | None = None) -> Analysis:
+def _pairs(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[tuple[str, str]]:
+    pairs = []
+    for node in graph.nodes:
+        before = node.args[0] if node.args else None
+        if not isinstance(before, fx.Node) or {node.op, before.op} != {"call_module"}:
+            continue
+        if isinstance(modules[node.target], BATCH_NORMS) and isinstance(
+            modules[before.target], CONVOLUTIONS
+        ):
+            pairs.append((before.target, node.target))
+    return pairs
+
+
+def analyse(module: nn.Module, training: bool | None = None, shallow: bool = False) -> Analysis:
     """Traces a module's forward and finds its chains.
 
     Raises:
         Untraceable: it cannot be traced.
     """
-    found = trace(module, training)
+    found = trace(module, training, shallow)
     modules = dict(module.named_modules())
+    pairs = _pairs(found.graph, modules)
     matcher = Matcher(found.graph, module)
-    pairs = []
-    for node in found.graph.nodes:
-        if node.op == "call_module" and isinstance(modules[node.target], _NORMS) and node.args:
-            before = node.args[0]
-            if isinstance(before, fx.Node) and before.op == "call_module":
-                if isinstance(modules[before.target], nn.modules.conv._ConvNd):
-                    pairs.append((before.target, node.target))
     for match in matcher.matches:
         for node in match.nodes:
             if node.op == "call_module":
                 path = tuple(node.target.split("."))
-                found.guards.add(
-                    path, modules[node.target], not isinstance(modules[node.target], _NORMS)
-                )
+                options = not isinstance(modules[node.target], BATCH_NORMS)  # read in every call
+                found.guards.add(path, modules[node.target], options)
     chains = rewrite(found.graph, matcher.matches)
     source, scope = function_of(found.graph, {})
     source = re.sub(rf"self\.{CALL}(\d+)\(", r"chains[\1](self, ", source)
@@ -171,7 +194,13 @@ def analyse(module: nn.Module, training: bool | None = None) -> Analysis:
     return Analysis(found.graph, variant, matcher.refused, pairs)
 
 
-_NORMS = (nn.modules.batchnorm._BatchNorm,)
+def _modes(analysis: Analysis) -> list[bool | None]:
+    """In which a forward is to be traced: as it is, and, if branches depend on it, in both."""
+    return [None, True, False] if analysis.variant.guards.training else [None]
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    return not is_leaf(module) and any(True for _ in module.children())
 
 
 def fused_forward(module: nn.Module) -> tuple[FusedForward | None, Analysis]:
@@ -181,14 +210,12 @@ def fused_forward(module: nn.Module) -> tuple[FusedForward | None, Analysis]:
         Untraceable: its forward cannot be traced.
     """
     analyses = [analyse(module)]
-    if analyses[0].variant.guards.training:  # a branch depends on the mode
-        for mode in (True, False):
-            try:
-                other = analyse(module, mode)
-            except Untraceable:
-                continue
-            if other.variant.guards.training not in [a.variant.guards.training for a in analyses]:
-                analyses.append(other)
+    for mode in _modes(analyses[0])[1:]:
+        with contextlib.suppress(Untraceable):
+            analyses.append(analyse(module, mode))
+    if any(_has_own_forward(m) for m in module.children()):
+        # Runs where the others do not, as when there are hooks somewhere inside.
+        analyses += [analyse(module, mode, shallow=True) for mode in _modes(analyses[0])]
     variants = [a.variant for a in analyses]
     if not any(v.chains for v in variants):
         return None, analyses[0]

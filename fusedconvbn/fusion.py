@@ -10,12 +10,13 @@ from torch import nn
 
 from .calibration import measured_seconds
 from .forward import FusedForward, fused_forward
-from .links import BATCH_NORMS, Chain, ConvLink
+from .links import BATCH_NORMS, Chain
 from .planning import (
     AUTO_FRACTION,
     InnerMap,
     best,
     flops_per_value,
+    frugal,
     parse_memory,
     price_per_byte,
     seconds_per_value,
@@ -157,7 +158,7 @@ def _fuse(
         found.least = profile(model, example_inputs, fused=True)
         if calibrate:
             found.maps = measured_seconds(found.maps, model, found.eager)
-        found.kept = _plan(found, memory, price)
+        found.kept = _plan(found, memory, price, convolution_flops(found, modules))
     for path, chain in _all_chains(model):
         prefix = f"{path}." if path else ""
         local = {kept.removeprefix(prefix) for kept in found.kept if kept.startswith(prefix)}
@@ -165,12 +166,14 @@ def _fuse(
     return found
 
 
-def _plan(found: Findings, memory: float | int | str, price: float) -> frozenset[str]:
+def _plan(
+    found: Findings, memory: float | int | str, price: float, step_flops: int
+) -> frozenset[str]:
     if memory == "min":
         return frozenset()
     eager, least = found.eager.saved, found.least.saved
     if memory == "auto":
-        return best(found.maps, max(int(AUTO_FRACTION * eager) - least, 0), price)
+        return frugal(found.maps, max(int(AUTO_FRACTION * eager) - least, 0), price, step_flops)
     budget = int(memory * eager) if isinstance(memory, float) else memory
     if budget < least:
         raise ValueError(
@@ -269,7 +272,3 @@ def convolution_flops(found: Findings, modules: dict[str, nn.Module]) -> int:
         3 * int(flops_per_value(modules[path]) * values)
         for path, values in found.eager.values.items()
     )
-
-
-def is_convolution(chain: Chain, index: int) -> bool:
-    return isinstance(chain.links[index], ConvLink)

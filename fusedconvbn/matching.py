@@ -49,6 +49,16 @@ _VIEWS = (
     "select",
     "squeeze",
     "unsqueeze",
+    "unbind",
+    "split",
+    "chunk",
+    "expand",
+    "view_as",
+    "expand_as",
+    "movedim",
+    "detach",
+    "contiguous",
+    "getattr",
     "getitem",
 )
 
@@ -271,11 +281,14 @@ class Matcher:
     def _continues(
         self, match: Match, x: fx.Node, link: ConvLink | NormLink, module: nn.Module
     ) -> bool:
+        if (
+            not single_use(x)
+            and isinstance(link, NormLink)
+            and isinstance(match.links[-1], ConvLink)
+        ):
+            reason = "the result of the convolution in front of it is used elsewhere too"
+            self.refused[".".join(link.path)] = reason
         if match.residual is not None or not single_use(x):
-            if not single_use(x) and isinstance(link, NormLink) and x.op == "call_module":
-                if isinstance(self.modules[x.target], CONVOLUTIONS):
-                    reason = "the result of the convolution in front of it is used elsewhere too"
-                    self.refused[".".join(link.path)] = reason
             return False
         if isinstance(link, ConvLink):
             return not link.options.pad
@@ -303,9 +316,9 @@ class Matcher:
         gated = x.op in ("call_function", "call_method") and x.target in _MUL and single_use(x)
         if gated and isinstance(link, ConvLink) and not link.options.pad and not x.kwargs:
             a, b = (*x.args, None)[:2]
-            if isinstance(a, fx.Node) and isinstance(b, fx.Node) and a is not b:
-                if x not in self.writes or single_use(self.writes[x]):
-                    return Match(a, nodes=[x], gate=b)
+            factors = isinstance(a, fx.Node) and isinstance(b, fx.Node) and a is not b
+            if factors and (x not in self.writes or single_use(self.writes[x])):
+                return Match(a, nodes=[x], gate=b)
         return Match(x)
 
     def _activate(self, node: fx.Node, activation: str) -> None:
@@ -418,7 +431,7 @@ class Matcher:
 
         def only_chains_read(cat: fx.Node) -> bool:
             return all(
-                (user in virtual)
+                isinstance(self._parts(user), list)
                 or any(m.nodes[0] is user and m.residual is not cat for m in by_input.get(cat, ()))
                 for user in cat.users
             )
@@ -433,6 +446,9 @@ class Matcher:
             ):
                 continue
             virtual[node] = parts
+        for node in self.graph.nodes:  # concatenations of concatenations
+            if isinstance(self._parts(node), list):
+                node.update_arg(0, self._flattened(node, virtual))
         for cat in [n for n in heads if n in virtual]:
             for match in by_input[cat]:
                 match.input = self._flattened(cat, virtual)
@@ -450,7 +466,7 @@ class Matcher:
         return parts if isinstance(parts, fx.Node) else None
 
     def _flattened(self, cat: fx.Node, virtual: dict[fx.Node, Any]) -> Any:
-        parts = virtual[cat]
+        parts = virtual.get(cat, self._parts(cat))
         if isinstance(parts, fx.Node):
             return parts
         flat: list[fx.Node] = []

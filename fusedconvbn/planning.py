@@ -20,7 +20,8 @@ _BYTES = {"cpu": 15e9, "cuda": 2e12}
 # A kept byte is worth the time that moving so many takes: what keeping costs beside the memory (a fresh page on CPU, where
 # a remade map is soon freed), and what makes "auto" give up memory that is nearly free.
 _PRICE = 5.5
-AUTO_FRACTION = 0.53  # of the bytes that eager saves
+AUTO_FRACTION = 0.53  # of the bytes that eager saves, which "auto" stays below
+_AUTO_FLOPS = 0.12  # of a step's, the most that "auto" adds for memory below that
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,22 @@ def best(maps: Iterable[InnerMap], budget: int | None, price: float = 0.0) -> fr
             kept.add(m.path)
             left -= row[0]
     return frozenset(kept)
+
+
+def frugal(maps: Iterable[InnerMap], budget: int, price: float, step_flops: int) -> frozenset[str]:
+    """The plan of "auto": remakes what costs less time than its bytes are worth, the cheapest first, as long as that adds few
+    FLOPs to the `step_flops` of a step; more only where `budget` asks for it."""
+    maps = list(maps)
+    kept = {m.path: m for m in maps}
+    added = 0
+    for m in sorted(maps, key=lambda m: m.seconds / max(m.nbytes, 1)):
+        added += m.flops
+        if m.seconds > price * m.nbytes or added > _AUTO_FLOPS * step_flops:
+            break
+        del kept[m.path]
+    if sum(m.nbytes for m in kept.values()) <= budget:
+        return frozenset(kept)
+    return best(maps, budget, price)
 
 
 def _unit(sizes: Sequence[int], budget: int) -> int:

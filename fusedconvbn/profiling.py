@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
@@ -100,13 +101,19 @@ def _real_profile(
     return found
 
 
+def _normalise_alone(bn: nn.SyncBatchNorm, input: Tensor) -> Tensor:
+    """What a synchronised batch norm saves, without other processes, and on CPU too."""
+    running = (bn.running_mean, bn.running_var)
+    return F.batch_norm(input, *running, bn.weight, bn.bias, bn.training, 0.0, bn.eps)
+
+
 @contextmanager
 def _recorded(model: nn.Module, found: Profile, fused: bool) -> Iterator[Profile]:
     """Hooks on modules, which would keep fused forwards from running, are only put on others; in a fused model the chains
     are known by their names."""
     running = [""]
     names = {m: name for name, m in model.named_modules()}
-    call = Chain.__call__
+    call, synchronised = Chain.__call__, nn.SyncBatchNorm.forward
 
     def run_chain(chain: Chain, owner: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         running.append(".".join(filter(None, (names.get(owner, ""), chain.name))))
@@ -138,11 +145,11 @@ def _recorded(model: nn.Module, found: Profile, fused: bool) -> Iterator[Profile
             module.register_forward_hook(leave, always_call=True),
         ]
     try:
-        Chain.__call__ = run_chain
+        Chain.__call__, nn.SyncBatchNorm.forward = run_chain, _normalise_alone
         with torch.enable_grad(), saved_storages(device_of(model), saw) as storages:
             yield found
             found.saved = sum(storages.values())
     finally:
-        Chain.__call__ = call
+        Chain.__call__, nn.SyncBatchNorm.forward = call, synchronised
         for hook in hooks:
             hook.remove()

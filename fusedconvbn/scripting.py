@@ -26,7 +26,6 @@ def scriptable(owner: nn.Module, graph: fx.Graph, chains: dict[str, Chain]) -> f
             with graph.inserting_before(node):
                 node.replace_all_uses_with(_written_out(graph, node, owner, chains[node.target]))
             graph.erase_node(node)
-    graph.eliminate_dead_code()
     return fx.GraphModule(owner, graph, type(owner).__name__)
 
 

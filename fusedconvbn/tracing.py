@@ -5,6 +5,7 @@ is recorded as a :class:`Guards`, which are looked at in every call; what cannot
 """
 
 import inspect
+import operator
 import random
 import sys
 import types
@@ -71,15 +72,17 @@ class Guards:
             return all(
                 submodule(owner, path).training == value for path, value in self.training
             ) and all(
-                self._holds(submodule(owner, path), kind, options)
+                self._holds(path, submodule(owner, path), kind, options)
                 for path, kind, options in self.modules
             )
         except (KeyError, AttributeError):  # a module is no longer there
             return False
 
     @staticmethod
-    def _holds(module: nn.Module, kind: type, options: dict[str, Any]) -> bool:
-        if has_hooks(module):
+    def _holds(
+        path: tuple[str, ...], module: nn.Module, kind: type, options: dict[str, Any]
+    ) -> bool:
+        if path and has_hooks(module):  # those of the owner are run by its __call__
             return False
         if type(module) is not kind and not _interchangeable(type(module), kind):
             return False
@@ -114,7 +117,23 @@ class _Flag(int):
         return tracer.create_node("get_attr", f"{self.path}.training", (), {})
 
 
-class _Proxy(fx.Proxy):
+def _in_place(operation: Callable[..., Any]) -> Callable[..., fx.Proxy]:
+    def call(self: fx.Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operation, (self, other), {})
+
+    return call
+
+
+class _Value(fx.Proxy):
+    """Records ``x += y`` as what it is; fx makes ``x = x + y`` of it."""
+
+    __iadd__ = _in_place(operator.iadd)
+    __isub__ = _in_place(operator.isub)
+    __imul__ = _in_place(operator.imul)
+    __itruediv__ = _in_place(operator.itruediv)
+
+
+class _Map(_Value):
     """Passes for a tensor where a forward asks for one."""
 
     _is_param = False
@@ -131,18 +150,19 @@ class _Proxy(fx.Proxy):
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
-    def __init__(self, leaves: set[nn.Module]) -> None:
+    def __init__(self, leaves: set[nn.Module], shallow: bool) -> None:
         super().__init__(autowrap_modules=())
         self.leaves = leaves
+        self.shallow = shallow
         self.inlined: dict[str, nn.Module] = {}
         self.running: list[nn.Module] = []
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         is_map = node.op in ("placeholder", "call_module")
-        return (_Proxy if is_map else fx.Proxy)(node, self)
+        return (_Map if is_map else _Value)(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return m in self.leaves or is_leaf(m)
+        return self.shallow or m in self.leaves or is_leaf(m)
 
     def call_module(
         self,
@@ -160,7 +180,7 @@ class _Tracer(fx.Tracer):
         return result
 
     def create_arg(self, a: Any) -> Any:
-        if type(a) in (_Proxy, fx.Proxy) or isinstance(a, fx.proxy.Attribute):
+        if type(a) in (_Map, _Value) or isinstance(a, fx.proxy.Attribute):
             return a.node
         if type(a) is OrderedDict:
             items = [(key, self.create_arg(value)) for key, value in a.items()]
@@ -214,11 +234,22 @@ def _root_of(module: nn.Module, count: int) -> nn.Module:
     return root
 
 
-def _random_states() -> list[Any]:
-    states = [random.getstate(), torch.get_rng_state().tolist()]
-    if "numpy" in sys.modules:
-        states.append(str(sys.modules["numpy"].random.get_state()))
-    return states
+@contextmanager
+def _random_numbers() -> Iterator[Callable[[], bool]]:
+    """Yields a function that says whether any were drawn; they come again afterwards."""
+    numpy = sys.modules.get("numpy")
+
+    def states() -> list[Any]:
+        found = [random.getstate(), torch.get_rng_state().tolist()]
+        return [*found, str(numpy.random.get_state())] if numpy else found
+
+    python, numpys = random.getstate(), numpy.random.get_state() if numpy else None
+    before = states()
+    with torch.random.fork_rng():
+        yield lambda: states() != before
+    random.setstate(python)
+    if numpy:
+        numpy.random.set_state(numpys)
 
 
 @contextmanager
@@ -249,12 +280,13 @@ def _original_forwards(module: nn.Module) -> Iterator[None]:
             m.__dict__["forward"] = forward
 
 
-def trace(module: nn.Module, training: bool | None = None) -> Trace:
+def trace(module: nn.Module, training: bool | None = None, shallow: bool = False) -> Trace:
     """The graph of a module's forward, through all submodules whose forward can be traced too.
 
     Args:
         module: not changed.
         training: the mode in which all its modules are taken to be; that in which they are when None.
+        shallow: call submodules as they are.
 
     Raises:
         Untraceable: its own forward cannot be a graph; the message says why.
@@ -263,18 +295,26 @@ def trace(module: nn.Module, training: bool | None = None) -> Trace:
     count = _required(forward)
     leaves: set[nn.Module] = set()
     while True:
-        tracer = _Tracer(leaves)
+        tracer = _Tracer(leaves, shallow)
         options = {m: _options(m) for m in module.modules()}
-        random_states = _random_states()
-        with _original_forwards(module), _flags(module, training) as reads, torch.no_grad():
+        with (
+            _random_numbers() as drawn,
+            _original_forwards(module),
+            _flags(module, training) as reads,
+            torch.no_grad(),
+        ):
             try:
                 graph = tracer.trace(_root_of(module, count))
                 failed = None
             except Exception as error:
                 failed = (tracer.running[-1] if tracer.running else module, error)
-        if failed is None and any(_options(m) != before for m, before in options.items()):
+            draws = drawn()
+        changed = [m for m, before in options.items() if _options(m) != before]
+        for m in changed:
+            m.__dict__.update(options[m])
+        if failed is None and changed:
             raise Untraceable("it changes an attribute of a module")
-        if failed is None and _random_states() != random_states:
+        if failed is None and draws:
             raise Untraceable("it draws random numbers that depend on no input")
         if failed is None:
             constants = [n for n in graph.nodes if "_tensor_constant" in str(n.target)]

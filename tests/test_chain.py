@@ -176,7 +176,12 @@ def test_a_list_is_a_virtual_concatenation(pattern, statistics, format, device):
         given = torch.cat([ops._channel_stats(t, "") for t in tensors[: len(parts)]], 1)
     for kept in plans(len(chain)):
         saved = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+
+        def save(t, saved=saved):
+            saved.append(t)
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda t: t):
             out = ops._chain_forward(tensors, *packed.options, kept, given)[0]
         assert all(t.shape[:2] != (2, sum(PARTS)) or t.dim() != 4 for t in saved[: len(tensors)])
         torch.testing.assert_close(out.cpu(), expected_out)

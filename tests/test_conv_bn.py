@@ -66,8 +66,8 @@ def test_float64_eval(case, channels_last, device):
 def test_error_is_not_above_that_of_the_unfused_layers(
     case, dtype, training, channels_last, device
 ):
-    """Both are compared with the same rounded numbers in float64. The root mean square of the error is taken, as single
-    values at a kink of the activation differ in both."""
+    """Both are compared with the same rounded numbers in float64, by the root mean square of the error. No gradient comes in
+    at a kink of the activation, where a rounding decides which slope is right."""
     tensors = case.tensors(dtype, channels_last, device)
     exact = {n: t.detach().double().requires_grad_() for n, t in tensors.items()}
     running = case.running(torch.float32, device)  # which the norm parameters of half types are too
@@ -76,6 +76,13 @@ def test_error_is_not_above_that_of_the_unfused_layers(
         n: t.double() if isinstance(t, torch.Tensor) else t for n, t in options.items()
     }
     truth, dout = run(unfused, exact, case, **exact_options)
+    with torch.no_grad():
+        u = unfused(exact, case, **{**exact_options, "activation": "none"})
+    # Into u go the roundings of the terms of a sum (of the folded weight, where the convolution runs in half), of the sum and
+    # of its shift, each eps/4 or so (root mean square) of numbers of the size of u's own: together eps/2. This is 8 times that.
+    reach = 4 * torch.finfo(dtype).eps * u.square().mean().sqrt()
+    for kink in (-3, 0, 3, 6):
+        dout[(u - kink).abs() < reach] = 0
     dout = dout.to(dtype)
     truth, _ = run(unfused, exact, case, dout.double(), **exact_options)
     results, _ = run(fused, tensors, case, dout, **options)

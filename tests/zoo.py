@@ -59,7 +59,7 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
             "vgg16_bn",
         )
     },
-    "inception_v3": _classifier("inception_v3", 96),
+    "inception_v3": _classifier("inception_v3", 128),
     "deeplabv3_resnet50": _segmenter("deeplabv3_resnet50"),
     "fcn_resnet50": _segmenter("fcn_resnet50"),
     "r3d_18": _video,
