@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from .calibration import measured_seconds
-from .forward import FusedForward, fused_forward
-from .links import BATCH_NORMS, Chain
+from .forward import fused_forward
+from .links import BATCH_NORMS, Chain, ConvOptions
+from .matching import reason_against
 from .planning import (
     AUTO_FRACTION,
     InnerMap,
@@ -23,6 +24,7 @@ from .planning import (
 )
 from .profiling import Profile, device_of, profile
 from .tracing import Untraceable, is_leaf
+from .watching import PairedForward, pair_up
 
 
 @dataclass
@@ -109,7 +111,7 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         The model, of the same class.
     """
     model = model if inplace else _sharing_copy(model)
-    for module, _ in _fused(model):
+    for module, _ in list(_fused(model)):
         del module.__dict__["forward"], module.__dict__["__prepare_scriptable__"]
     return model
 
@@ -148,6 +150,8 @@ def _fuse(
     if example_inputs is not None:
         found.eager = profile(model, example_inputs)
     _install(model, found)
+    if found.eager is not None and found.untraceable:
+        _pair_up(model, found)
     device = device_of(model).type
     modules = dict(model.named_modules())
     found.maps = _inner_maps(found.chains, modules, found.eager, device)
@@ -184,7 +188,7 @@ def _plan(
     return best(found.maps, budget - least)
 
 
-def _put(module: nn.Module, forward: FusedForward) -> None:
+def _put(module: nn.Module, forward: Any) -> None:
     module.__dict__["forward"] = forward
     module.__dict__["__prepare_scriptable__"] = forward.scriptable
 
@@ -194,19 +198,19 @@ def _sharing_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
 
 
-def _fused(model: nn.Module) -> Iterator[tuple[nn.Module, FusedForward]]:
+def _fused(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
     for module in model.modules():
         forward = module.__dict__.get("forward")
-        if isinstance(forward, FusedForward):
+        if getattr(forward, "is_fused", False):
             yield module, forward
 
 
 def _all_chains(model: nn.Module) -> Iterator[tuple[str, Chain]]:
     for path, module in model.named_modules():
         forward = module.__dict__.get("forward")
-        if isinstance(forward, FusedForward):
+        if getattr(forward, "is_fused", False):
             for chain in forward.chains:
-                yield path, chain
+                yield ("" if isinstance(forward, PairedForward) else path), chain
 
 
 def _install(model: nn.Module, found: Findings) -> None:
@@ -240,6 +244,31 @@ def _install(model: nn.Module, found: Findings) -> None:
             if (path, names) not in seen:
                 seen.add((path, names))
                 found.chains.append((path, chain))
+
+
+def _pair_up(model: nn.Module, found: Findings) -> None:
+    """Pairs of which no traced forward runs either module, as the example run showed them."""
+    modules = dict(model.named_modules())
+    traced = {p for pair in found.pairs for p in pair} | set(found.refused)
+    for owner, chain in found.chains:
+        traced |= {".".join(filter(None, (owner, *link.path))) for link in chain.links}
+    for bn_path, conv_path in found.eager.behind.items():
+        if not traced.isdisjoint((bn_path, conv_path)):
+            continue
+        conv, bn = modules[conv_path], modules[bn_path]
+        found.pairs.append((conv_path, bn_path))
+        for path, module in ((conv_path, conv), (bn_path, bn)):
+            if reason := reason_against(module, found.eager.calls[path]):
+                found.refused[path] = reason
+        if not found.refused.keys().isdisjoint((conv_path, bn_path)):
+            continue
+        if ConvOptions.of(conv).pad:
+            found.refused[conv_path] = "its padding is not one that the operator does"
+            continue
+        postponing, paired = pair_up(conv_path, conv, bn_path, bn)
+        _put(conv, postponing)
+        _put(bn, paired)
+        found.chains.append(("", paired.chain))
 
 
 def _inner_maps(

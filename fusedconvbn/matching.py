@@ -186,6 +186,22 @@ def mutated(node: fx.Node) -> fx.Node | None:
     return next(iter(node.all_input_nodes), None) if writes else None
 
 
+def reason_against(module: nn.Module, calls: int) -> str | None:
+    """Why a convolution or a batch norm that is called so often in a forward cannot be a link."""
+    kind = next(k for k in (*CONVOLUTIONS, *BATCH_NORMS) if isinstance(module, k))
+    if parametrize.is_parametrized(module):
+        return "it is parametrised"
+    if overridden := _overridden(type(module), kind):
+        return f"it is a {type(module).__name__}, which has its own {overridden}"
+    if has_hooks(module):
+        return "it has hooks"
+    if "forward" in module.__dict__:
+        return "its forward was replaced"
+    if calls > 1:
+        return "it is shared: it is called more than once"
+    return None
+
+
 class Matcher:
     """Chains of one graph.
 
@@ -251,7 +267,7 @@ class Matcher:
             return
         x = node.args[0]
         if isinstance(module, (*CONVOLUTIONS, *BATCH_NORMS)):
-            reason = self._reason_against(node, module)
+            reason = reason_against(module, self.uses[module])
             if reason:
                 self.refused[node.target] = reason
                 return
@@ -382,22 +398,6 @@ class Matcher:
         return None
 
     # ------------------------------------------------------------------------------- what would be wrong
-
-    def _reason_against(self, node: fx.Node, module: nn.Module) -> str | None:
-        kind = next(k for k in (*CONVOLUTIONS, *BATCH_NORMS) if isinstance(module, k))
-        if parametrize.is_parametrized(module):
-            return "it is parametrised"
-        if overridden := _overridden(type(module), kind):
-            return f"it is a {type(module).__name__}, which has its own {overridden}"
-        if has_hooks(module):
-            return "it has hooks"
-        if "forward" in module.__dict__:
-            return "its forward was replaced"
-        if self.uses[module] > 1:
-            return "it is shared: it is called more than once"
-        if any(p is None for p in (getattr(module, "weight", None),)) and kind in CONVOLUTIONS:
-            return "it has no weight"
-        return None
 
     def _is_undisturbed(self, match: Match) -> bool:
         """Whether nothing that a chain reads is written to before it runs, which is where it ends; nor, where eager

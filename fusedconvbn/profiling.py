@@ -1,6 +1,7 @@
 """What a step of a model would save for backward, and how large its maps are, without running it."""
 
 import copy
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ class Profile:
         values: values in the result of each convolution and batch norm, by path.
         nbytes: their bytes.
         shapes, inputs: their shapes, and those of what the modules were given.
+        behind: path of a batch norm, and of the convolution whose result it was given.
+        calls: of each convolution and batch norm.
         fake: whether no real tensor was computed.
     """
 
@@ -35,6 +38,8 @@ class Profile:
     nbytes: dict[str, int] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     inputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    behind: dict[str, str] = field(default_factory=dict)
+    calls: dict[str, int] = field(default_factory=dict)
     fake: bool = True
 
 
@@ -122,13 +127,22 @@ def _recorded(model: nn.Module, found: Profile, fused: bool) -> Iterator[Profile
         finally:
             running.pop()
 
-    def enter(module: nn.Module, _: Any) -> None:
+    made: dict[int, tuple[Any, str]] = {}  # results of convolutions, which live no longer for it
+
+    def enter(module: nn.Module, args: Any) -> None:
         running.append(names[module])
+        if isinstance(module, BATCH_NORMS) and args and id(args[0]) in made:
+            result, path = made[id(args[0])]
+            if result() is args[0]:
+                found.behind[names[module]] = path
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         running.pop()
         if isinstance(module, (*CONVOLUTIONS, *BATCH_NORMS)) and isinstance(output, Tensor):
             name = names[module]
+            found.calls[name] = found.calls.get(name, 0) + 1
+            if isinstance(module, CONVOLUTIONS):
+                made[id(output)] = weakref.ref(output), name
             found.values[name] = output.numel()
             found.nbytes[name] = output.numel() * output.element_size()
             found.shapes[name] = tuple(output.shape)
