@@ -466,7 +466,7 @@ def test_a_forward_that_cannot_be_traced_is_watched():
     for inputs in ((image(), torch.tensor(1)), (image() + 1e9,), (image(1, 8, 5, 4),)):
         same(made, *inputs, fused=fused)
     for other in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
-        same(made, image(), fused=other)
+        same(copy.deepcopy(made), image(), fused=other)
         assert other.bn.forward.conv is other.conv
     same(made, image(), train=False, fused=fused.eval())
     back = unfuse(fused.train())
@@ -773,8 +773,10 @@ def test_zoo_names_are_found_by_the_command(capsys, tmp_path):
     picture = tmp_path / "out.png"
     numbers = tmp_path / "out.json"
     main(
-        ["explain", "torchvision:resnet18", "--batch", "2", "--size", "64", "--budget", "0.6"]
-        + f"--plot {picture} --json {numbers}".split()
+        (
+            "explain torchvision:resnet18 --batch 2 --size 64 --budget 0.6 "
+            f"--plot {picture} --json {numbers}"
+        ).split()
     )
     printed = capsys.readouterr().out
     assert "20 of 20 pairs" in printed and picture.stat().st_size > 10_000
