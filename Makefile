@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CPP := $(shell find csrc tests examples -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test lint check-cuda test-cuda bench fuzz leak sanitize build format clean
+.PHONY: demo test lint check-cuda test-cuda bench bench-models fuzz leak sanitize build format clean
 
 demo: build
 	$(BIN)/python examples/mnist.py --output output/mnist.png
@@ -21,6 +21,10 @@ test: build lint check-cuda
 
 bench: build
 	$(BIN)/python benchmarks/conv_bn.py
+
+bench-models: build
+	$(BIN)/python benchmarks/models.py
+	$(BIN)/python benchmarks/models.py --plot benchmarks/results/models-cpu.png
 
 # 10,000 random calls, other ones each time; a failure prints how to repeat it. FUZZ_EXAMPLES=100000 for a night.
 FUZZ_EXAMPLES ?= 10000

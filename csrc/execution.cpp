@@ -55,7 +55,8 @@ class Execution {
         statistics_(chain_.size()) {
     if (chain_.parts == 1) maps_[0] = tensors[0];
     kept_[0] = chain_.parts == 1;
-    if (chain_[0].norm() && chain_[0].norm()->batch_statistics()) statistics_[0] = input_statistics;
+    if (input_statistics.defined() && chain_[0].norm() && chain_[0].norm()->batch_statistics())
+      statistics_[0] = input_statistics.clone();
     check_places("kept", kept, 1, int64_t(chain_.size()));
     for (const auto i : kept) kept_[i] = true;
   }
@@ -195,7 +196,9 @@ class Execution {
   }
 
   Tensor statistics(const Norm& norm, size_t i, const Tensor& y) const {
-    if (norm.arithmetic == Arithmetic::running) return tensor(chain_[i].statistics).to(statistics_dtype(y));
+    // An operator's results are its own.
+    if (norm.arithmetic == Arithmetic::running)
+      return tensor(chain_[i].statistics).to(statistics_dtype(y), /*non_blocking=*/false, /*copy=*/true);
     // A process without samples takes part in a synchronised batch.
     TORCH_CHECK_VALUE(y.numel() > 0 || !process_group_.empty(), "a norm link needs values, got shape ", y.sizes());
     return map_statistics(y, process_group_);
@@ -449,7 +452,8 @@ ChainResult chain_forward_kernel(at::TensorList tensors, at::IntArrayRef links, 
 }
 
 Tensor channel_stats_kernel(const Tensor& y, std::string_view process_group) {
-  TORCH_CHECK_VALUE(y.dim() >= 2 && y.numel() > 0, "expected a map with values, got shape ", y.sizes());
+  TORCH_CHECK_VALUE(y.dim() >= 2 && y.size(1) > 0 && (y.numel() > 0 || !process_group.empty()),
+                    "expected a map with values, got shape ", y.sizes());
   return map_statistics(y.contiguous(y.suggest_memory_format()), std::string(process_group));
 }
 

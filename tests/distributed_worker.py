@@ -363,6 +363,54 @@ def check_collectives() -> None:
     assert evaluation == []
 
 
+# --------------------------------------------------------------------------------------- whole models
+
+
+class Dense(nn.Module):
+    """Growing concatenations, whose parts' statistics several chains share, and a block with a residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.BatchNorm2d(3 + 2 * i) for i in range(3))
+        self.convs = nn.ModuleList(nn.Conv2d(3 + 2 * i, 2, 3, padding=1) for i in range(3))
+        self.conv1, self.bn1 = nn.Conv2d(9, 4, 1), nn.BatchNorm2d(4)
+        self.conv2, self.bn2 = nn.Conv2d(4, 9, 1), nn.BatchNorm2d(9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for norm, conv in zip(self.norms, self.convs, strict=True):
+            x = torch.cat([x, conv(norm(x).relu())], 1)
+        out = torch.relu(self.bn1(self.conv1(x)))
+        return torch.relu(self.bn2(self.conv2(out)) + x)
+
+
+def check_fused_model(split: str, memory: str) -> None:
+    model = Dense().double()
+    unfused = copy.deepcopy(model)
+    fused = fusedconvbn.fuse(model, torch.randn(2, 3, 6, 5, dtype=torch.float64), memory=memory)
+    fused = nn.SyncBatchNorm.convert_sync_batchnorm(fused)
+    samples = SAMPLES[dist.get_world_size()][split]
+    first = sum(samples[: dist.get_rank()])
+    joined = torch.randn(sum(samples), 3, 6, 5, dtype=torch.float64)
+    own = joined[first : first + samples[dist.get_rank()]].clone().requires_grad_()
+    joined.requires_grad_()
+    with collectives() as forward:
+        ours = fused(own)
+    with collectives() as backward:
+        ours.sin().sum().backward()
+    # Statistics of a part are found once, those of what is remade never again: 4 parts and 2 inner maps.
+    assert forward == 6 * ["c10d::allreduce_"]
+    assert backward == 5 * ["c10d::allreduce_"]
+    theirs = unfused(joined)
+    theirs.sin().sum().backward()
+    torch.testing.assert_close(ours, theirs[first : first + len(own)], **exact)
+    torch.testing.assert_close(own.grad, joined.grad[first : first + len(own)], **exact)
+    gradients = summed([p.grad for p in fused.parameters()])
+    for ours, p in zip(gradients, unfused.parameters(), strict=True):
+        torch.testing.assert_close(ours, p.grad, **exact)
+    for ours, theirs in zip(fused.buffers(), unfused.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, **exact)
+
+
 # ---------------------------------------------------------------------------------- compilers, errors
 
 

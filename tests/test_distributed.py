@@ -62,6 +62,12 @@ def test_synchronised(pool, world_size, check):
     pool(world_size).run(check)
 
 
+@pytest.mark.parametrize("memory", ["auto", "min"])
+@pytest.mark.parametrize("split", ["even", "uneven", "empty"])
+def test_a_fused_model(pool, split, memory):
+    pool(2).run(worker.check_fused_model, split, memory)
+
+
 def test_one_all_reduce_in_forward_and_one_in_backward(pool):
     pool(2).run(worker.check_collectives)
 

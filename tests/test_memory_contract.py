@@ -1,5 +1,7 @@
 """What the operator promises about bytes: what it saves, and what it allocates."""
 
+from itertools import combinations
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -141,6 +143,43 @@ def test_a_chain_saves_what_its_plan_keeps(kept):
     expected = sum(sizes[i] for i in kept)
     assert expected <= memory.saved < expected + SMALL
     assert memory.end_of_forward < expected + out.nbytes + SMALL
+
+
+@pytest.mark.parametrize("pattern", ("cncncn", "ncnc"))
+def test_a_chain_never_needs_more_than_keeping_everything(pattern):
+    """Neither in forward nor at the peak, whatever its plan keeps; and with nothing kept it needs less."""
+    x = torch.randn(8, 16, 40, 40).to(memory_format=torch.channels_last).requires_grad_()
+    links = []
+    for letter in pattern:
+        weight = torch.randn(16, 16, 1, 1).to(memory_format=torch.channels_last)
+        links.append(Norm(activation="relu") if letter == "n" else Conv(weight.requires_grad_()))
+    packed = pack(x, links)
+    inner = range(1, len(links))
+    dout = torch.randn_like(x)
+    peaks = {}
+    for count in range(len(links)):
+        for kept in combinations(inner, count):
+
+            def run(x, kept=kept):
+                tensors = [x, *packed.tensors[1:]]
+                return torch.ops.fusedconvbn._chain_forward(tensors, *packed.options, kept)[0]
+
+            peaks[kept] = step(run, x, dout=dout).peak
+    everything = peaks[tuple(inner)]
+    assert all(peak <= everything + SMALL for peak in peaks.values())
+    assert min(peaks.values()) < everything - x.nbytes
+
+
+def test_the_parts_of_a_concatenation_are_saved_and_not_the_whole():
+    parts = [torch.randn(8, c, 40, 40).to(memory_format=torch.channels_last) for c in (8, 16, 24)]
+    weight = torch.randn(8, 48, 1, 1, requires_grad=True)
+    packed = pack(parts, [Norm(activation="relu"), Conv(weight)])
+    with track_memory() as memory:
+        out = torch.ops.fusedconvbn._chain_forward(packed.tensors, *packed.options, [])[0]
+    whole = sum(t.nbytes for t in parts)
+    assert whole <= memory.saved < whole + SMALL
+    assert memory.end_of_forward < out.nbytes + SMALL
+    assert memory.peak < whole + out.nbytes + SMALL
 
 
 class Network(nn.Module):

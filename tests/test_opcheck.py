@@ -4,7 +4,7 @@ import pytest
 import torch
 from cases import CASES
 
-from fusedconvbn.chain import Conv, Norm, pack
+from fusedconvbn.chain import Conv, Gate, Norm, pack
 
 ops = torch.ops.fusedconvbn
 
@@ -76,4 +76,61 @@ def test_chain_whose_input_and_weight_differ_in_memory_format(formats):
     torch.library.opcheck(
         ops._chain_backward.default,
         (torch.randn_like(out), packed.tensors, [], statistics, *arguments[1:], [], [0, 1]),
+    )
+
+
+def wide_chain(dtype, channels_last, requires_grad=True):
+    """A virtual concatenation, a gate, and a norm in eval mode."""
+    format = torch.channels_last if channels_last else torch.contiguous_format
+
+    def draw(*shape):
+        t = torch.randn(shape, dtype=dtype)
+        return (t.to(memory_format=format) if t.dim() == 4 else t).requires_grad_(requires_grad)
+
+    statistics = torch.stack([torch.randn(4), torch.rand(4) + 0.5]).to(dtype)
+    links = [
+        Norm(draw(5), draw(5), activation="relu"),
+        Conv(draw(4, 5, 3, 2), padding=(1, 0)),
+        Gate(draw(2, 4, 1, 1)),
+        Norm(draw(4), draw(4), arithmetic="running", statistics=statistics, activation="silu"),
+    ]
+    return pack([draw(2, 2, 7, 5), draw(2, 3, 7, 5)], links)
+
+
+@pytest.mark.parametrize("kept", ([], [1, 3]), ids=str)
+@pytest.mark.parametrize("channels_last", (False, True), ids=("nchw", "nhwc"))
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)
+def test_chain_of_parts(dtype, channels_last, kept):
+    tolerances = dict(rtol=1e-3, atol=1e-3)
+    packed = wide_chain(dtype, channels_last)
+    arguments = (packed.tensors, *packed.options)
+    known = torch.cat([ops._channel_stats(t.detach(), "") for t in packed.tensors[:2]], 1)
+    for statistics in (None, known):
+        torch.library.opcheck(
+            ops._chain_forward.default, (*arguments, kept, statistics), **tolerances
+        )
+    torch.library.opcheck(ops._channel_stats.default, (packed.tensors[0].detach(), ""))
+
+    packed = wide_chain(dtype, channels_last, requires_grad=False)
+    arguments = (packed.tensors, *packed.options)
+    out, maps, statistics = ops._chain_forward(*arguments, kept)
+    wanted = [i for i, t in enumerate(packed.tensors) if i != 1 and t.shape != (2, 4)]
+    torch.library.opcheck(
+        ops._chain_backward.default,
+        (torch.randn_like(out), packed.tensors, maps, statistics, *arguments[1:], kept, wanted),
+        **tolerances,
+    )
+
+
+@pytest.mark.parametrize("training", ([1, 1], [1, 0], [0, 0]), ids=str)
+@pytest.mark.parametrize("channels_last", (False, True), ids=("nchw", "nhwc"))
+def test_conv_bn_chain(channels_last, training):
+    packed = chain(torch.float32, channels_last)
+    running = [torch.zeros(3), torch.ones(3), torch.zeros(4), torch.ones(4), torch.tensor(3)]
+    torch.library.opcheck(
+        ops.conv_bn_chain.default,
+        (packed.tensors, running, packed.links, packed.scalars, [2, 3], [0.1, float("nan")]),
+        dict(training=training, kept=[1]),
+        rtol=1e-3,
+        atol=1e-3,
     )

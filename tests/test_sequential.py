@@ -1,0 +1,120 @@
+"""FusedConvBNSequential: a chain built by hand."""
+
+import copy
+import io
+from collections import OrderedDict
+
+import pytest
+import torch
+from torch import nn
+
+from fusedconvbn import FusedConvBNSequential, track_memory
+
+
+def modules():
+    return [
+        nn.Conv2d(6, 4, 1, bias=False),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 4, 3, padding=1, groups=2),
+        nn.BatchNorm2d(4, momentum=None),
+        nn.LeakyReLU(0.2),
+        nn.Conv2d(4, 6, 1),
+        nn.BatchNorm2d(6),
+        nn.SiLU(),
+    ]
+
+
+def x(*shape):
+    return torch.randn(shape or (3, 6, 5, 4), dtype=torch.float64, requires_grad=True)
+
+
+def compare(fused, plain, *inputs, residual=None):
+    results = []
+    for function in (fused, plain):
+        out = function(*inputs) if residual is None else function(*inputs, residual)
+        leaves = [t for t in (*inputs, residual) if isinstance(t, torch.Tensor)]
+        leaves += [t for t in inputs[0] if not isinstance(inputs[0], torch.Tensor)]
+        parameters = list((fused if function is fused else PLAIN).parameters())
+        results.append([out, *torch.autograd.grad(out.sin().sum(), leaves + parameters)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+PLAIN: nn.Module
+
+
+@pytest.mark.parametrize("memory", ("auto", "min"))
+@pytest.mark.parametrize("train", (True, False))
+def test_is_the_sequential(memory, train):
+    global PLAIN
+    made = nn.Sequential(*modules()).double()
+    PLAIN = made
+    fused = FusedConvBNSequential(*copy.deepcopy(list(made)), memory=memory).train(train)
+    made.train(train)
+    assert list(fused.state_dict()) == list(made.state_dict())
+    compare(fused, made, x())
+
+    def with_residual(t, residual):
+        return made[8](made[:8](t) + residual)
+
+    compare(fused, with_residual, x(), residual=x())
+    parts = [x(3, 1, 5, 4), x(3, 5, 5, 4)]
+    compare(fused, lambda parts: made(torch.cat(parts, 1)), parts)
+    for ours, theirs in zip(fused.buffers(), made.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_saves_its_input_and_what_it_keeps():
+    made = modules()
+    t = torch.randn(4, 6, 24, 20, requires_grad=True) * 1
+    map_bytes = 4 * 4 * 24 * 20 * 4
+    with track_memory() as least:
+        FusedConvBNSequential(*made, memory="min")(t)
+    with track_memory() as auto:
+        FusedConvBNSequential(*made)(t)
+    with track_memory() as eager:
+        nn.Sequential(*made)(t)
+    assert t.nbytes <= least.saved < t.nbytes + (8 << 10)
+    assert auto.saved in range(t.nbytes, t.nbytes + 2 * map_bytes + (8 << 10))
+    assert eager.saved > 3 * auto.saved
+
+
+def test_script_and_compile():
+    fused = FusedConvBNSequential(OrderedDict((f"m{i}", m) for i, m in enumerate(modules())))
+    other = copy.deepcopy(fused)
+    scripted = torch.jit.script(fused)
+    stream = io.BytesIO()
+    torch.jit.save(scripted, stream)
+    stream.seek(0)
+    t = x().float()
+    torch.testing.assert_close(torch.jit.load(stream)(t), other(t))
+    assert set(scripted.state_dict()) == set(other.state_dict())
+    compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(t, t), copy.deepcopy(other)(t, t))
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        ([], "expected at least one module"),
+        ([nn.Conv2d(3, 3, 1), nn.ReLU()], "expected module '1' to stand behind a batch norm"),
+        ([nn.Linear(3, 3)], "expected module '0' to be a convolution, batch norm or activation"),
+        (
+            [nn.BatchNorm2d(3), nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect")],
+            "expected module '1' to come first",
+        ),
+    ],
+)
+def test_what_is_no_chain(made, message):
+    with pytest.raises(ValueError, match=message):
+        FusedConvBNSequential(*made)
+
+
+def test_other_errors():
+    with pytest.raises(ValueError, match='expected memory "auto" or "min"'):
+        FusedConvBNSequential(*modules(), memory=0.5)
+    with pytest.raises(ValueError, match="expected no residual"):
+        FusedConvBNSequential(nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1))(
+            torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+        )
