@@ -3,9 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
+# For its models' definitions alone: with its dependencies it would replace torch by a CUDA build.
+TORCHVISION := torchvision==0.28.0
 
 CUDA_VENV := .venv-cuda
 CUDA_TORCH := torch==2.11.0
+CUDA_TORCHVISION := torchvision==0.26.0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
@@ -72,6 +75,7 @@ build: $(VENV)/built
 $(VENV)/requirements: requirements-dev.txt Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -r requirements-dev.txt $(TORCH)
+	$(BIN)/pip install --quiet --no-deps $(TORCHVISION)
 	touch $@
 
 $(VENV)/built: $(VENV)/requirements $(SOURCES)
@@ -86,6 +90,7 @@ test-cuda: $(CUDA_VENV)/built
 $(CUDA_VENV)/requirements: requirements-dev.txt Makefile
 	$(PYTHON) -m venv $(CUDA_VENV)
 	$(CUDA_VENV)/bin/pip install --quiet -r requirements-dev.txt $(CUDA_TORCH)
+	$(CUDA_VENV)/bin/pip install --quiet --no-deps $(CUDA_TORCHVISION)
 	touch $@
 
 $(CUDA_VENV)/built: $(CUDA_VENV)/requirements $(SOURCES) $(wildcard fusedconvbn/*.py)

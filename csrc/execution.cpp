@@ -307,7 +307,7 @@ class Execution {
   static Tensor position_dots(const Tensor& a, const Tensor& b) {
     const int64_t samples = b.size(0), channels = b.size(1);
     const auto dots = [](const Tensor& a, const Tensor& b) {
-      return channel_sums(a, b, plain(b), {}, {}).select(0, 1);
+      return channel_sums(a, b, plain(b), {}, {}).select(0, 1).clone();
     };
     if (b.numel() == 0) return at::zeros({samples, channels}, b.options().memory_format(std::nullopt));
     if (!channel_layout(b)->channels_last) {  // then samples are as good as channels
