@@ -13,6 +13,7 @@
 // A first gate may be any product: what is no gate is multiplied and then is T_0. In eval mode batch norm is folded
 // into the convolution in front of it.
 #include <ATen/TensorOperators.h>
+#include <ATen/core/grad_mode.h>
 #include <ATen/ops/batch_norm.h>
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/stack.h>
@@ -21,6 +22,7 @@
 #include <cmath>
 
 #include "arguments.h"
+#include "autocast/autocast.h"
 #include "composite.h"
 #include "ops.h"
 #include "running.h"
@@ -108,6 +110,7 @@ Model checked(at::TensorList tensors, at::TensorList buffers, const Chain& chain
                      model.parts[p].scalar_type());
   }
   size_t n = 0, buffer = 0;
+  bool convolved = false;
   for (size_t i = first; i < chain.size(); ++i) {
     const auto op = "conv_bn_chain: link " + std::to_string(i);
     const auto& link = chain[i];
@@ -115,6 +118,7 @@ Model checked(at::TensorList tensors, at::TensorList buffers, const Chain& chain
     if (const auto* conv = link.conv()) {
       made.conv = ConvArguments{*conv, tensors[link.weight], optional(link.bias)};
       sizes = check_conv(op, input, sizes, *made.conv);
+      convolved = true;
     } else if (link.gate()) {
       made.gate = tensors[link.weight];
     } else {
@@ -129,8 +133,10 @@ Model checked(at::TensorList tensors, at::TensorList buffers, const Chain& chain
                         buffer_counts[n]);
       for (int64_t b = 0; b < buffer_counts[n]; ++b) *targets[b] = buffers[buffer++];
       if (const auto residual = optional(link.residual)) {
-        const bool fits = residual->scalar_type() == input.scalar_type() && residual->device() == input.device() &&
-                          broadcasts_to(*residual, sizes);
+        // Of the map; eager's sum has the wider dtype of the two.
+        const auto dtype = convolved ? conv_dtype(input) : input.scalar_type();
+        const bool fits =
+            residual->scalar_type() == dtype && residual->device() == input.device() && broadcasts_to(*residual, sizes);
         if (fits) {
           norm.residual = residual->expand_symint(sizes);
         } else {
@@ -170,6 +176,99 @@ Tensor run_empty(const Model& model, RunningUpdates& updates) {
   return t;
 }
 
+// The first link that a gradient is asked of, or that is below one; all of them run without a graph where there is
+// none.
+size_t first_trained(const Model& model) {
+  if (!at::GradMode::is_enabled() || any_requires_grad(model.parts)) return 0;
+  const auto trained = [](const Optional& t) { return t && t->requires_grad(); };
+  for (size_t i = 0; i < model.links.size(); ++i) {
+    const auto& link = model.links[i];
+    if (link.conv && (link.conv->weight.requires_grad() || trained(link.conv->bias))) return i;
+    if (link.gate.defined() && link.gate.requires_grad()) return i;
+    if (link.norm && (trained(link.norm->weight) || trained(link.norm->bias) || trained(link.norm->residual)))
+      return !link.norm->training && i > 0 && model.links[i - 1].conv ? i - 1 : i;  // which is folded into it
+  }
+  return 0;
+}
+
+// Runs links first … last - 1 of a model on T_first. `kept` are places in the whole model.
+Tensor run(const Model& model, at::TensorList parts, size_t first, size_t last, std::string_view process_group,
+           at::IntArrayRef kept, const std::optional<Tensor>& input_statistics, RunningUpdates& updates) {
+  const auto& links = model.links;
+  const auto folds = [&](size_t i) {  // norm i into the convolution in front
+    return !links[i].norm->training && i > first && links[i - 1].conv.has_value();
+  };
+  PackedChain packed(parts);
+  std::vector<int64_t> place(links.size() + 1, 0);  // where each map is in the chain that is run
+  int64_t pushed = 0;
+  const auto push = [&](size_t i, const auto& link, const auto&... rest) {
+    packed.push(link, rest...);
+    place[i + 1] = ++pushed;
+  };
+  bool training = false;
+  std::optional<Norm> ending;
+  bool ending_residual = false;
+  for (size_t i = first; i < last; ++i) {
+    const auto& link = links[i];
+    ending.reset();
+    if (link.conv) {
+      if (i + 1 < last && links[i + 1].norm && folds(i + 1)) {
+        const auto [weight, bias] = fold(*link.conv, *links[i + 1].norm);
+        push(i, link.conv->conv, weight, Optional(bias));
+      } else {
+        push(i, link.conv->conv, link.conv->weight, link.conv->bias);
+      }
+    } else if (link.norm) {
+      const auto& norm = *link.norm;
+      training |= norm.training;
+      ending = norm.norm;
+      ending_residual = norm.residual.has_value();
+      if (norm.training) {
+        push(i, *ending, norm.weight, norm.bias, norm.residual);
+      } else if (folds(i)) {
+        ending->arithmetic = Arithmetic::none;
+        if (ending->identity() && !norm.residual)
+          place[i + 1] = pushed;
+        else
+          push(i, *ending, Optional(), Optional(), norm.residual);
+      } else {
+        ending->arithmetic = Arithmetic::running;
+        const auto wide = norm.running_var->scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+        push(i, *ending, norm.weight, norm.bias, norm.residual,
+             Optional(at::stack({norm.running_mean->to(wide), norm.running_var->to(wide)})));
+      }
+    } else {
+      push(i, Gate{}, link.gate);
+    }
+  }
+  const bool grad = any_requires_grad(packed.tensors);
+  std::vector<int64_t> places;
+  if (grad) {
+    for (const auto k : kept)
+      if (place[k] > 0 && place[k] < pushed && (places.empty() || places.back() < place[k])) places.push_back(place[k]);
+    if (ending)
+      for (const auto k : kept_result(*ending, ending_residual, pushed)) places.push_back(k);
+  }
+  const auto group = training ? process_group : std::string_view();
+  const bool reads_statistics = links[first].norm && links[first].norm->training;
+  const auto result = !grad && !training && is_traced(parts[0])
+                          ? unfused_chain(packed.tensors, packed.links, packed.scalars, group, {}, {})
+                          : chain_forward(packed.tensors, packed.links, packed.scalars, group, places,
+                                          reads_statistics ? input_statistics : std::nullopt);
+  auto found = std::get<2>(result).begin();
+  for (size_t i = first; i < last; ++i) {
+    if (!links[i].norm || folds(i)) continue;
+    const auto& statistics = *found++;
+    const auto& norm = *links[i].norm;
+    if (!norm.training) continue;
+    updates.count(norm);
+    const bool bias_left_out = i > first && links[i - 1].conv;
+    updates.add(norm, statistics, links[i].sizes, bias_left_out ? links[i - 1].conv->bias : Optional(),
+                !process_group.empty());
+  }
+  return std::get<0>(result);
+}
+
 }  // namespace
 
 Tensor conv_bn_chain(at::TensorList tensors, at::TensorList buffers, at::IntArrayRef links,
@@ -178,88 +277,27 @@ Tensor conv_bn_chain(at::TensorList tensors, at::TensorList buffers, at::IntArra
                      const std::optional<Tensor>& input_statistics) {
   const auto chain = unpack(links, scalars, tensors.size());
   const auto model = checked(tensors, buffers, chain, buffer_counts, momenta, training, process_group);
-  const auto count = model.links.size();
-  const auto dropped = chain.size() - count;  // a product in place of a gate
 
   RunningUpdates updates;
   Tensor output;
   if (model.parts[0].sym_size(0) == 0 && process_group.empty() && model.in_training()) {
     output = run_empty(model, updates);
   } else {
-    PackedChain packed(model.parts);
-    std::vector<int64_t> place(chain.size() + 1, 0);  // where each map is in the chain that is run
-    int64_t links_pushed = 0;
-    bool reads_input_statistics = false;
-    const auto push = [&](size_t i, const auto& link, const auto&... rest) {
-      packed.push(link, rest...);
-      place[dropped + i + 1] = ++links_pushed;
-    };
-    Norm last{};
-    bool last_residual = false;
-    for (size_t i = 0; i < count; ++i) {
-      const auto& link = model.links[i];
-      if (link.conv) {
-        const bool folds = i + 1 < count && model.links[i + 1].norm && !model.links[i + 1].norm->training;
-        const auto [weight, bias] =
-            folds ? fold(*link.conv, *model.links[i + 1].norm) : std::pair(link.conv->weight, Tensor());
-        push(i, link.conv->conv, weight, folds ? Optional(bias) : link.conv->bias);
-      } else if (link.norm) {
-        const auto& norm = *link.norm;
-        last = norm.norm;
-        last_residual = norm.residual.has_value();
-        if (norm.training) {
-          reads_input_statistics |= i == 0;
-          push(i, last, norm.weight, norm.bias, norm.residual);
-        } else if (i > 0 && model.links[i - 1].conv) {
-          last.arithmetic = Arithmetic::none;
-          if (last.identity() && !norm.residual)
-            place[dropped + i + 1] = links_pushed;
-          else
-            push(i, last, Optional(), Optional(), norm.residual);
-        } else {
-          last.arithmetic = Arithmetic::running;
-          const auto wide = norm.running_var->scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-          push(i, last, norm.weight, norm.bias, norm.residual,
-               Optional(at::stack({norm.running_mean->to(wide), norm.running_var->to(wide)})));
-        }
-      } else {
-        push(i, Gate{}, link.gate);
-      }
+    const auto first = first_trained(model);
+    std::vector<int64_t> inner;
+    for (const auto k : kept) {
+      TORCH_CHECK_VALUE(k > 0 && k < int64_t(chain.size()), "conv_bn_chain: expected kept between 1 and ",
+                        chain.size() - 1, ", got ", kept);
+      inner.push_back(k - int64_t(chain.size() - model.links.size()));  // a product is no link
     }
-    const bool ends_in_norm = model.links.back().norm.has_value();
-    const bool grad = any_requires_grad(packed.tensors);
-    std::vector<int64_t> places;
-    if (grad) {
-      for (const auto k : kept) {
-        TORCH_CHECK_VALUE(k > 0 && k < int64_t(chain.size()), "conv_bn_chain: expected kept between 1 and ",
-                          chain.size() - 1, ", got ", kept);
-        if (place[k] > 0 && place[k] < links_pushed && (places.empty() || places.back() < place[k]))
-          places.push_back(place[k]);
-      }
-      if (ends_in_norm)
-        for (const auto k : kept_result(last, last_residual, links_pushed)) places.push_back(k);
+    auto parts = model.parts;
+    if (first > 0) {
+      // Eager keeps nothing of what no gradient reaches.
+      const at::NoGradGuard no_grad;
+      parts = {run(model, parts, 0, first, process_group, {}, input_statistics, updates)};
     }
-    const auto group = model.in_training() ? process_group : std::string_view();
-    const bool plain = !grad && !model.in_training() && is_traced(model.parts[0]);
-    const auto result = plain ? unfused_chain(packed.tensors, packed.links, packed.scalars, group, {}, {})
-                              : chain_forward(packed.tensors, packed.links, packed.scalars, group, places,
-                                              reads_input_statistics ? input_statistics : std::nullopt);
-    output = std::get<0>(result);
-
-    const auto& statistics = std::get<2>(result);
-    size_t s = 0;
-    for (size_t i = 0; i < count; ++i) {
-      if (!model.links[i].norm) continue;
-      const auto& norm = *model.links[i].norm;
-      const bool folds = !norm.training && i > 0 && model.links[i - 1].conv;
-      if (folds) continue;
-      const auto& found = statistics[s++];
-      if (!norm.training) continue;
-      updates.count(norm);
-      const bool follows_conv = i > 0 && model.links[i - 1].conv;
-      updates.add(norm, found, model.links[i].sizes, follows_conv ? model.links[i - 1].conv->bias : Optional(),
-                  !process_group.empty());
-    }
+    output = run(model, parts, first, model.links.size(), process_group, inner,
+                 first == 0 ? input_statistics : std::nullopt, updates);
   }
   if (model.tail) output = activate(output + *model.tail, model.tail_activation);
   updates.write();

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from .links import BATCH_NORMS, CONVOLUTIONS, Chain
 from .matching import CALL, Matcher, rewrite
@@ -87,10 +87,12 @@ class FusedForward:
         index = _variant(self)
         if index >= 0:
             variant = self.variants[index]
+            tensors = args
             if kwargs or len(args) != variant.positional:
-                args, kwargs = _without_defaults(self.__signature__, args, kwargs)
-            if not kwargs and len(args) == variant.positional:
-                return variant.function(self.module, *args)
+                tensors = _without_defaults(self.__signature__, args, kwargs)
+            # A number or a list may take another way.
+            if len(tensors) == variant.positional and all(isinstance(t, Tensor) for t in tensors):
+                return variant.function(self.module, *tensors)
         return type(self.module).forward(self.module, *args, **kwargs)
 
     def scriptable(self) -> nn.Module:
@@ -115,20 +117,24 @@ class FusedForward:
 
 def _without_defaults(
     signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The same call without arguments that are what they would be by default, and with as few keywords as can be."""
+) -> tuple[Any, ...]:
+    """The arguments of a call by position, without those that are what they would be by default; none where others than
+    the required ones are left."""
     try:
         given = signature.bind(*args, **kwargs).arguments
     except TypeError:  # the original forward gives the error
-        return args, kwargs
+        return ()
     positional: list[Any] = []
     for name, parameter in signature.parameters.items():
         if name not in given or given[name] is parameter.default:
             continue
-        if parameter.default is not parameter.empty:
-            return args, kwargs
+        if parameter.default is not parameter.empty or parameter.kind in _MANY:
+            return ()
         positional.append(given[name])
-    return tuple(positional), {}
+    return tuple(positional)
+
+
+_MANY = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def _variant(forward: FusedForward) -> int:

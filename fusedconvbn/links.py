@@ -188,7 +188,11 @@ class Chain:
             keys: under which they stand there.
         """
         modules = [submodule(owner, link.path) for link in self.links]
-        parts = [input] if isinstance(input, Tensor) else list(input)
+        parts = list(input) if isinstance(input, (list, tuple)) else [input]
+        if gate is not None and not (isinstance(gate, Tensor) and isinstance(parts[0], Tensor)):
+            parts, gate = [parts[0] * gate], None  # by a number
+        if residual is not None and not isinstance(residual, Tensor):
+            residual = torch.as_tensor(residual, dtype=parts[0].dtype, device=parts[0].device)
         call = Call()
         if len(parts) > 1:
             call.links += [3, len(parts)]

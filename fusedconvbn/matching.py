@@ -37,29 +37,33 @@ _ACTIVATIONS: dict[Any, str] = {
     torch.tanh: "tanh",
     "tanh": "tanh",
 }
-_IN_PLACE_FUNCTIONS = (F.relu_, torch.relu_, F.leaky_relu_, F.elu_, operator.iadd, operator.imul)
-_IN_PLACE_OPERATORS = (operator.isub, operator.itruediv, operator.setitem)
-_VIEWS = (
-    "view",
-    "reshape",
-    "flatten",
-    "permute",
-    "transpose",
-    "narrow",
-    "select",
-    "squeeze",
-    "unsqueeze",
-    "unbind",
-    "split",
-    "chunk",
-    "expand",
-    "view_as",
-    "expand_as",
-    "movedim",
-    "detach",
-    "contiguous",
-    "getattr",
-    "getitem",
+_IN_PLACE_OPERATORS = (
+    operator.iadd,
+    operator.isub,
+    operator.imul,
+    operator.itruediv,
+    operator.ifloordiv,
+    operator.imod,
+    operator.ipow,
+    operator.iand,
+    operator.ior,
+    operator.ixor,
+    operator.setitem,
+)
+# Whose result is in memory of its own; that of anything else may be its first argument's.
+_FRESH = (
+    operator.add,
+    operator.sub,
+    operator.mul,
+    operator.truediv,
+    torch.add,
+    torch.mul,
+    torch.cat,
+    F.interpolate,
+    F.avg_pool2d,
+    F.max_pool2d,
+    F.conv2d,
+    *_ACTIVATIONS,
 )
 
 
@@ -174,13 +178,14 @@ def _place_of_inplace(function: Any) -> int | None:
 
 def mutated(node: fx.Node) -> fx.Node | None:
     """The argument that a node writes to, if it does."""
-    writes = node.target in (*_IN_PLACE_FUNCTIONS, *_IN_PLACE_OPERATORS)
+    name = getattr(node.target, "__name__", str(node.target))
+    writes = node.target in _IN_PLACE_OPERATORS
+    if node.op in ("call_function", "call_method"):
+        writes = writes or (name.endswith("_") and not name.endswith("__"))
     writes = writes or node.kwargs.get("inplace") is True
     if node.op == "call_function" and not writes:
         place = _place_of_inplace(node.target)
         writes = place is not None and len(node.args) > place and node.args[place] is True
-    if node.op == "call_method":
-        writes = writes or (node.target.endswith("_") and not node.target.endswith("__"))
     if "out" in node.kwargs:
         return node.kwargs["out"]
     return next(iter(node.all_input_nodes), None) if writes else None
@@ -200,6 +205,24 @@ def reason_against(module: nn.Module, calls: int) -> str | None:
     if calls > 1:
         return "it is shared: it is called more than once"
     return None
+
+
+def _unexpanded(node: fx.Node, other: fx.Node) -> fx.Node:
+    """What multiplies `other` just as well without being expanded to it."""
+    if node.op == "call_method" and node.target == "expand_as" and node.args[1:] == (other,):
+        return node.args[0]
+    return node
+
+
+_POOLS = (
+    nn.MaxPool2d,
+    nn.AvgPool2d,
+    nn.AdaptiveAvgPool2d,
+    nn.AdaptiveMaxPool2d,
+    nn.Upsample,
+    nn.ConstantPad2d,
+    nn.ZeroPad2d,
+)
 
 
 class Matcher:
@@ -223,12 +246,17 @@ class Matcher:
         self.writes = {n: t for n in graph.nodes if (t := self._mutated(n)) is not None}
         self.order = {node: i for i, node in enumerate(graph.nodes)}
         self.refused: dict[str, str] = {}
+        self.ends: set[fx.Node] = set()  # of chains, whose results are new
         self.open: dict[fx.Node, Match] = {}  # by the last node
         self.closed: list[Match] = []
         for node in graph.nodes:
             self._visit(node)
         self.matches = [m for m in (*self.closed, *self.open.values()) if m.saves_memory()]
-        self.matches = [m for m in self.matches if self._is_undisturbed(m)]
+        undisturbed: list[Match] | None = None
+        while undisturbed is None or len(undisturbed) < len(self.matches):
+            self.matches = self.matches if undisturbed is None else undisturbed
+            self.ends = {m.end for m in self.matches}
+            undisturbed = [m for m in self.matches if self._is_undisturbed(m)]
         self.matches.sort(key=lambda m: self.order[m.end])
         self._concatenate()
         self._explain_the_rest()
@@ -241,15 +269,22 @@ class Matcher:
         return mutated(node)
 
     def _storage(self, node: fx.Node) -> fx.Node:
-        """The node whose memory a view, or what was computed in place, shares."""
-        while True:
-            name = getattr(node.target, "__name__", node.target)
+        """The node whose memory a node's value may share."""
+        while node.op.startswith("call_") and node not in self.ends and node.all_input_nodes:
             if node in self.writes:
                 node = self.writes[node]
-            elif node.op.startswith("call_") and name in _VIEWS and node.all_input_nodes:
-                node = node.all_input_nodes[0]
+            elif self._is_fresh(node):
+                break
             else:
-                return node
+                node = node.all_input_nodes[0]
+        return node
+
+    def _is_fresh(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return isinstance(
+                self.modules[node.target], (*CONVOLUTIONS, *BATCH_NORMS, nn.Linear, *_POOLS)
+            )
+        return node.target in _FRESH
 
     # ---------------------------------------------------------------------------------------- growing
 
@@ -333,9 +368,16 @@ class Matcher:
         if gated and isinstance(link, ConvLink) and not link.options.pad and not x.kwargs:
             a, b = (*x.args, None)[:2]
             factors = isinstance(a, fx.Node) and isinstance(b, fx.Node) and a is not b
-            if factors and (x not in self.writes or single_use(self.writes[x])):
-                return Match(a, nodes=[x], gate=b)
+            target = self.writes.get(x)
+            if factors and (target is None or (single_use(target) and self._is_own(target))):
+                return Match(_unexpanded(a, b), nodes=[x], gate=_unexpanded(b, a))
         return Match(x)
+
+    def _is_own(self, node: fx.Node) -> bool:
+        """Whether a node's memory is made by it, or by a chain that ends in it."""
+        if node in self.open:
+            return True
+        return node.op == "call_module" and self._is_fresh(node)
 
     def _activate(self, node: fx.Node, activation: str) -> None:
         x = node.args[0] if node.args else node.kwargs.get("input")
@@ -359,8 +401,8 @@ class Matcher:
                 continue
             if this is other or not single_use(this):
                 continue
-            target = self.writes.get(node)
-            if target is other and not single_use(other):  # somebody reads what it writes there
+            # What it writes to must be nobody else's.
+            if self.writes.get(node) is other and not (single_use(other) and self._is_own(other)):
                 continue
             candidates.append((len(match.links), match, this, other))
         if not candidates:
@@ -442,7 +484,9 @@ class Matcher:
                 continue
             nodes = parts if isinstance(parts, list) else [parts]
             if any(
-                self._storage(t) in [self._storage(p) for p in nodes] for t in self.writes.values()
+                self._storage(t) is self._storage(p) and self.order[w] > self.order[p]
+                for w, t in self.writes.items()
+                for p in nodes
             ):
                 continue
             virtual[node] = parts

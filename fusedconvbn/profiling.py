@@ -2,7 +2,7 @@
 
 import copy
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from .links import BATCH_NORMS, CONVOLUTIONS, Chain
 from .memory import saved_storages
+from .tracing import attributes_restored
 
 
 @dataclass
@@ -82,11 +83,10 @@ def _fake_profile(
         def fake(value: Any) -> Any:
             return mode.from_tensor(value) if isinstance(value, Tensor) else value
 
-        state = {name: fake(t) for name, t in (*model.named_parameters(), *model.named_buffers())}
         args, kwargs = pytree.tree_map(fake, (args, kwargs))
-        with _recorded(model, Profile(), fused) as found:
+        with _exchanged(model, fake, fake), _recorded(model, Profile(), fused) as found:
             # The result is held until the count is done: what is saved has to live.
-            result = torch.func.functional_call(model, state, args, kwargs)
+            result = model(*args, **kwargs)
             del result
     return found
 
@@ -94,16 +94,38 @@ def _fake_profile(
 def _real_profile(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fused: bool
 ) -> Profile:
-    buffers = {name: b.clone() for name, b in model.named_buffers()}
     devices = [device_of(model)] if device_of(model).type == "cuda" else []
+    args, kwargs = copy.deepcopy((args, kwargs))
     with (
         torch.random.fork_rng(devices=devices),
+        _exchanged(model, lambda parameter: parameter, Tensor.clone),
         _recorded(model, Profile(fake=False), fused) as found,
     ):
-        state = {**dict(model.named_parameters()), **buffers}
-        result = torch.func.functional_call(model, state, *copy.deepcopy((args, kwargs)))
+        result = model(*args, **kwargs)
         del result
     return found
+
+
+@contextmanager
+def _exchanged(
+    model: nn.Module, of_parameter: Callable[[Any], Any], of_buffer: Callable[[Any], Any]
+) -> Iterator[None]:
+    """Puts others in the place of a model's parameters and buffers, one for each however often it is there. Everything is
+    as it was afterwards, attributes that a forward sets too."""
+    made: dict[int, Any] = {}
+
+    def exchange(tensors: dict[str, Any], by: Callable[[Any], Any]) -> None:
+        for name, t in tensors.items():
+            if t is not None:
+                if id(t) not in made:
+                    made[id(t)] = by(t)
+                tensors[name] = made[id(t)]
+
+    with attributes_restored(model):
+        for module in model.modules():
+            exchange(module._parameters, of_parameter)
+            exchange(module._buffers, of_buffer)
+        yield
 
 
 def _normalise_alone(bn: nn.SyncBatchNorm, input: Tensor) -> Tensor:

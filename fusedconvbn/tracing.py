@@ -4,6 +4,7 @@ Symbolic tracing runs Python with stand-ins for tensors, and so bakes in whateve
 is recorded as a :class:`Guards`, which are looked at in every call; what cannot be guarded is not traced.
 """
 
+import copy
 import inspect
 import operator
 import random
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from .links import BATCH_NORMS, CONVOLUTIONS, submodule
 
@@ -27,7 +29,8 @@ _HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
-_SIMPLE = (bool, int, float, str, type(None))
+_SIMPLE = (bool, int, float, str, type(None), torch.dtype, torch.Size)
+_COLLECTIONS = (tuple, list, dict, set)
 
 
 class Untraceable(Exception):
@@ -39,16 +42,27 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def _options(module: nn.Module) -> dict[str, Any]:
-    """The attributes of a module that its forward may have read as plain Python values."""
-    return {
-        name: value
+    """The attributes of a module that its forward may have read: the values of plain ones and of collections of them, and
+    functions. The names of its submodules are among them."""
+    options = {
+        name: copy.copy(value)
         for name, value in module.__dict__.items()
-        if name != "training" and (type(value) in _SIMPLE or _is_tuple_of_simple(value))
+        if name != "training" and not name.startswith("__") and _is_plain(value)
     }
+    return {**options, _CHILDREN: tuple(module._modules)}
 
 
-def _is_tuple_of_simple(value: Any) -> bool:
-    return type(value) is tuple and all(type(v) in _SIMPLE for v in value)
+_CHILDREN = "_modules"
+
+
+def _is_plain(value: Any) -> bool:
+    if type(value) in _COLLECTIONS:
+        return all(_is_plain(v) for v in value) and (
+            type(value) is not dict or all(_is_plain(v) for v in value.values())
+        )
+    return type(value) in _SIMPLE or isinstance(
+        value, (types.FunctionType, types.BuiltinFunctionType)
+    )
 
 
 @dataclass
@@ -84,10 +98,16 @@ class Guards:
     ) -> bool:
         if path and has_hooks(module):  # those of the owner are run by its __call__
             return False
+        attributes = module.__dict__
+        forward = attributes.get("forward")
+        if path and forward is not None and not getattr(forward, "is_fused", False):
+            return False
         if type(module) is not kind and not _interchangeable(type(module), kind):
             return False
-        attributes = module.__dict__
-        return all(attributes[name] == value for name, value in options.items())
+        return all(
+            (tuple(module._modules) if name == _CHILDREN else attributes[name]) == value
+            for name, value in options.items()
+        )
 
 
 def _interchangeable(a: type, b: type) -> bool:
@@ -103,18 +123,37 @@ class Trace:
     positional: int  # arguments without a default; the others have theirs
 
 
-class _Flag(int):
-    """A module's `training` while it is traced: as an argument it is read at every call, as a condition it is a guard."""
+@dataclass(eq=False)
+class _Flag:
+    """A module's `training` while it is traced: as an argument it is read at every call; what else is made of it has it as a
+    guard."""
 
+    value: bool
     path: str
     reads: dict[str, bool]
 
+    def read(self) -> bool:
+        self.reads[self.path] = self.value
+        return self.value
+
     def __bool__(self) -> bool:
-        self.reads[self.path] = int(self) != 0
-        return int(self) != 0
+        return self.read()
+
+    def __hash__(self) -> int:
+        return hash(self.read())
 
     def __fx_create_arg__(self, tracer: fx.Tracer) -> fx.Node:
         return tracer.create_node("get_attr", f"{self.path}.training", (), {})
+
+
+def _reading(operation: str) -> Callable[..., Any]:
+    return lambda self, *others: getattr(int(self.read()), operation)(*others)
+
+
+for _name in ("eq", "ne", "lt", "le", "gt", "ge", "add", "radd", "sub", "rsub", "mul", "rmul"):
+    setattr(_Flag, f"__{_name}__", _reading(f"__{_name}__"))
+for _name in ("truediv", "rtruediv", "int", "float", "index", "invert", "and", "or", "xor", "neg"):
+    setattr(_Flag, f"__{_name}__", _reading(f"__{_name}__"))
 
 
 def _in_place(operation: Callable[..., Any]) -> Callable[..., fx.Proxy]:
@@ -131,20 +170,27 @@ class _Value(fx.Proxy):
     __isub__ = _in_place(operator.isub)
     __imul__ = _in_place(operator.imul)
     __itruediv__ = _in_place(operator.itruediv)
-
-
-class _Map(_Value):
-    """Passes for a tensor where a forward asks for one."""
-
-    _is_param = False
+    __ifloordiv__ = _in_place(operator.ifloordiv)
+    __imod__ = _in_place(operator.imod)
+    __ipow__ = _in_place(operator.ipow)
+    __iand__ = _in_place(operator.iand)
+    __ior__ = _in_place(operator.ior)
+    __ixor__ = _in_place(operator.ixor)
 
     @property
     def __class__(self) -> type:
-        return torch.Tensor
+        """Is read by ``isinstance(x, …)``, whose answer would be baked in. The tracer's own code may ask."""
+        asking = sys._getframe(1).f_globals.get("__name__", "")
+        if not asking.startswith(_LIBRARY):
+            raise Untraceable("it asks of what class an argument or a result is")
+        return _Value
 
     @__class__.setter
     def __class__(self, value: type) -> None:
         raise TypeError
+
+
+_LIBRARY = ("torch.fx", "torch.overrides", "torch.utils._pytree", "torch.nn", "fusedconvbn")
 
 
 class _Tracer(fx.Tracer):
@@ -154,12 +200,18 @@ class _Tracer(fx.Tracer):
         super().__init__(autowrap_modules=())
         self.leaves = leaves
         self.shallow = shallow
+        self.modes = _modes()
+        self.calls: dict[nn.Module, int] = {}
         self.inlined: dict[str, nn.Module] = {}
         self.running: list[nn.Module] = []
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        is_map = node.op in ("placeholder", "call_module")
-        return (_Map if is_map else _Value)(node, self)
+        return _Value(node, self)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _modes() != self.modes:
+            raise Untraceable("it changes the grad mode or autocast")
+        return super().create_node(*args, **kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return self.shallow or m in self.leaves or is_leaf(m)
@@ -174,13 +226,14 @@ class _Tracer(fx.Tracer):
         path = self.path_of_module(m)
         if not self.is_leaf_module(m, path):
             self.inlined[path] = m
+            self.calls[m] = self.calls.get(m, 0) + 1
         self.running.append(m)
         result = super().call_module(m, forward, args, kwargs)
         self.running.pop()  # stays where an error came from
         return result
 
     def create_arg(self, a: Any) -> Any:
-        if type(a) in (_Map, _Value) or isinstance(a, fx.proxy.Attribute):
+        if type(a) is _Value or isinstance(a, fx.proxy.Attribute):
             return a.node
         if type(a) is OrderedDict:
             items = [(key, self.create_arg(value)) for key, value in a.items()]
@@ -213,7 +266,8 @@ def _required(forward: Callable[..., Any]) -> int:
     """
     count = 0
     for parameter in list(inspect.signature(forward).parameters.values())[1:]:
-        if parameter.default is not parameter.empty:
+        many = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        if many or parameter.default is not parameter.empty:
             continue
         if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
             count += 1
@@ -252,15 +306,96 @@ def _random_numbers() -> Iterator[Callable[[], bool]]:
         numpy.random.set_state(numpys)
 
 
+def _modes() -> tuple[Any, ...]:
+    """What a context manager in a forward may change, and a graph does not know of."""
+    devices = ("cpu", "cuda")
+    return (
+        torch.is_grad_enabled(),
+        *(torch.is_autocast_enabled(d) for d in devices),
+        *(torch.get_autocast_dtype(d) for d in devices),
+    )
+
+
+@contextmanager
+def _no_context_is_lost() -> Iterator[None]:
+    """Refuses what would not leave a trace in the graph: functions with a backward of their own, hooks on saved tensors
+    (as checkpoints have), and the question whether gradients are recorded."""
+    own_apply, hooks = torch.autograd.Function.__dict__.get("apply"), saved_tensors_hooks.__enter__
+    is_grad_enabled = torch.is_grad_enabled
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise Untraceable("it has an autograd.Function, or hooks on what is saved for backward")
+
+    def asked() -> bool:
+        if not sys._getframe(1).f_globals.get("__name__", "").startswith(("torch.", "fusedconvbn")):
+            raise Untraceable("it asks whether gradients are recorded")
+        return is_grad_enabled()
+
+    torch.autograd.Function.apply = classmethod(refuse)
+    saved_tensors_hooks.__enter__ = refuse
+    torch.is_grad_enabled = asked
+    try:
+        yield
+    finally:
+        torch.is_grad_enabled = is_grad_enabled
+        saved_tensors_hooks.__enter__ = hooks
+        if own_apply is None:
+            del torch.autograd.Function.apply
+        else:
+            torch.autograd.Function.apply = own_apply
+
+
+@contextmanager
+def attributes_restored(module: nn.Module) -> Iterator[Callable[[], bool]]:
+    """Puts every attribute of a module and those inside back as it was, the contents of lists and dicts too; yields a function
+    that says whether any differs now."""
+    before = [(m, dict(m.__dict__)) for m in module.modules()]
+    collections = [
+        (value, copy.copy(value))
+        for _, attributes in before
+        for value in attributes.values()
+        if type(value) in (list, dict, set) or isinstance(value, OrderedDict)
+    ]
+
+    def differs() -> bool:
+        return any(
+            m.__dict__.keys() != attributes.keys()
+            or any(
+                m.__dict__[name] is not value
+                for name, value in attributes.items()
+                if name != "training"
+            )
+            for m, attributes in before
+        ) or any(not _same(value, content) for value, content in collections)
+
+    try:
+        yield differs
+    finally:
+        for m, attributes in before:
+            m.__dict__.clear()
+            m.__dict__.update(attributes)
+        for value, content in collections:
+            if not _same(value, content):
+                value.clear()
+                value.extend(content) if isinstance(value, list) else value.update(content)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two collections have the same contents; tensors are not compared, but are or are not the same."""
+    if len(a) != len(b):
+        return False
+    if isinstance(a, dict):
+        return all(key in b and b[key] is value for key, value in a.items())
+    return a == b if isinstance(a, set) else all(x is y for x, y in zip(a, b, strict=True))
+
+
 @contextmanager
 def _flags(module: nn.Module, training: bool | None) -> Iterator[dict[str, bool]]:
     """Puts a :class:`_Flag` in the place of every `training`; yields the reads."""
     reads: dict[str, bool] = {}
     before = [(m, m.training) for m in module.modules()]
     for path, m in module.named_modules(prefix=_ROOT):
-        flag = _Flag(m.training if training is None else training)
-        flag.path, flag.reads = path, reads
-        m.__dict__["training"] = flag
+        m.__dict__["training"] = _Flag(m.training if training is None else training, path, reads)
     try:
         yield reads
     finally:
@@ -295,24 +430,23 @@ def trace(module: nn.Module, training: bool | None = None, shallow: bool = False
     count = _required(forward)
     leaves: set[nn.Module] = set()
     while True:
-        tracer = _Tracer(leaves, shallow)
-        options = {m: _options(m) for m in module.modules()}
         with (
             _random_numbers() as drawn,
             _original_forwards(module),
+            attributes_restored(module) as changed,
             _flags(module, training) as reads,
-            torch.no_grad(),
+            torch.enable_grad(),
+            _no_context_is_lost(),
         ):
+            tracer = _Tracer(leaves, shallow)
             try:
                 graph = tracer.trace(_root_of(module, count))
                 failed = None
             except Exception as error:
                 failed = (tracer.running[-1] if tracer.running else module, error)
             draws = drawn()
-        changed = [m for m, before in options.items() if _options(m) != before]
-        for m in changed:
-            m.__dict__.update(options[m])
-        if failed is None and changed:
+            changes = changed() or any(type(m.training) is not _Flag for m in module.modules())
+        if failed is None and changes:
             raise Untraceable("it changes an attribute of a module")
         if failed is None and draws:
             raise Untraceable("it draws random numbers that depend on no input")
@@ -320,7 +454,11 @@ def trace(module: nn.Module, training: bool | None = None, shallow: bool = False
             constants = [n for n in graph.nodes if "_tensor_constant" in str(n.target)]
             if constants:
                 raise Untraceable("it makes a tensor that depends on no input")
-            break
+            again = {m for m, calls in tracer.calls.items() if calls > 1}
+            if not again:
+                break
+            leaves |= again  # a shared module: its own forward may be fused
+            continue
         culprit, error = failed
         if culprit is module or culprit in leaves or is_leaf(culprit):
             raise Untraceable(str(error).split("\n")[0]) from error
@@ -328,8 +466,14 @@ def trace(module: nn.Module, training: bool | None = None, shallow: bool = False
 
     guards = Guards()
     guards.add((), module)
-    for path, inlined in tracer.inlined.items():
-        guards.add(_below_root(path), inlined)
+    inlined = {_below_root(path): m for path, m in tracer.inlined.items()}
+    called = {_below_root(str(node.target)) for node in graph.nodes if node.op == "call_module"}
+    for name, m in module.named_modules():
+        path = tuple(name.split(".")) if name else ()
+        # What is not called may have been read: the children of a ModuleList, the options of a Dropout.
+        read = path and not any(path[: n + 1] in called for n in range(len(path)))
+        if path in inlined or read:
+            guards.add(path, m)
     guards.training = [(_below_root(path), value) for path, value in reads.items()]
     for node in graph.nodes:
         if node.op in ("get_attr", "call_module"):

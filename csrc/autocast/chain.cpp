@@ -9,7 +9,7 @@
 
 namespace fusedconvbn {
 
-bool autocast_enabled(const Tensor& t) { return at::autocast::is_autocast_enabled(t.device().type()); }
+bool autocast_enabled(const Tensor& t) { return !t.is_meta() && at::autocast::is_autocast_enabled(t.device().type()); }
 
 at::ScalarType conv_dtype(const Tensor& input) {
   const auto device = input.device().type();
