@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from zoo import MODELS
 
 import fusedconvbn
@@ -115,19 +116,6 @@ def test_activations(name):
         fused = same(Activated(activation), image())
         (chain,) = fused.forward.chains
         assert chain.links[-1].activation.startswith(name)
-
-
-class Function(nn.Module):
-    """A model of some modules with `forward` as given."""
-
-    def __init__(self, forward, **modules):
-        super().__init__()
-        for name, module in modules.items():
-            self.add_module(name, module)
-        self.function = forward
-
-    def forward(self, *inputs):
-        raise NotImplementedError
 
 
 def model(forward, **modules):
@@ -481,6 +469,152 @@ def test_a_forward_that_cannot_be_traced_is_watched():
     fused = same(Shared(), image())
     assert "forward" not in fused.conv.__dict__
     assert "shared" in explain(Shared(), image()).refused["conv"]
+
+
+class Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dout):
+        return -dout
+
+
+def unit(i=8, o=8):
+    return nn.Sequential(conv(i, o), nn.BatchNorm2d(o), nn.ReLU())
+
+
+def without_gradient(self, x):
+    with torch.no_grad():
+        x = self.a(x)
+    return self.b(x)
+
+
+def view_written(self, x):
+    h = self.conv(x)
+    v = h[:, :8]
+    v += self.a(x)
+    return self.b(h) * 2
+
+
+def loop_of_branches(self, x):
+    out = self.c[0](x)
+    for branch in self.c[1:]:
+        out += branch(x)
+    return self.b(out)
+
+
+# What a graph would lose, or a chain do to somebody else's memory; and whether something is fused all the same.
+FORWARDS = {
+    "no_grad": without_gradient,
+    "a function of its own": lambda self, x: self.b(Reversed.apply(self.a(x))),
+    "the same on a sum": lambda self, x: self.b(Reversed.apply(self.a(x) * 1)),
+    "reentrant checkpoint": lambda self, x: self.b(checkpoint(self.a, x, use_reentrant=True)),
+    "grad mode asked": lambda self, x: self.b(self.a(x)) * (2 if torch.is_grad_enabled() else 3),
+    "class asked": lambda self, x: self.b(self.a(x) if isinstance(x, torch.Tensor) else x[0]),
+    "mode as number": lambda self, x: self.b(self.a(x)) * (2.0 * self.training + 1),
+    "mode compared": lambda self, x: self.b(self.a(x)) * (2 if self.training == True else 3),  # noqa: E712
+    "mode as key": lambda self, x: self.b(self.a(x)) * {True: 2, False: 3}[self.training],
+    "view written": view_written,
+    "branches added in place": loop_of_branches,
+    "size as gate": lambda self, x: self.b(self.conv(x * x.shape[2])),
+    "called twice": lambda self, x: self.b(self.a(x)) + self.b(self.a(x * 2)),
+    "gate expanded": lambda self, x: self.c[0][0](x * x.mean((2, 3), keepdim=True).expand_as(x)),
+}
+
+
+@pytest.mark.parametrize("train", (True, False), ids=("train", "eval"))
+@pytest.mark.parametrize("name", FORWARDS)
+def test_forwards_that_people_write(name, train):
+    modules = {"a": unit(), "b": unit(), "conv": conv(8, 8)}
+    branches = nn.ModuleList(nn.Sequential(conv(8, 8), nn.BatchNorm2d(8)) for _ in range(3))
+    made = model(FORWARDS[name], **modules, c=branches)
+    fused = same(made, image(), train=train)
+    assert chains(fused)
+    same(made, image(), train=not train, fused=fused.train(not train))
+
+
+def test_other_kinds_of_arguments_run_as_they_are():
+    def forward(self, x, *skips):
+        x = torch.cat(x[::-1], 1) if isinstance(x, list) else x
+        return self.a(x) + sum(skips)
+
+    made = model(forward, a=unit(8, 4)).double()
+    fused = fuse(copy.deepcopy(made))
+    x, parts = image().double(), [image(3, 3, 7, 6).double(), image(3, 5, 7, 6).double()]
+    for arguments in ((x,), (x, 1.0), (x, x[:, :4], 2), (parts,)):
+        torch.testing.assert_close(fused(*arguments), made(*arguments))
+    scaled = model(lambda self, x, r: F.relu(self.bn(self.conv(x)) + r), **pair()).double()
+    torch.testing.assert_close(fuse(copy.deepcopy(scaled))(x, 0.5), scaled(x, 0.5))
+
+
+def test_side_effects_and_aliases_are_left_alone():
+    class Collects(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.features, self.loss = unit(), [], None
+            self.stages = nn.ModuleList([self.a])
+
+        def forward(self, x):
+            x = self.a(x)
+            self.features.append(x.mean())
+            self.loss = x.sum()
+            return x
+
+    made, x = Collects(), image()
+    fused = fuse(made, x)
+    assert made.features == fused.features == [] and fused.loss is None
+    parameters = [*fused.parameters(), *fused.buffers()]
+    assert all(type(t) in (nn.Parameter, torch.Tensor) for t in parameters)
+    assert all(
+        p is q for p, q in zip(parameters, [*made.parameters(), *made.buffers()], strict=True)
+    )
+    fused(x), fused(x)
+    assert len(fused.features) == 2 and chains(fused)
+
+
+def test_changes_after_fusing_are_seen():
+    def changes(m):
+        yield lambda: m[0].append(nn.Tanh())
+        yield lambda: setattr(m[1][2], "forward", torch.tanh)
+        yield lambda: setattr(m[2], "function", torch.sin)
+        yield lambda: m[2].factors.append(3.0)
+
+    class Applies(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.function, self.factors = unit(), torch.tanh, [2.0]
+
+        def forward(self, x):
+            return self.function(self.a(x)) * sum(self.factors)
+
+    made = nn.Sequential(unit(), unit(), Applies()).double().eval()
+    fused, x = fuse(copy.deepcopy(made)), image().double()
+    for ours, theirs in zip(changes(fused), changes(made), strict=True):
+        ours(), theirs()
+        torch.testing.assert_close(fused(x), made(x))
+
+
+def test_nothing_is_kept_of_what_no_gradient_reaches():
+    made = nn.Sequential(conv(8, 32), nn.BatchNorm2d(32), nn.ReLU(), conv(32, 4), nn.BatchNorm2d(4))
+    fused = same(copy.deepcopy(made), image(), memory="min")
+    for frozen in (("0.", "1."), ("0.", "1.", "3."), ("0.",), ("3.",), ("0.", "1.", "3.", "4.")):
+        for m in (made, fused):
+            for name, p in m.named_parameters():
+                p.requires_grad_(not name.startswith(frozen))
+        reports = []
+        for m in (fused, made):
+            m.train().float()
+            with track_memory() as memory:
+                m(torch.ones(4, 8, 32, 32))
+            reports.append(memory.saved)
+        assert reports[0] <= reports[1] + 4096, frozen
+
+
+def test_on_the_meta_device():
+    fused = fuse(nn.Sequential(unit(8, 4), unit(4, 2)).to("meta"), image().to("meta"))
+    assert fused(image().to("meta")).shape == (3, 2, 7, 6)
 
 
 # ------------------------------------------------------------------------------- the same model to the outside
