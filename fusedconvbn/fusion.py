@@ -231,6 +231,8 @@ def _install(model: nn.Module, found: Findings) -> None:
         inlined = {".".join(filter(None, (path, *p))) for p, *_ in analysis.variant.guards.modules}
         for other in [p for p in outermost if p in inlined]:
             del outermost[other]
+        for other in inlined & found.untraceable.keys():
+            del found.untraceable[other]
         outermost[path] = (module, forward, analysis)
         if forward is not None:
             _put(module, forward)
