@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .activations import activation_module
 from .chain import ACTIVATIONS, PARAMETERS, parse_activation
 from .synchronised import Synchronised
 
@@ -79,6 +78,13 @@ class ConvLink:
     def of(cls, path: tuple[str, ...], conv: nn.Module) -> "ConvLink":
         return cls(path, bool(conv.transposed), conv.groups, ConvOptions.of(conv))
 
+    def packed(self, has_bias: bool) -> list[int]:
+        """As csrc/chain.h has it."""
+        options = self.options
+        packed = [0, int(has_bias), int(self.transposed), self.groups, len(options.stride)]
+        packed += [*options.stride, *options.padding]
+        return [*packed, *options.dilation, *options.output_padding]
+
 
 @dataclass(frozen=True)
 class NormLink:
@@ -86,6 +92,17 @@ class NormLink:
 
     path: tuple[str, ...]
     activation: str = "none"
+
+    def packed(self, has_weight: bool, has_bias: bool, has_residual: bool) -> list[int]:
+        """As csrc/chain.h has it."""
+        kind = ACTIVATIONS.index(parse_activation(self.activation)[0])
+        return [1, int(has_weight), int(has_bias), int(has_residual), 0, kind]
+
+    @property
+    def parameter(self) -> float:
+        """The activation's."""
+        base, parameter = parse_activation(self.activation)
+        return PARAMETERS.get(base, 0.0) if parameter is None else parameter
 
 
 @dataclass
@@ -105,18 +122,13 @@ class Call:
         self.tensors.append(conv.weight)
         if conv.bias is not None:
             self.tensors.append(conv.bias)
-        options = link.options
-        self.links += [0, int(conv.bias is not None), int(link.transposed), link.groups]
-        self.links += [len(options.stride), *options.stride, *options.padding]
-        self.links += [*options.dilation, *options.output_padding]
+        self.links += link.packed(conv.bias is not None)
 
     def add_norm(self, link: NormLink, bn: nn.Module, residual: Tensor | None) -> None:
         given = [t for t in (bn.weight, bn.bias, residual) if t is not None]
         self.tensors += given
-        base, parameter = parse_activation(link.activation)
-        self.links += [1, int(bn.weight is not None), int(bn.bias is not None)]
-        self.links += [int(residual is not None), 0, ACTIVATIONS.index(base)]
-        self.scalars += [bn.eps, PARAMETERS.get(base, 0.0) if parameter is None else parameter]
+        self.links += link.packed(bn.weight is not None, bn.bias is not None, residual is not None)
+        self.scalars += [bn.eps, link.parameter]
 
         has_running = bn.running_mean is not None
         training = bn.training or not has_running
@@ -241,29 +253,15 @@ class Chain:
         """For batch norms that are synchronised in different groups: one operator, one group."""
         out = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         out = out if gate is None else out * gate
-        for i, link in enumerate(self.links):
-            alone = Chain((link,))
+        for link, module in zip(self.links, modules, strict=True):
             if isinstance(link, ConvLink):
-                out = modules[i](out)
+                out = module(out)
                 continue
-            parent = nn.Module()
-            parent._modules[link.path[-1]] = modules[i]
-            last = i + 1 == len(modules)
-            alone = Chain((NormLink((link.path[-1],), link.activation),))
-            out = alone(parent, out, residual if last else None)
-        return out
-
-    def unfused(
-        self, owner: nn.Module, input: Tensor | Sequence[Tensor], residual: Tensor | None = None
-    ) -> Tensor:
-        """The same by the modules themselves."""
-        out = input if isinstance(input, Tensor) else torch.cat(list(input), 1)
-        for i, link in enumerate(self.links):
-            out = submodule(owner, link.path)(out)
-            if isinstance(link, NormLink):
-                if residual is not None and i + 1 == len(self.links):
-                    out = out + residual
-                out = activation_module(link.activation)(out)
+            owner = nn.Module()
+            owner._modules["bn"] = module
+            last = link is self.links[-1]
+            alone = Chain((NormLink(("bn",), link.activation),))
+            out = alone(owner, out, residual if last else None)
         return out
 
 

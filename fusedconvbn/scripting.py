@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from .chain import ACTIVATIONS, PARAMETERS, parse_activation
 from .links import Chain, ConvLink, submodule
 from .synchronised import Synchronised
 
@@ -62,18 +61,13 @@ def _written_out(graph: fx.Graph, node: fx.Node, owner: nn.Module, chain: Chain)
         given = [n for n in ("weight", "bias") if getattr(module, n) is not None]
         tensors += [attribute(link.path, name) for name in given]
         if isinstance(link, ConvLink):
-            options = link.options
-            links += [0, int("bias" in given), int(link.transposed), link.groups]
-            links += [len(options.stride), *options.stride, *options.padding]
-            links += [*options.dilation, *options.output_padding]
+            links += link.packed("bias" in given)
             continue
         last = residual if i + 1 == len(chain.links) else None
         if last is not None:
             tensors.append(last)
-        base, parameter = parse_activation(link.activation)
-        links += [1, int("weight" in given), int("bias" in given), int(last is not None), 0]
-        links.append(ACTIVATIONS.index(base))
-        scalars += [module.eps, PARAMETERS.get(base, 0.0) if parameter is None else parameter]
+        links += link.packed("weight" in given, "bias" in given, last is not None)
+        scalars += [module.eps, link.parameter]
         names = [
             n
             for n in ("running_mean", "running_var", "num_batches_tracked")

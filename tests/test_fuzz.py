@@ -478,16 +478,22 @@ class NormOptions:
 
 
 @dataclass(frozen=True)
+class GateOptions:
+    """A gate has no options."""
+
+
+@dataclass(frozen=True)
 class ChainCall:
     input: tuple[int, ...]
-    links: tuple[Geometry | NormOptions, ...]
+    parts: int  # that the input is the concatenation of
+    links: tuple[Geometry | NormOptions | GateOptions, ...]
     biases: tuple[bool, ...]
     kept: tuple[int, ...]
     requires_grad: int  # a bit for each tensor
     layout: str
     seed: int
 
-    def build(self) -> tuple[Tensor, list[chain.Conv | chain.Norm]]:
+    def build(self) -> tuple[Tensor | list[Tensor], list[chain.Conv | chain.Norm | chain.Gate]]:
         generator = torch.Generator().manual_seed(self.seed)
 
         def draw(*shape):
@@ -501,10 +507,17 @@ class ChainCall:
                     chain.Conv(draw(*link.weight), draw(shape[1]) if bias else None, **link.options)
                 )
                 continue
+            if isinstance(link, GateOptions):
+                made.append(chain.Gate(draw(*shape[:2], *(1 for _ in shape[2:]))))
+                continue
             weight, shift = (draw(shape[1]) if given else None for given in link.affine)
-            fits = link.residual == "input" and shape == self.input
+            fits = link.residual == "input" and shape == self.input and self.parts == 1
             residual = input if fits else draw(*shape) if link.residual else None
             name, _, parameter = link.activation.partition("(")
+            statistics = None
+            if link.arithmetic == "running":
+                statistics = torch.randn(2, shape[1], generator=generator, dtype=torch.float64)
+                statistics[1] = statistics[1].abs() + 0.3
             made.append(
                 chain.Norm(
                     weight,
@@ -514,8 +527,11 @@ class ChainCall:
                     link.arithmetic,
                     name,
                     float(parameter[:-1]) if parameter else None,
+                    statistics,
                 )
             )
+        if self.parts > 1:
+            input = [lay(t, self.layout) for t in input.tensor_split(self.parts, dim=1)]
         return input, made
 
 
@@ -533,6 +549,8 @@ def chain_calls(draw):
                 assume(min(geometry.out_shape[2:]) > 0)
             links.append(geometry)
             shape = geometry.out_shape
+        elif draw(st.integers(0, 5)) == 0:
+            links.append(GateOptions())
         else:
             arithmetic = draw(st.sampled_from(chain.ARITHMETICS))
             affine = draw(st.tuples(st.booleans(), st.booleans()))
@@ -547,6 +565,7 @@ def chain_calls(draw):
             )
     return ChainCall(
         first.input,
+        draw(st.integers(1, min(3, first.input[1]))),
         tuple(links),
         tuple(draw(st.booleans()) for _ in links),
         tuple(sorted(draw(st.frozensets(st.integers(1, len(links)))))),
@@ -556,12 +575,17 @@ def chain_calls(draw):
     )
 
 
-def unfused_chain(tensors: list[Tensor], links: list[chain.Conv | chain.Norm]) -> Tensor:
+def unfused_chain(
+    tensors: list[Tensor], parts: int, links: list[chain.Conv | chain.Norm | chain.Gate]
+) -> Tensor:
     """What the chain computes, in ordinary operations, with `tensors` in the place of its own. Gives the example up
     where rounding decides."""
-    rest = iter(tensors)
-    t = next(rest)
+    rest = iter(tensors[parts:])
+    t = torch.cat(tensors[:parts], 1)
     for link in links:
+        if isinstance(link, chain.Gate):
+            t = t * next(rest)
+            continue
         weight = next(rest) if link.weight is not None else None
         bias = next(rest) if link.bias is not None else None
         if isinstance(link, chain.Conv):
@@ -572,9 +596,13 @@ def unfused_chain(tensors: list[Tensor], links: list[chain.Conv | chain.Norm]) -
             u = reference._tutorial_batch_norm(t, None, None, weight, bias, True, 0, link.eps)
         elif link.arithmetic == "batchnorm":
             u = F.batch_norm(t, None, None, weight, bias, True, 0, link.eps)
-        if link.residual is not None:
-            u = u + next(rest)
-        assume(well_conditioned(t if link.arithmetic != "none" else u, u, link.activation, 1e-2))
+        residual = next(rest) if link.residual is not None else None
+        if link.arithmetic == "running":
+            u = F.batch_norm(t, *next(rest), weight, bias, False, 0, link.eps)
+        if residual is not None:
+            u = u + residual
+        normalised = link.arithmetic in ("batchnorm", "tutorial")
+        assume(well_conditioned(t if normalised else u, u, link.activation, 1e-2))
         parameter = "" if link.parameter is None else f"({link.parameter})"
         t = activation_module(link.activation + parameter)(u)
     return t
@@ -585,7 +613,11 @@ def unfused_chain(tensors: list[Tensor], links: list[chain.Conv | chain.Norm]) -
 def test_chains_are_their_unfused_links(call):
     input, links = call.build()
     packed = chain.pack(input, links)
-    wanted = [bool(call.requires_grad >> i & 1) for i in range(len(packed.tensors))]
+    given = {id(getattr(link, "statistics", None)) for link in links}  # no gradient reaches them
+    wanted = [
+        bool(call.requires_grad >> i & 1) and id(t) not in given
+        for i, t in enumerate(packed.tensors)
+    ]
     assume(any(wanted))
     leaves = [
         plain(t, torch.float64).clone().requires_grad_(w)
@@ -593,7 +625,7 @@ def test_chains_are_their_unfused_links(call):
     ]
     mine = [t.detach().requires_grad_(w) for t, w in zip(packed.tensors, wanted, strict=True)]
     try:
-        expected = unfused_chain(leaves, links)
+        expected = unfused_chain(leaves, call.parts, links)
     except ValueError:  # one value per channel
         assume(False)
     assume(expected.abs().max() < 1e4)
@@ -872,7 +904,7 @@ def test_malformed_chains_raise(call, data):
         if in_backward:
             out, maps, statistics = ops._chain_forward(**arguments)
             maps += [out] if len(links) in call.kept else []
-            wanted = list(range(len(packed.tensors)))
+            wanted = [0, *range(call.parts, len(packed.tensors))]
             arguments |= {"dout": torch.ones_like(out), "kept_maps": maps, "statistics": statistics}
             arguments |= {"wanted": wanted}
             change(sorted(arguments))
