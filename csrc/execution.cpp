@@ -145,7 +145,8 @@ class Execution {
   }
 
   // Remakes T_i, and on the way the other maps that are read by a backward still to come. But for the one below T_i,
-  // which is read next, those that are one pass away from another one are let go of and made again when their turn comes.
+  // which is read next, those that are one pass away from another one are let go of and made again when their turn
+  // comes.
   void remake(size_t i) {
     size_t first = i;
     while (first > 0 && !maps_[first].defined()) --first;

@@ -15,6 +15,7 @@ from .matching import reason_against
 from .planning import (
     AUTO_FRACTION,
     InnerMap,
+    OutOfReach,
     best,
     flops_per_value,
     frugal,
@@ -180,7 +181,7 @@ def _plan(
         return frugal(found.maps, max(int(AUTO_FRACTION * eager) - least, 0), price, step_flops)
     budget = int(memory * eager) if isinstance(memory, float) else memory
     if budget < least:
-        raise ValueError(
+        raise OutOfReach(
             f"fuse: expected memory of at least {least} bytes ({least / eager:.3f} of the {eager} bytes that eager "
             f"saves for these inputs), the least that can be reached, got {memory!r}"
             + (f", which is {budget} bytes" if isinstance(memory, float) else "")

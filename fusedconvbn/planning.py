@@ -24,6 +24,10 @@ AUTO_FRACTION = 0.53  # of the bytes that eager saves, which "auto" stays below
 _AUTO_FLOPS = 0.12  # of a step's, the most that "auto" adds for memory below that
 
 
+class OutOfReach(ValueError):
+    """A budget below what a model saves with nothing kept."""
+
+
 @dataclass(frozen=True)
 class InnerMap:
     """A map between two links of a chain.

@@ -9,7 +9,7 @@ from torch import nn
 from .fusion import Findings, convolution_flops, fused_with_findings
 from .links import Chain
 from .memory import MIB
-from .planning import best
+from .planning import OutOfReach, best
 
 
 @dataclass
@@ -50,6 +50,7 @@ class Report:
         added_flops: those that remaking adds.
         front: (bytes saved, added FLOPs, added seconds as the planner estimates them) of the plans for budgets from least to
             most.
+        out_of_reach: why the plan is that of ``"min"``, where the budget that was asked for cannot be reached.
     """
 
     model: str
@@ -64,6 +65,7 @@ class Report:
     step_flops: int
     added_flops: int
     front: list[tuple[int, int, float]]
+    out_of_reach: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """The report as numbers, strings, lists and dicts, as for JSON."""
@@ -100,6 +102,8 @@ class Report:
             f"{self.least / max(self.eager, 1):.3f}; {100 * self.added_share:.1f} % more convolution FLOPs in a step; "
             f"{self.fused_pairs} of {self.pairs} pairs of convolution and batch norm fused"
         )
+        if self.out_of_reach:
+            lines.append(f"the plan is that of memory='min': {self.out_of_reach}")
         for path, reason in self.refused.items():
             lines.append(f"not fused: {path}: {reason}")
         for path, reason in self.untraceable.items():
@@ -158,7 +162,8 @@ def explain(
 
     Args:
         model: not changed. A model that is fused already is fused anew with ``memory``.
-        example_inputs, memory, calibrate: as for :func:`fusedconvbn.fuse`; ``example_inputs`` must be there.
+        example_inputs, memory, calibrate: as for :func:`fusedconvbn.fuse`; ``example_inputs`` must be there. Where a
+            budget is out of reach the report is that of ``"min"`` and says so.
 
     Returns:
         Report: can be printed, drawn with ``plot(path)``, and turned into a dict with ``to_dict()``.
@@ -168,8 +173,15 @@ def explain(
     """
     if example_inputs is None:
         raise ValueError("explain: expected example_inputs, got None")
-    fused, found = fused_with_findings(model, example_inputs, memory, False, calibrate)
-    return _report(fused, found)
+    reason = ""
+    try:
+        fused, found = fused_with_findings(model, example_inputs, memory, False, calibrate)
+    except OutOfReach as error:
+        reason = str(error)
+        fused, found = fused_with_findings(model, example_inputs, "min", False, calibrate)
+    report = _report(fused, found)
+    report.out_of_reach = reason
+    return report
 
 
 def _report(model: nn.Module, found: Findings) -> Report:
