@@ -2,6 +2,7 @@
 
     python benchmarks/models.py [--models resnet50 ...] [--budgets 0.36,0.45] [--compile]
     python benchmarks/models.py --check       # memory and added FLOPs against what is promised, without times
+    python benchmarks/models.py --count       # what fuse finds in many models, and the bytes it predicts
     python benchmarks/models.py --plot PATH   # draws the results that are there, measures nothing
 
 A step is forward, sum and backward on random images. The variants of a model take turns in one process; a compiled one has a
@@ -254,6 +255,50 @@ def plot(results: Row, path: Path) -> None:
     pyplot.close(figure)
 
 
+COUNTED = [
+    "resnet18",
+    "resnet50",
+    "resnext50_32x4d",
+    "wide_resnet50_2",
+    "densenet121",
+    "mobilenet_v2",
+    "mobilenet_v3_large",
+    "efficientnet_b0",
+    "regnet_y_400mf",
+    "shufflenet_v2_x1_0",
+    "googlenet",
+    "inception_v3",
+    "mnasnet1_0",
+    "vgg16_bn",
+    "deeplabv3_resnet50",
+    "fcn_resnet50",
+    "r3d_18",
+]
+
+
+def count(batch: int, size: int) -> None:
+    """What fuse finds in many models, and the bytes that it predicts; nothing is computed."""
+    print(
+        "| model | pairs fused / found | chains | saved, auto | saved, min |\n|---|---|---|---|---|"
+    )
+    for name in COUNTED:
+        options = {"weights": None}
+        if "_resnet50" in name and name[0] in "df":
+            options |= {"weights_backbone": None, "aux_loss": True}
+        if name in ("googlenet", "inception_v3"):
+            options |= {"init_weights": False}
+        model = torchvision_models().get_model(name, **options)
+        image = (16, 112, 112) if name == "r3d_18" else 2 * (299 if "inception" in name else size,)
+        reports = [
+            fusedconvbn.explain(model, torch.empty(batch, 3, *image), memory=memory)
+            for memory in ("auto", "min")
+        ]
+        shares = " | ".join(f"{r.saved / r.eager:.2f}" for r in reports)
+        report = reports[0]
+        pairs = f"{report.fused_pairs} / {report.pairs}"
+        print(f"| {name} | {pairs} | {len(report.chains)} | {shares} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--models", nargs="+", default=MODELS, help="names that torchvision knows")
@@ -275,6 +320,9 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile at three budgets too")
     parser.add_argument("--only-compiled", choices=COMPILED, help=argparse.SUPPRESS)
     parser.add_argument("--check", action="store_true", help="only see whether promises are kept")
+    parser.add_argument(
+        "--count", action="store_true", help="only say what is found in many models"
+    )
     parser.add_argument("--plot", type=Path, help="only draw what --output has, to this file")
     parser.add_argument(
         "--output", type=Path, help="default: benchmarks/results/models-<device>.json"
@@ -286,6 +334,8 @@ def main() -> None:
         plot(json.loads(output.read_text()), arguments.plot)
         return
     torch.set_num_threads(arguments.threads)
+    if arguments.count:
+        return count(arguments.batch, arguments.size)
     if arguments.check:
         sys.exit(not check(arguments))
 
