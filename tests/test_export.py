@@ -2,6 +2,7 @@
 where it need not."""
 
 import copy
+import re
 import subprocess
 import sys
 import zipfile
@@ -97,7 +98,7 @@ def test_aot_inductor_package(tmp_path):
     with zipfile.ZipFile(path) as package:
         code = b"".join(package.read(n) for n in package.namelist() if n.endswith((".cpp", ".so")))
     assert b"convolution" in code
-    assert b"fusedconvbn" not in code
+    assert not re.search(rb"fusedconvbn(::|\.)", code)  # a path of the sources may be there
     loaded = torch._inductor.aoti_load_package(path)
     for batch in (4, 5):
         x = torch.randn(batch, 3, 7, 6)
