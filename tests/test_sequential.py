@@ -29,38 +29,30 @@ def x(*shape):
     return torch.randn(shape or (3, 6, 5, 4), dtype=torch.float64, requires_grad=True)
 
 
-def compare(fused, plain, *inputs, residual=None):
+def compare(ours, theirs, *inputs):
+    """Results and gradients of two functions, each with the parameters it is computed with."""
     results = []
-    for function in (fused, plain):
-        out = function(*inputs) if residual is None else function(*inputs, residual)
-        leaves = [t for t in (*inputs, residual) if isinstance(t, torch.Tensor)]
-        leaves += [t for t in inputs[0] if not isinstance(inputs[0], torch.Tensor)]
-        parameters = list((fused if function is fused else PLAIN).parameters())
-        results.append([out, *torch.autograd.grad(out.sin().sum(), leaves + parameters)])
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
-
-
-PLAIN: nn.Module
+    for function, parameters in (ours, theirs):
+        out = function(*inputs)
+        leaves = [t for given in inputs for t in (given if isinstance(given, list) else [given])]
+        results.append([out, *torch.autograd.grad(out.sin().sum(), [*leaves, *parameters])])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("memory", ("auto", "min"))
 @pytest.mark.parametrize("train", (True, False))
 def test_is_the_sequential(memory, train):
-    global PLAIN
     made = nn.Sequential(*modules()).double()
-    PLAIN = made
     fused = FusedConvBNSequential(*copy.deepcopy(list(made)), memory=memory).train(train)
     made.train(train)
     assert list(fused.state_dict()) == list(made.state_dict())
-    compare(fused, made, x())
-
-    def with_residual(t, residual):
-        return made[8](made[:8](t) + residual)
-
-    compare(fused, with_residual, x(), residual=x())
-    parts = [x(3, 1, 5, 4), x(3, 5, 5, 4)]
-    compare(fused, lambda parts: made(torch.cat(parts, 1)), parts)
+    ours, theirs = list(fused.parameters()), list(made.parameters())
+    compare((fused, ours), (made, theirs), x())
+    residual = lambda t, r: made[8](made[:8](t) + r)  # noqa: E731
+    compare((fused, ours), (residual, theirs), x(), x())
+    concatenation = lambda parts: made(torch.cat(parts, 1))  # noqa: E731
+    compare((fused, ours), (concatenation, theirs), [x(3, 1, 5, 4), x(3, 5, 5, 4)])
     for ours, theirs in zip(fused.buffers(), made.buffers(), strict=True):
         torch.testing.assert_close(ours, theirs)
 
