@@ -15,6 +15,7 @@
 
 #include "chain.h"
 #include "channel_kernels.h"
+#include "cpu/arena.h"
 #include "ops.h"
 #include "process_group.h"
 #include "recompute_check.h"
@@ -449,6 +450,7 @@ class Execution {
 ChainResult chain_forward_kernel(at::TensorList tensors, at::IntArrayRef links, at::ArrayRef<double> scalars,
                                  std::string_view process_group, at::IntArrayRef kept,
                                  const std::optional<Tensor>& input_statistics) {
+  const ArenaScope scope;
   return Execution(tensors, links, scalars, process_group, kept, input_statistics.value_or(Tensor())).forward(kept);
 }
 
@@ -470,6 +472,7 @@ std::vector<Tensor> chain_backward_kernel(Tensor dout, at::TensorList tensors, a
                                           at::TensorList statistics, at::IntArrayRef links,
                                           at::ArrayRef<double> scalars, std::string_view process_group,
                                           at::IntArrayRef kept, at::IntArrayRef wanted) {
+  const ArenaScope scope;
   return Execution(tensors, links, scalars, process_group, kept)
       .backward(std::move(dout), kept_maps, statistics, kept, wanted);
 }

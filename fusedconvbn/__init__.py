@@ -8,7 +8,7 @@ _library.load()
 from .conversion import fold, revert_sync_batchnorm
 from .functional import conv_bn
 from .fusion import fuse, unfuse
-from .memory import track_memory
+from .memory import empty_cache, track_memory
 from .modules import (
     FusedConvBN,
     FusedConvBN1d,
@@ -36,6 +36,7 @@ __all__ = [
     "build_info",
     "check_recompute",
     "conv_bn",
+    "empty_cache",
     "explain",
     "fold",
     "fuse",

@@ -1,0 +1,159 @@
+#include "arena.h"
+
+#include <c10/core/CPUAllocator.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <map>
+#include <mutex>
+#include <utility>
+
+// Its maps would hide what the sanitizer looks for.
+#if defined(__linux__) && !defined(__SANITIZE_ADDRESS__)
+#include <sys/mman.h>
+#include <unistd.h>
+#define FUSEDCONVBN_ARENA 1
+#endif
+
+namespace fusedconvbn {
+namespace {
+
+thread_local bool in_scope = false;
+
+#ifdef FUSEDCONVBN_ARENA
+
+constexpr size_t smallest = 1 << 20;  // bytes of an allocation that comes from the arena
+constexpr size_t page = 2 << 20;      // the kernel's huge ones: far fewer page faults and TLB misses
+
+constexpr size_t rounded_up(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }
+
+// A range of addresses as long as the machine's memory. Blocks are taken at the lowest address where they fit, so what
+// has been touched stays together at its low end.
+class Arena {
+ public:
+  Arena() {
+    const size_t bytes = rounded_up(size_t(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGESIZE), page);
+    void* const range =
+        mmap(nullptr, bytes + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (range == MAP_FAILED) return;  // as under a limit of the address space: all requests are passed on
+    begin_ = reinterpret_cast<char*>(rounded_up(reinterpret_cast<size_t>(range), page));
+    size_ = bytes;
+    madvise(begin_, size_, MADV_HUGEPAGE);
+    free_[begin_] = size_;
+  }
+
+  bool owns(const void* block) const { return block >= begin_ && block < begin_ + size_; }
+
+  // nullptr where no room is left
+  void* take(size_t bytes) {
+    bytes = rounded_up(bytes, 4096);
+    const std::lock_guard lock(mutex_);
+    const auto hole = std::find_if(free_.begin(), free_.end(), [&](const auto& hole) { return hole.second >= bytes; });
+    if (hole == free_.end()) return nullptr;
+    const auto [at, room] = *hole;
+    free_.erase(hole);
+    if (room > bytes) free_[at + bytes] = room - bytes;
+    used_[at] = bytes;
+    touched_ = std::max(touched_, at + bytes);
+    return at;
+  }
+
+  void give_back(void* block) {
+    const std::lock_guard lock(mutex_);
+    const auto used = used_.find(static_cast<char*>(block));
+    auto [at, bytes] = *used;
+    used_.erase(used);
+    auto next = free_.lower_bound(at);
+    if (next != free_.end() && at + bytes == next->first) {
+      bytes += next->second;
+      next = free_.erase(next);
+    }
+    if (next != free_.begin()) {
+      const auto before = std::prev(next);
+      if (before->first + before->second == at) {
+        before->second += bytes;
+        return;
+      }
+    }
+    free_[at] = bytes;
+  }
+
+  size_t empty() {
+    const std::lock_guard lock(mutex_);
+    size_t given_back = 0;
+    for (const auto& [at, bytes] : free_) {
+      const auto end = std::min(at + bytes, touched_);
+      if (end <= at) break;
+      given_back += end - at;
+      madvise(at, end - at, MADV_DONTNEED);
+    }
+    touched_ = used_.empty() ? begin_ : used_.rbegin()->first + used_.rbegin()->second;
+    return given_back;
+  }
+
+ private:
+  char* begin_ = nullptr;
+  size_t size_ = 0;
+  char* touched_ = nullptr;  // the end of what any block was in
+  std::mutex mutex_;
+  std::map<char*, size_t> free_, used_;  // bytes at an address; neighbours in free_ are joined
+};
+
+Arena& arena() {
+  static Arena& instance = *new Arena;  // outlives every tensor
+  return instance;
+}
+
+void give_back(void* block) {
+  c10::profiledCPUMemoryReporter().Delete(block);
+  arena().give_back(block);
+}
+
+// In front of the allocator that was there before; passes on what is small or asked for outside of a scope.
+class ArenaAllocator final : public c10::Allocator {
+ public:
+  static c10::Allocator*& before() {
+    static c10::Allocator* allocator = nullptr;
+    return allocator;
+  }
+
+  c10::DataPtr allocate(size_t bytes) override {
+    void* const block = in_scope && bytes >= smallest ? arena().take(bytes) : nullptr;
+    if (!block) return before()->allocate(bytes);
+    c10::profiledCPUMemoryReporter().New(block, bytes);
+    return {block, block, &give_back, c10::Device(c10::kCPU)};
+  }
+
+  c10::DeleterFnPtr raw_deleter() const override {
+    if (!before()->raw_deleter()) return nullptr;
+    return [](void* block) { arena().owns(block) ? give_back(block) : before()->raw_deleter()(block); };
+  }
+
+  void copy_data(void* to, const void* from, size_t bytes) const override { before()->copy_data(to, from, bytes); }
+};
+
+[[maybe_unused]] const bool installed = [] {
+  ArenaAllocator::before() = c10::GetCPUAllocator();
+  c10::SetCPUAllocator(new ArenaAllocator, /*priority=*/1);
+  return true;
+}();
+
+#endif
+
+}  // namespace
+
+ArenaScope::ArenaScope() : outer_(std::exchange(in_scope, true)) {}
+ArenaScope::~ArenaScope() { in_scope = outer_; }
+
+// Gives the pages that no tensor is in back to the system. Returns their bytes.
+TORCH_LIBRARY_FRAGMENT(fusedconvbn, m) {
+  m.def("_empty_cache() -> int", [] {
+#ifdef FUSEDCONVBN_ARENA
+    return int64_t(arena().empty());
+#else
+    return int64_t(0);
+#endif
+  });
+}
+
+}  // namespace fusedconvbn
