@@ -29,6 +29,8 @@ struct Activation {
   bool none() const { return kind == ActivationKind::none; }
   // Whether act'(u) can be had from act(u), which then is kept, as by PyTorch's own.
   bool slope_from_result() const { return kind == ActivationKind::relu; }
+  // Made of comparisons and a few products, so that making it again costs nothing beside the memory it is read from.
+  bool cheap() const { return kind <= ActivationKind::leaky_relu || kind == ActivationKind::hardswish; }
 };
 
 // u is the normalised value; `forward` is act(u), `backward` is act'(u)·dout. Both let NaN through.

@@ -2,7 +2,7 @@
 //
 //   channel_stats        mean_c, var_c               of y  (var is the biased one)
 //   channel_apply_       out = act(u)                u = (y − mean)·scale + shift [+ residual]
-//   channel_grad_stats   Σ du, Σ du·(y − mean)       du = act'(u)·dout; with a residual du is its gradient, and kept
+//   channel_grad_stats   Σ du, Σ du·(y − mean)       du = act'(u)·dout, written where asked for
 //   channel_grad_apply_  out = scale·du + slope·(y − mean) + offset
 //
 // Every feature map of a call has the sizes and strides of y, which is dense with the channels either
@@ -21,8 +21,8 @@ struct Affine {
   at::Tensor mean, scale, shift;
 };
 
-// Of a link with a residual and an activation. act' is taken where `result`, act(u), says, or else at u, which is made
-// again with `residual`. `du` may be dout itself.
+// act' is taken where `result`, act(u), says, or else at u, which is made again with `residual`, if there is one. `du`,
+// where it is asked for (with a residual it is), may be dout itself.
 struct Joined {
   at::Tensor residual, result, du;
 };

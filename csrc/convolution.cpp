@@ -73,7 +73,7 @@ Tensor convolution(const Conv& conv, const Tensor& input, const Tensor& weight, 
 
   const auto sizes = conv.output_sizes(input.sym_sizes(), weight.sym_sizes());
   auto output = at::empty_symint(sizes, input.options().memory_format(format));
-  const auto w = weight.to(at::kFloat);
+  const auto w = weight.to(input.scalar_type()).to(at::kFloat);
   const auto b = cast(at::kFloat);
   for_sample_slices(input, output, [&](int64_t first, int64_t count) {
     output.narrow(0, first, count).copy_(run(input.narrow(0, first, count).to(at::kFloat), w, b));
@@ -98,7 +98,7 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Conv& conv, const 
   }
 
   Tensor din, dweight, dbias;
-  const auto w = weight.to(at::kFloat);
+  const auto w = weight.to(input.scalar_type()).to(at::kFloat);
   if (wanted[0]) din = at::empty(input.sizes(), input.options().memory_format(format));
   for_sample_slices(input, dout, [&](int64_t first, int64_t count) {
     const auto part = [&](const Tensor& t) { return t.narrow(0, first, count).to(at::kFloat); };

@@ -394,6 +394,8 @@ class Execution {
       else
         joined.residual = residual(i, y);
       joined.du = grad_owned_ ? dout : at::empty_like(y);
+    } else if (!activation.cheap() && grad_owned_ && y.is_cpu()) {
+      joined.du = dout;  // a pass that is limited by arithmetic need not do it twice
     }
     const auto sums = channel_sums(dout, y, affine, activation, joined);
     if (joined.du.defined()) {

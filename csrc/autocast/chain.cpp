@@ -1,4 +1,5 @@
-// Under autocast a chain runs in the lower precision, as convolution does; norm parameters stay as they are.
+// Under autocast a chain runs in the lower precision, as convolution does; norm parameters stay as they are. So do the
+// weights of convolutions, which are cast where they are used: saved for backward is the parameter, not a copy.
 #include "../chain.h"
 
 #include <ATen/autocast_mode.h>
@@ -35,9 +36,8 @@ ChainResult chain_forward_autocast(at::TensorList tensors, at::IntArrayRef links
     for (int64_t part = 0; part < chain.parts; ++part) lower(part);
     for (const auto& link : chain) {
       lower(link.residual);
-      if (link.norm()) continue;
-      lower(link.weight);
-      lower(link.bias);
+      if (link.gate()) lower(link.weight);
+      if (link.conv()) lower(link.bias);
     }
   }
   return chain_forward(cast, links, scalars, process_group, kept, input_statistics);

@@ -23,7 +23,7 @@ struct Vectors {
   const acc_t<T>*mean, *scale, *shift;
 };
 
-// Of a link with a residual (channel_kernels.h): act' from act(u + residual), or else, from u + residual.
+// As in channel_kernels.h: act' from act(u + residual), or from u + residual, or, without either, from u.
 template <typename T>
 struct Joined {
   const T* residual = nullptr;

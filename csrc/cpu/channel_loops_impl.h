@@ -24,26 +24,38 @@ FUSEDCONVBN_INLINE T rounded(acc_t<T> v) {
   }
 }
 
+// A reduction adds up its terms for a block of this many rows in float, and the blocks in double. Maps with few values
+// a channel, where rounding does not average out and time does not count, are added up in double throughout.
+constexpr int64_t block_rows = 64, block_channels = 512, few_values = 256;
+
+// Calls f(Sum{}) with the type in which the terms of a block are added up.
+template <typename T, typename F>
+FUSEDCONVBN_INLINE void with_sum(Shape shape, const F& f) {
+  if (shape.outer * shape.inner < few_values)
+    f(double{});
+  else
+    f(acc_t<T>{});
+}
+
 // sums1[c], sums2[c] += Σ_rows term(row·stride + c, c)
-template <typename Term>
-FUSEDCONVBN_INLINE void add_rows(int64_t rows, int64_t stride, int64_t width, const Term& term,
-                                 double* __restrict sums1, double* __restrict sums2) {
-  constexpr int64_t unroll = 4;  // rows for each read and write of the sums
+template <typename Term, typename Sum>
+FUSEDCONVBN_INLINE void add_rows(int64_t rows, int64_t stride, int64_t width, const Term& term, Sum* __restrict sums1,
+                                 Sum* __restrict sums2) {
   int64_t row = 0;
-  for (; row + unroll <= rows; row += unroll) {
+  for (; row + 2 <= rows; row += 2) {  // for each read and write of the sums
 #pragma omp simd
     for (int64_t c = 0; c < width; ++c) {
-      double add1 = 0, add2 = 0;
-#pragma GCC unroll 4
-      for (int64_t u = 0; u < unroll; ++u) term((row + u) * stride + c, c, add1, add2);
+      Sum add1 = 0, add2 = 0;
+      term(row * stride + c, c, add1, add2);
+      term((row + 1) * stride + c, c, add1, add2);
       sums1[c] += add1;
       sums2[c] += add2;
     }
   }
-  for (; row < rows; ++row) {
+  if (row < rows) {
 #pragma omp simd
     for (int64_t c = 0; c < width; ++c) {
-      double add1 = 0, add2 = 0;
+      Sum add1 = 0, add2 = 0;
       term(row * stride + c, c, add1, add2);
       sums1[c] += add1;
       sums2[c] += add2;
@@ -71,43 +83,89 @@ struct Lanes {  // one channel's value in every lane
 };
 
 // Sums of one channel of a contiguous map; term_at(offset) gives the term of the run that starts there.
-template <typename TermAt>
+template <typename Sum, typename TermAt>
 FUSEDCONVBN_INLINE void add_channel(Shape shape, int64_t channel, int64_t begin, int64_t end, const TermAt& term_at,
                                     double* sums) {
-  double sums1[lanes] = {}, sums2[lanes] = {};
   for_runs(shape, channel, begin, end, [&](int64_t offset, int64_t length) {
-    const int64_t rows = length / lanes, whole = rows * lanes;
-    add_rows(rows, lanes, lanes, term_at(offset), sums1, sums2);
-    add_rows(1, lanes, length - whole, term_at(offset + whole), sums1, sums2);
+    for (const int64_t last = offset + length; offset < last;) {
+      const int64_t left = last - offset, most = block_rows * lanes, count = left < most ? left : most;
+      const int64_t whole = count / lanes * lanes;
+      const auto term = term_at(offset);
+      Sum own1[lanes] = {}, own2[lanes] = {};
+      add_rows(count / lanes, lanes, lanes, term, own1, own2);
+      if (count > whole)
+        add_rows(
+            1, lanes, count - whole,
+            [&](int64_t i, int64_t c, Sum& add1, Sum& add2) { term(whole + i, c, add1, add2); }, own1, own2);
+      double sum1 = 0, sum2 = 0;
+      for (int64_t l = 0; l < lanes; ++l) {
+        sum1 += own1[l];
+        sum2 += own2[l];
+      }
+      term.add(0, count, sum1, sum2, sums[channel], sums[shape.channels + channel]);
+      offset += count;
+    }
   });
-  for (int64_t l = 0; l < lanes; ++l) {
-    sums[channel] += sums1[l];
-    sums[shape.channels + channel] += sums2[l];
+}
+
+// Sums of all channels of a channels-last map; term_at(row, c) gives the term of the block that starts there.
+template <typename Sum, typename TermAt>
+FUSEDCONVBN_INLINE void add_channels(Shape shape, int64_t begin, int64_t end, const TermAt& term_at, double* sums) {
+  const int64_t C = shape.channels;
+  for (int64_t row = begin; row < end; row += block_rows) {
+    const int64_t rows = end - row < block_rows ? end - row : block_rows;
+    for (int64_t first = 0; first < C; first += block_channels) {
+      const int64_t width = C - first < block_channels ? C - first : block_channels;
+      const auto term = term_at(row, first, width);
+      Sum own1[block_channels], own2[block_channels];
+      for (int64_t c = 0; c < width; ++c) own1[c] = own2[c] = 0;
+      add_rows(rows, C, width, term, own1, own2);
+      for (int64_t c = 0; c < width; ++c) term.add(c, rows, own1[c], own2[c], sums[first + c], sums[C + first + c]);
+    }
   }
 }
 
-template <typename T>
+// Σ d and Σ d² of a block are those of the distances to a value of the block, `near`, and are moved to the origin of
+// the channel then: a value far out spoils no sums but those of its block.
+template <typename T, typename Sum, int64_t width>
 struct StatsTerm {
   const T* y;
   const acc_t<T>* origin;
-  FUSEDCONVBN_INLINE void operator()(int64_t i, int64_t c, double& sum, double& squares) const {
-    const double d = double(acc_t<T>(y[i])) - double(origin[c]);
+  acc_t<T> near[width];
+
+  // near[c] = y[c·step]
+  FUSEDCONVBN_INLINE StatsTerm(const T* y, const acc_t<T>* origin, int64_t used, int64_t step) : y(y), origin(origin) {
+    for (int64_t c = 0; c < used; ++c) {
+      const acc_t<T> value = acc_t<T>(y[c * step]);
+      near[c] = value - value == 0 ? value : origin[c * step];  // a finite one
+    }
+  }
+
+  FUSEDCONVBN_INLINE void operator()(int64_t i, int64_t c, Sum& sum, Sum& squares) const {
+    const Sum d = Sum(acc_t<T>(y[i])) - Sum(near[c]);
     sum += d;
     squares += d * d;
   }
+  // Σ (d + δ) = Σ d + n·δ      Σ (d + δ)² = Σ d² + 2δ·Σ d + n·δ²
+  FUSEDCONVBN_INLINE void add(int64_t c, int64_t n, double own_sum, double own_squares, double& sum,
+                              double& squares) const {
+    const double shift = double(near[c]) - double(origin[c]);
+    sum += own_sum + n * shift;
+    squares += own_squares + shift * (2 * own_sum + n * shift);
+  }
 };
 
-// Where act' is taken: at u, at u + residual, or where act(u + residual) says. The latter two also write du.
-enum class At { u, sum, result };
+// Where act' is taken: at u, at u + residual, or where act(u + residual) says. All but `u` write du.
+enum class At { u, u_writing, sum, result };
 
-template <typename T, typename Act, At at>
+template <typename T, typename Act, At at, typename Sum>
 struct GradTerm {
   const T *dout, *y;
   Vectors<T> v;
   Act act;
   const T* other;  // the residual or the result
   T* du;
-  FUSEDCONVBN_INLINE void operator()(int64_t i, int64_t c, double& sum, double& dot) const {
+  FUSEDCONVBN_INLINE void operator()(int64_t i, int64_t c, Sum& sum, Sum& dot) const {
     const acc_t<T> centred = acc_t<T>(y[i]) - v.mean[c];
     acc_t<T> u;
     if constexpr (at == At::result)
@@ -117,19 +175,27 @@ struct GradTerm {
     if constexpr (at == At::sum) u += acc_t<T>(other[i]);
     const acc_t<T> gradient = act.backward(u, acc_t<T>(dout[i]));
     if constexpr (at != At::u) du[i] = rounded<T>(gradient);
-    sum += gradient;
-    dot += double(gradient) * double(centred);
+    sum += Sum(gradient);
+    dot += Sum(gradient) * Sum(centred);
+  }
+  FUSEDCONVBN_INLINE void add(int64_t, int64_t, double own_sum, double own_dot, double& sum, double& dot) const {
+    sum += own_sum;
+    dot += own_dot;
   }
 };
 
 // Calls f(at, other) with what `joined` has for the functor.
 template <typename T, typename Act, typename F>
 FUSEDCONVBN_INLINE void with_slope_at(const Joined<T>& joined, Act, const F& f) {
-  if (joined.du == nullptr) return f(std::integral_constant<At, At::u>{}, static_cast<const T*>(nullptr));
-  if constexpr (std::is_same_v<Act, Relu>) {
+  constexpr bool none = std::is_same_v<Act, Identity>, relu = std::is_same_v<Act, Relu>;
+  if (joined.du == nullptr) return f(std::integral_constant<At, At::u>{}, joined.residual);
+  if constexpr (relu) {
     if (joined.result) return f(std::integral_constant<At, At::result>{}, joined.result);
   }
-  if constexpr (!std::is_same_v<Act, Identity>) f(std::integral_constant<At, At::sum>{}, joined.residual);
+  if constexpr (!none) {
+    if (joined.residual) return f(std::integral_constant<At, At::sum>{}, joined.residual);
+    f(std::integral_constant<At, At::u_writing>{}, joined.residual);
+  }
 }
 
 template <typename T>
@@ -151,9 +217,12 @@ FUSEDCONVBN_INLINE T grad_value(Act act, T dout, T y, acc_t<T> mean, acc_t<T> sc
 template <typename T>
 void stats_contiguous(Shape shape, int64_t channel, int64_t begin, int64_t end, const T* y, const acc_t<T>* origin,
                       double* sums) {
-  const Lanes<acc_t<T>> origins(origin[channel]);
-  add_channel(
-      shape, channel, begin, end, [&](int64_t offset) { return StatsTerm<T>{y + offset, origins.values}; }, sums);
+  with_sum<T>(shape, [&]<typename Sum>(Sum) {
+    const auto term_at = [&](int64_t offset) {
+      return StatsTerm<T, Sum, lanes>(y + offset, origin + channel, lanes, 0);
+    };
+    add_channel<Sum>(shape, channel, begin, end, term_at, sums);
+  });
 }
 
 template <typename T>
@@ -163,13 +232,13 @@ void grad_stats_contiguous(Shape shape, int64_t channel, int64_t begin, int64_t 
   const Vectors<T> spread{mean.values, scale.values, shift.values};
   with_activation(activation, [&](auto act) {
     with_slope_at(joined, act, [&](auto at, const T* other) {
-      add_channel(
-          shape, channel, begin, end,
-          [&](int64_t offset) {
-            return GradTerm<T, decltype(act), at()>{
-                dout + offset, y + offset, spread, act, advance(other, offset), advance(joined.du, offset)};
-          },
-          sums);
+      with_sum<T>(shape, [&]<typename Sum>(Sum) {
+        const auto term_at = [&](int64_t offset) {
+          return GradTerm<T, decltype(act), at(), Sum>{
+              dout + offset, y + offset, spread, act, advance(other, offset), advance(joined.du, offset)};
+        };
+        add_channel<Sum>(shape, channel, begin, end, term_at, sums);
+      });
     });
   });
 }
@@ -223,19 +292,31 @@ void grad_apply_contiguous(Shape shape, int64_t begin, int64_t end, T* out, cons
 template <typename T>
 void stats_channels_last(Shape shape, int64_t, int64_t begin, int64_t end, const T* y, const acc_t<T>* origin,
                          double* sums) {
-  const int64_t C = shape.channels;
-  add_rows(end - begin, C, C, StatsTerm<T>{y + begin * C, origin}, sums, sums + C);
+  with_sum<T>(shape, [&]<typename Sum>(Sum) {
+    const auto term_at = [&](int64_t row, int64_t c, int64_t width) {
+      return StatsTerm<T, Sum, block_channels>(y + row * shape.channels + c, origin + c, width, 1);
+    };
+    add_channels<Sum>(shape, begin, end, term_at, sums);
+  });
 }
 
 template <typename T>
 void grad_stats_channels_last(Shape shape, int64_t, int64_t begin, int64_t end, const T* dout, const T* y, Vectors<T> v,
                               Activation activation, Joined<T> joined, double* sums) {
-  const int64_t C = shape.channels, first = begin * C;
   with_activation(activation, [&](auto act) {
     with_slope_at(joined, act, [&](auto at, const T* other) {
-      const GradTerm<T, decltype(act), at()> term{
-          dout + first, y + first, v, act, advance(other, first), advance(joined.du, first)};
-      add_rows(end - begin, C, C, term, sums, sums + C);
+      with_sum<T>(shape, [&]<typename Sum>(Sum) {
+        const auto term_at = [&](int64_t row, int64_t c, int64_t) {
+          const int64_t offset = row * shape.channels + c;
+          return GradTerm<T, decltype(act), at(), Sum>{dout + offset,
+                                                       y + offset,
+                                                       {v.mean + c, v.scale + c, v.shift + c},
+                                                       act,
+                                                       advance(other, offset),
+                                                       advance(joined.du, offset)};
+        };
+        add_channels<Sum>(shape, begin, end, term_at, sums);
+      });
     });
   });
 }
