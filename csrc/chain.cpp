@@ -141,13 +141,6 @@ Tensor unbiased_std(const Tensor& var, const c10::SymInt& count) {
 
 }  // namespace
 
-Tensor rho(const Norm& norm, const Tensor& var, const Tensor& r, int64_t count) {
-  if (norm.arithmetic == Arithmetic::batchnorm) return r;
-  const auto s = unbiased_std(var, count);
-  // In a constant channel S2 is 0 as well as s, and so is the term.
-  return (s.reciprocal() * (double(count) / double(count - 1))).masked_fill_(s == 0, 0);
-}
-
 Tensor inverse_std(const Norm& norm, const Tensor& var, const c10::SymInt& count) {
   return norm.arithmetic == Arithmetic::tutorial ? (unbiased_std(var, count) + norm.eps).reciprocal()
                                                  : at::rsqrt(var + norm.eps);

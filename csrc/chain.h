@@ -91,12 +91,10 @@ bool last_residual_is_read(const Chain& chain, at::IntArrayRef kept);
 // An error unless the places ascend and are among first … last.
 void check_places(const char* name, at::IntArrayRef places, int64_t first, int64_t last);
 
-// r of the table above, from the biased variance of `count` values or from a running variance, which is unbiased.
+// r of the table above as differentiable operations (the kernels': channel_vectors.h), from the biased variance of
+// `count` values or from a running variance, which is unbiased.
 at::Tensor inverse_std(const Norm& norm, const at::Tensor& var, const c10::SymInt& count);
 at::Tensor inverse_running_std(const Norm& norm, const at::Tensor& running_var);
-
-// ρ of the table above
-at::Tensor rho(const Norm& norm, const at::Tensor& var, const at::Tensor& r, int64_t count);
 
 // A convolution's bias in front of batch statistics shifts the mean and nothing else: it is left out, and its gradient
 // is 0.

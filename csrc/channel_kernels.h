@@ -9,17 +9,26 @@
 // outside the positions (contiguous) or innermost (channels last): see `channel_layout`. Vectors have
 // C values of `statistics_dtype(y)`. `out` may be y or dout itself. A residual or a result that is not there is
 // undefined.
+//
+// Beside them two for the C-sized arithmetic in between, which would be a dozen launches a link (channel_vectors.h).
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
 #include "activation.h"
+#include "channel_vectors.h"
 
 namespace fusedconvbn {
 
+// Rows of C values: of `statistics` the first is the mean, of `vectors` the first two are scale and shift.
 struct Affine {
-  at::Tensor mean, scale, shift;
+  at::Tensor statistics, vectors;
 };
+
+// Row i of a contiguous (rows, C) tensor.
+inline const void* row(const at::Tensor& t, int64_t i) {
+  return static_cast<const char*>(t.const_data_ptr()) + i * t.size(1) * t.element_size();
+}
 
 // act' is taken where `result`, act(u), says, or else at u, which is made again with `residual`, if there is one. `du`,
 // where it is asked for (with a residual it is), may be dout itself.
@@ -32,8 +41,16 @@ struct ChannelKernels {
   void (*apply_)(at::Tensor& out, const at::Tensor& y, const Affine&, const Activation&, const at::Tensor& residual);
   at::Tensor (*grad_stats)(const at::Tensor& dout, const at::Tensor& y, const Affine&, const Activation&,
                            const Joined&);
+  // Of `linear` the first two rows are slope and offset.
   void (*grad_apply_)(at::Tensor& out, const at::Tensor& dout, const at::Tensor& y, const Affine&,
-                      const at::Tensor& slope, const at::Tensor& offset, const Activation&);
+                      const at::Tensor& linear, const Activation&);
+
+  // (3, C): scale, shift, r. A weight or bias that is not there is undefined.
+  at::Tensor (*affine_vectors)(const at::Tensor& statistics, const at::Tensor& weight, const at::Tensor& bias,
+                               const Normalisation&);
+  // (3, C): slope, offset, dγ. Row 2 of the statistics counts the values where `counted`.
+  at::Tensor (*grad_vectors)(const at::Tensor& sums, const at::Tensor& total, const Affine&, bool counted,
+                             const Normalisation&);
 };
 
 // Called once per device by the library's static initialisers, so a build without a device lacks only files.

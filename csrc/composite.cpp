@@ -1,6 +1,8 @@
 #include "composite.h"
 
 #include <ATen/TensorOperators.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/DispatchKeyExtractor.h>
 #include <ATen/core/grad_mode.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 
@@ -17,6 +19,16 @@ Tensor finish(Tensor out, const std::optional<Tensor>& residual, const Activatio
 
 bool is_traced(const Tensor& t) {
   return t.key_set().has(c10::DispatchKey::Python) || c10::impl::TorchDispatchModeTLS::any_modes_set();
+}
+
+bool is_plain(at::TensorList tensors) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  c10::DispatchKeySet keys;
+  for (const auto& t : tensors) keys = keys | t.key_set();
+  const auto all = c10::DispatchKeySet(c10::DispatchKeySet::FULL).remove(c10::DispatchKey::BackendSelect);
+  const auto key = c10::impl::computeDispatchKeySet(keys, all).highestPriorityTypeId();
+  return key == c10::DispatchKey::CPU || key == c10::DispatchKey::CUDA;
 }
 
 bool any_requires_grad(at::TensorList tensors) {

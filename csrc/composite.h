@@ -13,6 +13,10 @@ at::Tensor finish(at::Tensor out, const std::optional<at::Tensor>& residual, con
 // What reads the graph, to export or compile it, is to find plain convolutions in it where no gradient is asked for.
 bool is_traced(const at::Tensor& t);
 
+// Whether nothing stands between a call with these tensors and its kernel on CPU or CUDA but autograd and autocast: no
+// tracing, subclass, mode, transform or lazy negation.
+bool is_plain(at::TensorList tensors);
+
 bool any_requires_grad(at::TensorList tensors);
 
 // The place of the result of a chain of `links` links if it is to be kept: where it is all that act' of the last one

@@ -140,7 +140,7 @@ class Execution {
         if (norm.normalises() && !statistics_[i].defined()) statistics_[i] = statistics(norm, i, y);
         maps_[i + 1] = in_place ? y : at::empty_like(y);
         if (y.numel() == 0) continue;
-        channel_kernels(y).apply_(maps_[i + 1], y, affine(norm, i, y).first, norm.activation, residual(i, y));
+        channel_kernels(y).apply_(maps_[i + 1], y, affine(norm, i, y), norm.activation, residual(i, y));
       }
     }
   }
@@ -219,18 +219,28 @@ class Execution {
   static Tensor channel_sums(const Tensor& dout, const Tensor& y, const Affine& affine, const Activation& activation,
                              const Joined& joined) {
     return y.numel() ? channel_kernels(y).grad_stats(dout, y, affine, activation, joined)
-                     : at::zeros({2, y.size(1)}, affine.mean.options());
+                     : at::zeros({2, y.size(1)}, affine.vectors.options());
   }
 
   // u = y
   static Affine plain(const Tensor& y) {
-    const auto zero = at::zeros({y.size(1)}, y.options().dtype(statistics_dtype(y)).memory_format(std::nullopt));
-    return {zero, at::ones_like(zero), zero};
+    const auto options = y.options().dtype(statistics_dtype(y)).memory_format(std::nullopt);
+    auto vectors = at::zeros({2, y.size(1)}, options);
+    vectors.select(0, 0).fill_(1);
+    return {at::zeros({1, y.size(1)}, options), vectors};
   }
 
-  // (mean, scale = a, shift = β) and r.
-  std::pair<Affine, Tensor> affine(const Norm& norm, size_t i, const Tensor& y) const {
-    if (!norm.normalises()) return {plain(y), {}};
+  static Tensor zeros_of(const Affine& affine) {
+    return at::zeros({2, affine.vectors.size(1)}, affine.vectors.options());
+  }
+
+  static Normalisation normalisation(const Norm& norm, const Tensor& y) {
+    return {norm.eps, norm.arithmetic == Arithmetic::tutorial, double(y.numel() / y.size(1))};
+  }
+
+  // Of link i, which reads y.
+  Affine affine(const Norm& norm, size_t i, const Tensor& y) const {
+    if (!norm.normalises()) return plain(y);
     const auto& statistics = statistics_[i];
     const int64_t rows = synchronised(norm) ? 5 : 2;
     TORCH_CHECK_VALUE(statistics.sizes() == at::IntArrayRef({rows, y.size(1)}) && statistics.is_contiguous() &&
@@ -239,11 +249,8 @@ class Execution {
                       statistics.sizes());
     TORCH_CHECK_VALUE(norm.arithmetic != Arithmetic::tutorial || process_group_.empty(),
                       "the tutorial's arithmetic is not synchronised");
-    const auto r = inverse_std(norm, statistics.select(0, 1), y.numel() / y.size(1));
-    const auto weight = channel_vector(chain_[i].weight, y), bias = channel_vector(chain_[i].bias, y);
-    return {
-        Affine{statistics.select(0, 0), weight.defined() ? r * weight : r, bias.defined() ? bias : at::zeros_like(r)},
-        r};
+    return {statistics, channel_kernels(y).affine_vectors(statistics, channel_vector(chain_[i].weight, y),
+                                                          channel_vector(chain_[i].bias, y), normalisation(norm, y))};
   }
 
   bool synchronised(const Norm& norm) const { return norm.batch_statistics() && !process_group_.empty(); }
@@ -365,7 +372,7 @@ class Execution {
       const auto dout = dense_like("gradient", grad_, u);
       Tensor du = grad_owned_ || !dout.is_same(grad_) ? dout : u_owned ? u : at::empty_like(u);
       const auto affine = plain(u);
-      if (u.numel()) channel_kernels(u).grad_apply_(du, dout, u, affine, affine.mean, affine.mean, norm.activation);
+      if (u.numel()) channel_kernels(u).grad_apply_(du, dout, u, affine, zeros_of(affine), norm.activation);
       grad_ = std::move(du);
       grad_owned_ = true;
     }
@@ -380,7 +387,7 @@ class Execution {
     const bool y_owned = remade_[i] || !y.is_same(in);
     const auto& kernels = channel_kernels(y);
     const auto& statistics = statistics_[i];
-    const auto [affine, r] = this->affine(norm, i, y);
+    const auto affine = this->affine(norm, i, y);
     if (recompute_is_checked() && y.numel() && norm.batch_statistics())
       check_recomputed(kernels.stats(y), statistics.slice(0, statistics.size(0) - 2), y.scalar_type());
 
@@ -393,10 +400,10 @@ class Execution {
         joined.result = dense_like("result", out, y);
       else
         joined.residual = residual(i, y);
-      joined.du = grad_owned_ ? dout : at::empty_like(y);
-    } else if (!activation.cheap() && grad_owned_ && y.is_cpu()) {
-      joined.du = dout;  // a pass that is limited by arithmetic need not do it twice
     }
+    // du is the gradient of the residual; and a pass that is limited by arithmetic need not do it twice.
+    if ((link.residual >= 0 && !activation.none()) || (!activation.cheap() && y.is_cpu()))
+      joined.du = grad_owned_ ? dout : at::empty_like(y);
     const auto sums = channel_sums(dout, y, affine, activation, joined);
     if (joined.du.defined()) {
       dout = joined.du;
@@ -406,25 +413,19 @@ class Execution {
     grad_ = dout;
     share_with_residual(i);
 
-    const auto s1 = sums.select(0, 0), dweight = r * sums.select(0, 1);
-    if (wanted(link.weight)) grads_[link.weight] = dweight.to(tensor(link.weight).scalar_type());
-    if (wanted(link.bias)) grads_[link.bias] = s1.to(tensor(link.bias).scalar_type(), false, true);
+    const auto total = !reached_[i] || !synchronised(norm) ? sums : all_reduce_sum(sums, process_group_);
+    const auto vectors = kernels.grad_vectors(sums, total, affine, synchronised(norm), normalisation(norm, y));
+    const auto give = [&](int64_t place, const Tensor& gradient) {
+      if (wanted(place))
+        grads_[place] = gradient.to(tensor(place).scalar_type(), /*non_blocking=*/false, /*copy=*/true);
+    };
+    give(link.weight, vectors.select(0, 2));
+    give(link.bias, sums.select(0, 0));
     if (!reached_[i]) return grad_.reset();
 
-    // −a/R, and S1 and S2, of all processes
-    Tensor slope, offset;
-    if (norm.batch_statistics()) {
-      const auto total = process_group_.empty() ? sums : all_reduce_sum(sums, process_group_);
-      const auto count = y.numel() / y.size(1);
-      const auto factor = process_group_.empty() ? affine.scale * (-1. / double(count))
-                                                 : -affine.scale / statistics.select(0, 2).clamp_min(1);
-      slope = factor * r * total.select(0, 1) * rho(norm, statistics.select(0, 1), r, count);
-      offset = factor * total.select(0, 0);
-    } else {
-      slope = offset = at::zeros_like(affine.scale);
-    }
+    const auto linear = norm.batch_statistics() ? vectors : zeros_of(affine);
     Tensor out = y_owned ? y : grad_owned_ ? dout : at::empty_like(y);
-    if (y.numel()) kernels.grad_apply_(out, dout, y, affine, slope, offset, activation);
+    if (y.numel()) kernels.grad_apply_(out, dout, y, affine, linear, activation);
     grad_ = std::move(out);
     grad_owned_ = true;
   }

@@ -1,7 +1,10 @@
 #include "running.h"
 
+#include <ATen/Dispatch.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/where.h>
+
+#include "composite.h"
 
 namespace fusedconvbn {
 
@@ -35,35 +38,69 @@ Tensor moved(const Tensor& running, const Tensor& batch, const std::optional<dou
   return momentum ? wide.lerp(batch, *momentum) : wide.lerp(batch, count.to(batch.scalar_type()).reciprocal());
 }
 
+// Whether t is a few values in memory, for which a dozen operators would take longer than the layer.
+bool in_memory(const Tensor& t, at::ScalarType dtype) {
+  return t.is_cpu() && t.scalar_type() == dtype && t.is_contiguous() && !t.requires_grad() && is_plain(t);
+}
+
+// The same there, with factor·statistics + bias for the batch.
+template <typename T>
+void move(const Tensor& running, const T* statistics, double factor, const Optional& bias, double momentum) {
+  auto* value = running.mutable_data_ptr<T>();
+  const auto* shift = bias ? bias->const_data_ptr<T>() : nullptr;
+  for (int64_t c = 0; c < running.numel(); ++c) {
+    const T batch = statistics[c] * T(factor) + (shift ? shift[c] : T(0)), step = batch - value[c];
+    value[c] = momentum < 0.5 ? value[c] + T(momentum) * step : batch - T(1 - momentum) * step;  // exact at 1
+  }
+  running.unsafeGetTensorImpl()->bump_version();
+}
+
 }  // namespace
 
 void RunningUpdates::count(const NormArguments& norm) {
   count_ = norm.num_batches_tracked ? *norm.num_batches_tracked + 1 : Tensor();
-  if (count_.defined()) writes_.emplace_back(*norm.num_batches_tracked, count_);
+  if (count_.defined())
+    writes_.push_back([counter = *norm.num_batches_tracked, count = count_] { counter.copy_(count); });
 }
 
 void RunningUpdates::add(const NormArguments& norm, const Tensor& statistics, c10::SymIntArrayRef sizes,
                          const Optional& bias, bool synchronised) {
   if (!norm.running_mean) return;
+  const auto &running_mean = *norm.running_mean, &running_var = *norm.running_var;
+  c10::SymInt values = sizes[0];
+  for (const auto& size : sizes.slice(2)) values = values * size;
+  const auto unbiased = c10::SymFloat(values) / c10::SymFloat(values - 1);
+  const auto dtype = statistics.scalar_type();
+  if (!synchronised && norm.momentum && is_plain(statistics) && in_memory(running_mean, dtype) &&
+      in_memory(running_var, dtype) && (!bias || (is_plain(*bias) && in_memory(bias->detach(), dtype)))) {
+    writes_.push_back([=, momentum = *norm.momentum, factor = unbiased.expect_float()] {
+      AT_DISPATCH_FLOATING_TYPES(dtype, "running statistics", [&] {
+        const auto* batch = statistics.const_data_ptr<scalar_t>();
+        move<scalar_t>(running_mean, batch, 1, bias, momentum);
+        move<scalar_t>(running_var, batch + running_var.numel(), factor, {}, momentum);
+      });
+    });
+    return;
+  }
   const auto batch = statistics.detach();
   auto mean = batch.select(0, 0), var = batch.select(0, 1);
   if (bias) mean = mean + bias->detach();
   if (synchronised) {
-    const auto values = batch.select(0, 2);
-    var = var * (values / (values - 1).clamp_min(1));
-    mean = at::where(values > 0, mean, norm.running_mean->to(mean.scalar_type()));  // no process has a sample
-    var = at::where(values > 0, var, norm.running_var->to(var.scalar_type()));
+    const auto counts = batch.select(0, 2);
+    var = var * (counts / (counts - 1).clamp_min(1));
+    mean = at::where(counts > 0, mean, running_mean.to(mean.scalar_type()));  // no process has a sample
+    var = at::where(counts > 0, var, running_var.to(var.scalar_type()));
   } else {
-    c10::SymInt values = sizes[0];
-    for (const auto& size : sizes.slice(2)) values = values * size;
-    var = var * at::Scalar(c10::SymFloat(values) / c10::SymFloat(values - 1));
+    var = var * at::Scalar(unbiased);
   }
-  writes_.emplace_back(*norm.running_mean, moved(*norm.running_mean, mean, norm.momentum, count_));
-  writes_.emplace_back(*norm.running_var, moved(*norm.running_var, var, norm.momentum, count_));
+  writes_.push_back(
+      [running_mean, value = moved(running_mean, mean, norm.momentum, count_)] { running_mean.copy_(value); });
+  writes_.push_back(
+      [running_var, value = moved(running_var, var, norm.momentum, count_)] { running_var.copy_(value); });
 }
 
 void RunningUpdates::write() const {
-  for (const auto& [target, value] : writes_) target.copy_(value);
+  for (const auto& write : writes_) write();
 }
 
 }  // namespace fusedconvbn

@@ -1,6 +1,8 @@
 // Running statistics: read in eval mode, where they are folded into the convolution in front, and updated in training.
 #pragma once
 
+#include <functional>
+
 #include "arguments.h"
 
 namespace fusedconvbn {
@@ -24,7 +26,7 @@ class RunningUpdates {
   void write() const;
 
  private:
-  std::vector<std::pair<at::Tensor, at::Tensor>> writes_;  // target, value
+  std::vector<std::function<void()>> writes_;
   at::Tensor count_;
 };
 

@@ -9,6 +9,10 @@ import torch
 from torch import Tensor
 from torch._jit_internal import BroadcastingList1  # an int, or one for each spatial dimension
 
+_operator = (
+    torch.ops.fusedconvbn.conv_bn
+)  # looked up once: that takes as long as a small layer's statistics
+
 
 def conv_bn(
     input: Tensor,
@@ -97,7 +101,7 @@ def conv_bn(
         >>> conv_bn(x, w, padding=1, activation="relu").shape
         torch.Size([8, 16, 32, 32])
     """
-    return torch.ops.fusedconvbn.conv_bn(
+    return _operator(
         input,
         weight,
         bias,

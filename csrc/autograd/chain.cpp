@@ -32,19 +32,22 @@ bool needs_unfused(at::TensorList tensors) {
          any_has_tangent(tensors);
 }
 
-// Whether nothing stands between a call of the backward operator and its kernel: no derivative of it, no tracing, no
-// subclass, no mode, no lazy negation.
-bool ends_in_kernel(const Tensor& dout, at::TensorList saved) {
-  if (at::GradMode::is_enabled() || any_has_tangent(dout)) return false;
-  at::AutoDispatchBelowADInplaceOrView guard;
-  auto keys = dout.key_set();
-  for (const auto& t : saved) keys = keys | t.key_set();
-  const auto all = c10::DispatchKeySet(c10::DispatchKeySet::FULL).remove(c10::DispatchKey::BackendSelect);
-  const auto key = c10::impl::computeDispatchKeySet(keys, all).highestPriorityTypeId();
-  return key == c10::DispatchKey::CPU || key == c10::DispatchKey::CUDA;
+// Whether a call of the backward operator would end in its kernel, and at once.
+bool ends_in_kernel(const Tensor& dout, const variable_list& saved) {
+  return !at::GradMode::is_enabled() && !any_has_tangent(dout) && is_plain(dout) && is_plain(saved);
 }
 
 bool result_is_kept(at::IntArrayRef kept, size_t links) { return !kept.empty() && kept.back() == int64_t(links); }
+
+// Of a call, for its backward: how many tensors, parts and kept maps it has, the place of a last residual that backward
+// does not read, and that of one whose gradient is dout.
+struct Facts {
+  int64_t tensors, parts, kept, unread = -1, plain_residual = -1;
+
+  static constexpr size_t size = 5;
+  static Facts read(at::IntArrayRef v) { return {v[0], v[1], v[2], v[3], v[4]}; }
+  std::array<int64_t, size> values() const { return {tensors, parts, kept, unread, plain_residual}; }
+};
 
 struct ChainFunction : torch::autograd::Function<ChainFunction> {
   static constexpr bool is_traceable = true;  // compiled autograd puts backward into its graph
@@ -57,21 +60,24 @@ struct ChainFunction : torch::autograd::Function<ChainFunction> {
     const auto& [output, kept_maps, statistics] = *result;
     const auto chain = unpack(links, scalars, tensors.size());
     auto saved = tensors.vec();
+    Facts facts{int64_t(tensors.size()), chain.parts, int64_t(kept.size())};
     if (const auto place = chain.back().residual; place >= 0 && !last_residual_is_read(chain, kept)) {
       saved[place] = at::zeros({}, output.options());
-      ctx->saved_data["unread"] = place;
-      if (chain.back().norm()->activation.none()) ctx->saved_data["residual"] = place;
+      facts.unread = place;
+      if (chain.back().norm()->activation.none()) facts.plain_residual = place;
     }
     saved.insert(saved.end(), kept_maps.begin(), kept_maps.end());
     if (result_is_kept(kept, chain.size())) saved.push_back(output);
     saved.insert(saved.end(), statistics.begin(), statistics.end());
     ctx->save_for_backward(std::move(saved));
-    ctx->saved_data["tensors"] = int64_t(tensors.size());
-    ctx->saved_data["parts"] = chain.parts;
-    ctx->saved_data["links"] = links.vec();
-    ctx->saved_data["scalars"] = scalars.vec();
-    ctx->saved_data["process_group"] = std::string(process_group);
-    ctx->saved_data["kept"] = kept.vec();
+    // Each entry is a string that is hashed and a value on the heap.
+    const auto values = facts.values();
+    std::vector<int64_t> integers(values.begin(), values.end());
+    integers.insert(integers.end(), kept.begin(), kept.end());
+    integers.insert(integers.end(), links.begin(), links.end());
+    ctx->saved_data["integers"] = std::move(integers);
+    if (!scalars.empty()) ctx->saved_data["scalars"] = scalars.vec();
+    if (!process_group.empty()) ctx->saved_data["process_group"] = std::string(process_group);
     if (recompute_is_checked()) ctx->saved_data["layer"] = layer_name();
     return output;
   }
@@ -81,22 +87,22 @@ struct ChainFunction : torch::autograd::Function<ChainFunction> {
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     auto saved = ctx->get_saved_variables();
     auto& data = ctx->saved_data;
-    if (data.count("unread")) {
-      auto& residual = saved[data["unread"].toInt()];
+    const auto integers = data["integers"].toIntVector();
+    const auto facts = Facts::read(integers);
+    const auto lists = at::IntArrayRef(integers).slice(Facts::size);
+    const auto kept = lists.slice(0, facts.kept), links = lists.slice(facts.kept);
+    const auto scalars = data.count("scalars") ? data["scalars"].toDoubleVector() : std::vector<double>();
+    const auto process_group = data.count("process_group") ? data["process_group"].toStringRef() : std::string();
+    if (facts.unread >= 0) {
+      auto& residual = saved[facts.unread];
       residual = residual.expand_symint(grads[0].sym_sizes());
     }
     const auto all = at::TensorList(saved);
-    const auto links = data["links"].toIntVector();
-    const auto scalars = data["scalars"].toDoubleVector();
-    const auto process_group = data["process_group"].toStringRef();
-    const auto kept = data["kept"].toIntVector();
-    const auto count = static_cast<size_t>(data["tensors"].toInt());
-    const auto last_kept = count + kept.size();
+    const size_t count = facts.tensors, last_kept = count + kept.size();
     variable_list result(count + 6);  // one for each argument of forward
     // Without an activation the gradient of the last residual is dout.
-    const int64_t plain_residual = data.count("residual") ? data["residual"].toInt() : -1;
+    const int64_t plain_residual = facts.plain_residual, parts = facts.parts;
     if (plain_residual >= 0 && ctx->needs_input_grad(plain_residual)) result[plain_residual] = grads[0];
-    const auto parts = data["parts"].toInt();
     std::vector<int64_t> wanted;
     for (int64_t i = 0; i < int64_t(count); ++i) {
       if (!ctx->needs_input_grad(i) || i == plain_residual) continue;

@@ -45,8 +45,13 @@ const ChannelLoops<T>& loops(const ChannelLayout& layout) {
 Shape shape_of(const ChannelLayout& layout) { return {layout.outer, layout.channels, layout.inner}; }
 
 template <typename T>
+const acc_t<T>* row_of(const Tensor& t, int64_t i) {
+  return static_cast<const acc_t<T>*>(row(t, i));
+}
+
+template <typename T>
 Vectors<T> vectors_of(const Affine& a) {
-  return {a.mean.const_data_ptr<acc_t<T>>(), a.scale.const_data_ptr<acc_t<T>>(), a.shift.const_data_ptr<acc_t<T>>()};
+  return {row_of<T>(a.statistics, 0), row_of<T>(a.vectors, 0), row_of<T>(a.vectors, 1)};
 }
 
 template <typename T>
@@ -131,7 +136,7 @@ void channel_apply_(Tensor& out, const Tensor& y, const Affine& a, const Activat
 Tensor channel_grad_stats(const Tensor& dout, const Tensor& y, const Affine& a, const Activation& activation,
                           const Joined& joined) {
   const auto layout = *channel_layout(y);
-  auto result = at::empty({2, layout.channels}, a.mean.options());
+  auto result = at::empty({2, layout.channels}, a.vectors.options());
   dispatch(y, [&]<typename T>(T) {
     const cpu::Joined<T> with{data_or_null<T>(joined.residual), data_or_null<T>(joined.result),
                               joined.du.defined() ? joined.du.mutable_data_ptr<T>() : nullptr};
@@ -144,20 +149,55 @@ Tensor channel_grad_stats(const Tensor& dout, const Tensor& y, const Affine& a, 
   return result;
 }
 
-void channel_grad_apply_(Tensor& out, const Tensor& dout, const Tensor& y, const Affine& a, const Tensor& slope,
-                         const Tensor& offset, const Activation& activation) {
+void channel_grad_apply_(Tensor& out, const Tensor& dout, const Tensor& y, const Affine& a, const Tensor& linear,
+                         const Activation& activation) {
   const auto layout = *channel_layout(y);
   dispatch(y, [&]<typename T>(T) {
     auto* to = out.mutable_data_ptr<T>();
     for_slices(layout, [&](int64_t begin, int64_t end) {
       loops<T>(layout).grad_apply(shape_of(layout), begin, end, to, dout.const_data_ptr<T>(), y.const_data_ptr<T>(),
-                                  vectors_of<T>(a), slope.const_data_ptr<acc_t<T>>(), offset.const_data_ptr<acc_t<T>>(),
-                                  activation);
+                                  vectors_of<T>(a), row_of<T>(linear, 0), row_of<T>(linear, 1), activation);
     });
   });
 }
 
-const ChannelKernels kernels{channel_stats, channel_apply_, channel_grad_stats, channel_grad_apply_};
+// f(c) of each channel, where make(acc*) makes f for (3, C) results.
+template <typename Make>
+Tensor for_channels(const Tensor& like, const Make& make) {
+  const int64_t channels = like.size(1);
+  auto result = at::empty({3, channels}, like.options());
+  dispatch(like, [&]<typename T>(T) {
+    if constexpr (std::is_same_v<T, acc_t<T>>) {
+      const auto f = make(result.mutable_data_ptr<T>());
+      for (int64_t c = 0; c < channels; ++c) f(c);
+    }
+  });
+  return result;
+}
+
+Tensor affine_vectors(const Tensor& statistics, const Tensor& weight, const Tensor& bias, const Normalisation& how) {
+  return for_channels(statistics, [&]<typename acc>(acc* result) {
+    return AffineVectors<acc>{row_of<acc>(statistics, 1), data_or_null<acc>(weight),
+                              data_or_null<acc>(bias),    result,
+                              statistics.size(1),         how};
+  });
+}
+
+Tensor grad_vectors(const Tensor& sums, const Tensor& total, const Affine& a, bool counted, const Normalisation& how) {
+  return for_channels(sums, [&]<typename acc>(acc* result) {
+    return GradVectors<acc>{row_of<acc>(sums, 0),
+                            row_of<acc>(total, 0),
+                            row_of<acc>(a.statistics, 1),
+                            row_of<acc>(a.vectors, 0),
+                            counted ? row_of<acc>(a.statistics, 2) : nullptr,
+                            result,
+                            sums.size(1),
+                            how};
+  });
+}
+
+const ChannelKernels kernels{channel_stats,       channel_apply_, channel_grad_stats,
+                             channel_grad_apply_, affine_vectors, grad_vectors};
 const RegisterChannelKernels registered(at::kCPU, kernels);
 
 }  // namespace

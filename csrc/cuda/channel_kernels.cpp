@@ -31,9 +31,7 @@ cuda::Map map_of(const Tensor& y) {
   return {dtype, layout.channels_last, layout.outer, layout.channels, layout.inner};
 }
 
-cuda::Vectors vectors_of(const Affine& a) {
-  return {a.mean.const_data_ptr(), a.scale.const_data_ptr(), a.shift.const_data_ptr()};
-}
+cuda::Vectors vectors_of(const Affine& a) { return {row(a.statistics, 0), row(a.vectors, 0), row(a.vectors, 1)}; }
 
 const void* data_or_null(const Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
 
@@ -82,15 +80,41 @@ void channel_apply_(Tensor& out, const Tensor& y, const Affine& a, const Activat
   });
 }
 
-void channel_grad_apply_(Tensor& out, const Tensor& dout, const Tensor& y, const Affine& a, const Tensor& slope,
-                         const Tensor& offset, const Activation& activation) {
+void channel_grad_apply_(Tensor& out, const Tensor& dout, const Tensor& y, const Affine& a, const Tensor& linear,
+                         const Activation& activation) {
   elementwise(y, [&](const cuda::Map& map, cudaStream_t stream) {
     cuda::channel_grad_apply_(map, out.mutable_data_ptr(), dout.const_data_ptr(), y.const_data_ptr(), vectors_of(a),
-                              slope.const_data_ptr(), offset.const_data_ptr(), activation, stream);
+                              row(linear, 0), row(linear, 1), activation, stream);
   });
 }
 
-const ChannelKernels kernels{channel_stats, channel_apply_, channel_grad_stats, channel_grad_apply_};
+// run(dtype, channels, result, stream)
+template <typename Run>
+Tensor for_channels(const Tensor& like, const Run& run) {
+  const c10::cuda::CUDAGuard guard(like.device());
+  auto result = at::empty({3, like.size(1)}, like.options());
+  run(like.scalar_type() == at::kDouble ? cuda::Dtype::f64 : cuda::Dtype::f32, like.size(1), result.mutable_data_ptr(),
+      c10::cuda::getCurrentCUDAStream().stream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return result;
+}
+
+Tensor affine_vectors(const Tensor& statistics, const Tensor& weight, const Tensor& bias, const Normalisation& how) {
+  return for_channels(statistics, [&](cuda::Dtype dtype, int64_t channels, void* result, cudaStream_t stream) {
+    cuda::affine_vectors(dtype, channels, row(statistics, 1), data_or_null(weight), data_or_null(bias), how, result,
+                         stream);
+  });
+}
+
+Tensor grad_vectors(const Tensor& sums, const Tensor& total, const Affine& a, bool counted, const Normalisation& how) {
+  return for_channels(sums, [&](cuda::Dtype dtype, int64_t channels, void* result, cudaStream_t stream) {
+    cuda::grad_vectors(dtype, channels, row(sums, 0), row(total, 0), row(a.statistics, 1), row(a.vectors, 0),
+                       counted ? row(a.statistics, 2) : nullptr, how, result, stream);
+  });
+}
+
+const ChannelKernels kernels{channel_stats,       channel_apply_, channel_grad_stats,
+                             channel_grad_apply_, affine_vectors, grad_vectors};
 const RegisterChannelKernels registered(at::kCUDA, kernels);
 
 }  // namespace

@@ -182,6 +182,14 @@ __global__ void __launch_bounds__(threads, blocks_per_multiprocessor)
   }
 }
 
+// ---------------------------------------------------------------------------------------- C-sized arithmetic
+
+template <typename F>
+__global__ void __launch_bounds__(threads) for_channels(F f) {
+  const int64_t c = int64_t(blockIdx.x) * threads + threadIdx.x;
+  if (c < f.channels) f(c);
+}
+
 // -------------------------------------------------------------------------------------------------- launch
 
 template <typename T>
@@ -343,6 +351,36 @@ void channel_grad_apply_(const Map& map, void* out, const void* dout, const void
       elementwise(map, op, {out, dout, y}, stream);
     });
   });
+}
+
+void affine_vectors(Dtype dtype, int64_t channels, const void* var, const void* weight, const void* bias,
+                    Normalisation how, void* result, cudaStream_t stream) {
+  const auto run = [&]<typename acc>(acc) {
+    const AffineVectors<acc> f{static_cast<const acc*>(var),
+                               static_cast<const acc*>(weight),
+                               static_cast<const acc*>(bias),
+                               static_cast<acc*>(result),
+                               channels,
+                               how};
+    launch(for_channels<AffineVectors<acc>>, dim3(ceil_div(channels, threads)), dim3(threads), stream, f);
+  };
+  dtype == Dtype::f64 ? run(double{}) : run(float{});
+}
+
+void grad_vectors(Dtype dtype, int64_t channels, const void* sums, const void* total, const void* var,
+                  const void* vectors, const void* counts, Normalisation how, void* result, cudaStream_t stream) {
+  const auto run = [&]<typename acc>(acc) {
+    const GradVectors<acc> f{static_cast<const acc*>(sums),
+                             static_cast<const acc*>(total),
+                             static_cast<const acc*>(var),
+                             static_cast<const acc*>(vectors),
+                             static_cast<const acc*>(counts),
+                             static_cast<acc*>(result),
+                             channels,
+                             how};
+    launch(for_channels<GradVectors<acc>>, dim3(ceil_div(channels, threads)), dim3(threads), stream, f);
+  };
+  dtype == Dtype::f64 ? run(double{}) : run(float{});
 }
 
 }  // namespace fusedconvbn::cuda

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "../activation.h"
+#include "../channel_vectors.h"
 
 namespace fusedconvbn::cuda {
 
@@ -39,5 +40,11 @@ void channel_grad_stats(const Map&, const void* dout, const void* y, Vectors, Ac
 void channel_apply_(const Map&, void* out, const void* y, Vectors, Activation, const void* residual, cudaStream_t);
 void channel_grad_apply_(const Map&, void* out, const void* dout, const void* y, Vectors, const void* slope,
                          const void* offset, Activation, cudaStream_t);
+
+// AffineVectors and GradVectors of channel_vectors.h; dtype is f64 or f32.
+void affine_vectors(Dtype, int64_t channels, const void* var, const void* weight, const void* bias, Normalisation,
+                    void* result, cudaStream_t);
+void grad_vectors(Dtype, int64_t channels, const void* sums, const void* total, const void* var, const void* vectors,
+                  const void* counts, Normalisation, void* result, cudaStream_t);
 
 }  // namespace fusedconvbn::cuda
