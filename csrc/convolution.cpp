@@ -7,6 +7,9 @@
 
 #include <algorithm>
 
+#include "cpu/depthwise.h"
+#include "cpu/winograd.h"
+
 namespace fusedconvbn {
 
 using at::Tensor;
@@ -66,6 +69,8 @@ Tensor convolution(const Conv& conv, const Tensor& input, const Tensor& weight, 
   };
   const auto format = conv_memory_format(input, weight);
   const auto cast = [&](at::ScalarType dtype) { return bias ? std::optional<Tensor>(bias->to(dtype)) : bias; };
+  if (!bias && winograd_applies(conv, input, weight)) return winograd(conv, input, weight);
+  if (!bias && depthwise_applies(conv, input, weight)) return depthwise(conv, input, weight);
   if (!runs_in_float(input) || input.numel() == 0) {
     const auto dtype = input.scalar_type();
     return run(input, weight.to(dtype), cast(dtype)).contiguous(format);
@@ -92,6 +97,12 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Conv& conv, const 
     return std::make_tuple(wanted[0] ? din.contiguous(format) : Tensor(),
                            wanted[1] ? dweight.contiguous(format) : Tensor(), dbias);
   };
+  if (!wanted[2] && winograd_applies(conv, input, weight))
+    return {wanted[0] ? winograd_grad_input(conv, dout, weight) : Tensor(),
+            wanted[1] ? winograd_grad_weight(conv, dout, input, weight) : Tensor(), Tensor()};
+  if (!wanted[2] && depthwise_applies(conv, input, weight))
+    return {wanted[0] ? depthwise_grad_input(conv, dout, input, weight) : Tensor(),
+            wanted[1] ? depthwise_grad_weight(conv, dout, input, weight) : Tensor(), Tensor()};
   if (!runs_in_float(input) || input.numel() == 0) {
     auto [din, dweight, dbias] = run(dout, input, weight.to(input.scalar_type()));
     return {din, wanted[1] ? dweight.to(weight.scalar_type()) : dweight, dbias};

@@ -1,0 +1,16 @@
+// 3×3 convolutions of stride 1 on CPU in float, channels last, by Winograd's algorithm (winograd_loops.h).
+#pragma once
+
+#include "../convolution.h"
+
+namespace fusedconvbn {
+
+// Whether the functions below take this convolution, and win.
+bool winograd_applies(const Conv& conv, const at::Tensor& input, const at::Tensor& weight);
+
+at::Tensor winograd(const Conv& conv, const at::Tensor& input, const at::Tensor& weight);
+at::Tensor winograd_grad_input(const Conv& conv, const at::Tensor& dout, const at::Tensor& weight);
+at::Tensor winograd_grad_weight(const Conv& conv, const at::Tensor& dout, const at::Tensor& input,
+                                const at::Tensor& weight);
+
+}  // namespace fusedconvbn

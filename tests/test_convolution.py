@@ -1,0 +1,103 @@
+"""The convolutions of our own on CPU against float64, beside ATen's."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.profiler import profile
+
+from fusedconvbn.chain import Conv, pack
+
+CAPABLE = torch.backends.cpu.get_cpu_capability() != "DEFAULT"
+
+# batch, channels, filters, height, width, padding: at least 64 tiles of 2×2 outputs for each of two threads
+WINOGRAD = {
+    "as wide as high": (4, 32, 64, 16, 16, (1, 1)),
+    "odd sizes": (5, 64, 32, 13, 17, (1, 1)),
+    "no padding": (3, 32, 32, 17, 18, (0, 0)),
+    "more padding": (3, 64, 96, 13, 11, (2, 1)),
+    "one row": (40, 32, 32, 1, 9, (1, 1)),
+    "many tiles": (2, 32, 32, 62, 60, (1, 1)),
+    "filters in parts": (2, 512, 320, 16, 17, (1, 1)),
+}
+
+
+def run(case, x, weight, dout):
+    """Result, input gradient and weight gradient of the operators."""
+    packed = pack(x, [Conv(weight, padding=case[5])])
+    out = torch.ops.fusedconvbn._chain_forward(packed.tensors, *packed.options, [])[0]
+    backward = torch.ops.fusedconvbn._chain_backward
+    return out, *backward(dout, packed.tensors, [], [], *packed.options, [], [0, 1])
+
+
+def aten(case, x, weight, dout):
+    out = F.conv2d(x, weight, padding=case[5])
+    options = ([1, 1], case[5], [1, 1], False, [0, 0], 1, [True, True, False])
+    return out, *torch.ops.aten.convolution_backward(dout, x, weight, None, *options)[:2]
+
+
+def error(value, truth):
+    return ((value.double() - truth).square().mean() / truth.square().mean()).sqrt().item()
+
+
+@pytest.mark.skipif(not CAPABLE, reason="Winograd's convolutions need AVX2")
+@pytest.mark.parametrize("weight_format", (torch.contiguous_format, torch.channels_last))
+@pytest.mark.parametrize("inputs", ("normal", "positive", "far from 0"))
+@pytest.mark.parametrize("case", WINOGRAD.values(), ids=WINOGRAD)
+def test_winograd(case, inputs, weight_format):
+    torch.manual_seed(0)
+    batch, channels, filters, height, width, padding = case
+    x = torch.randn(batch, channels, height, width)
+    x = {"normal": x, "positive": x.relu(), "far from 0": x + 100}[inputs]
+    x = x.to(memory_format=torch.channels_last)
+    weight = torch.randn(filters, channels, 3, 3).to(memory_format=weight_format) / channels**0.5
+    truth = F.conv2d(x.double(), weight.double(), padding=padding)
+    dout = torch.randn_like(truth).float()
+    truth = aten(case, x.double(), weight.double(), dout.double())
+    with profile() as profiler:
+        ours = run(case, x, weight, dout)
+    assert not any("aten::convolution" in event.name for event in profiler.events())
+    # Forward and the input's gradient are nearer to the truth than oneDNN's on the whole; the weight's gradient, which
+    # oneDNN adds up in many parts, is as near as those are.
+    floor = 2 * torch.finfo(torch.float32).eps
+    others = aten(case, x, weight, dout)
+    for name, our, other, true in zip(
+        ("output", "input gradient", "weight gradient"), ours, others, truth, strict=True
+    ):
+        assert our.stride() == other.stride(), name
+        assert error(our, true) <= 1.1 * error(other, true) + floor, name
+
+
+@pytest.mark.skipif(not CAPABLE, reason="Winograd's convolutions need AVX2")
+def test_winograd_does_not_depend_on_the_number_of_threads():
+    case = WINOGRAD["filters in parts"]
+    x = torch.randn(4, 512, 16, 17).to(memory_format=torch.channels_last)
+    weight, dout = torch.randn(320, 512, 3, 3), torch.randn(4, 320, 16, 17)
+    results = []
+    threads = torch.get_num_threads()
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(run(case, x, weight, dout))
+    torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize(
+    "change",
+    (
+        dict(stride=(2, 2)),
+        dict(dilation=(2, 2)),
+        dict(padding=(3, 3)),
+        dict(groups=2),
+        dict(transposed=True),
+    ),
+    ids=lambda change: next(iter(change)),
+)
+def test_other_convolutions_are_left_to_aten(change):
+    x = torch.randn(4, 64, 16, 16).to(memory_format=torch.channels_last)
+    conv = Conv(torch.randn(64, 64 // change.get("groups", 1), 3, 3), **change)
+    packed = pack(x, [conv])
+    out = torch.ops.fusedconvbn._chain_forward(packed.tensors, *packed.options, [])[0]
+    options = (conv.stride, conv.padding, conv.dilation, conv.transposed, conv.output_padding)
+    expected = torch.ops.aten.convolution(x, conv.weight, None, *options, conv.groups)
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
