@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CPP := $(shell find csrc tests examples -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test lint check-cuda test-cuda bench bench-models fuzz leak sanitize build format clean
+.PHONY: demo test lint check-cuda test-cuda bench bench-models bench-cuda fuzz leak sanitize build format clean
 
 demo: build
 	$(BIN)/python examples/mnist.py --output output/mnist.png
@@ -22,12 +22,27 @@ demo: build
 test: build lint check-cuda
 	$(BIN)/pytest
 
+# An hour and more on two cores; nothing else should run. `make bench-models` alone goes on where it was stopped.
 bench: build
 	$(BIN)/python benchmarks/conv_bn.py
+	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/growth.py
+	$(BIN)/python benchmarks/models.py
+	$(BIN)/python benchmarks/tables.py
 
 bench-models: build
-	$(BIN)/python benchmarks/models.py
-	$(BIN)/python benchmarks/models.py --plot benchmarks/results/models-cpu.png
+	$(BIN)/python benchmarks/models.py --resume
+	$(BIN)/python benchmarks/tables.py
+
+# On one GPU, with the CUDA build of torch.
+bench-cuda: $(CUDA_VENV)/built
+	$(CUDA_VENV)/bin/python benchmarks/kernels.py --device cuda
+	$(CUDA_VENV)/bin/python benchmarks/conv_bn.py --device cuda
+	$(CUDA_VENV)/bin/python benchmarks/growth.py --device cuda
+	for tune in "" --cudnn-benchmark; do for batch in 128 256; do \
+	  $(CUDA_VENV)/bin/python benchmarks/models.py --device cuda --batch $$batch $$tune \
+	    --only "float32, channels last, 2 threads" "bfloat16, channels last, 2 threads" \
+	    --output benchmarks/results/models-cuda-$$batch$$tune.json || exit 1; done; done
 
 # 10,000 random calls, other ones each time; a failure prints how to repeat it. FUZZ_EXAMPLES=100000 for a night.
 FUZZ_EXAMPLES ?= 10000

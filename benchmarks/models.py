@@ -1,20 +1,23 @@
-"""Whole models: fused at several budgets, as they are, with checkpoints, and compiled.
+"""Whole models: fused at several budgets, as they are, with checkpoints, compiled, and without what is fused (the floor).
 
-    python benchmarks/models.py [--models resnet50 ...] [--budgets 0.36,0.45] [--compile]
+    python benchmarks/models.py [--models resnet50 ...] [--only "float32, channels last, 2 threads"] [--resume]
     python benchmarks/models.py --check       # memory and added FLOPs against what is promised, without times
     python benchmarks/models.py --count       # what fuse finds in many models, and the bytes it predicts
-    python benchmarks/models.py --plot PATH   # draws the results that are there, measures nothing
 
 A step is forward, sum and backward on random images. The variants of a model take turns in one process; a compiled one has a
 process of its own, where it takes turns with eager. Every ratio is to eager in the same process. Prints tables and
-writes benchmarks/results/models-<device>.json. Needs torchvision.
+writes benchmarks/results/models-<device>.json after each model and configuration; benchmarks/tables.py makes tables and plots of it.
+Needs torchvision. The tutorial's layer knows no stride and no padding, so no model here can be made of it: it is compared in
+conv_bn.py.
 """
 
 import argparse
 import copy
+import itertools
 import json
 import math
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -47,6 +50,26 @@ Budget = str | float
 MODELS = ["resnet50", "resnet18", "mobilenet_v2", "densenet121", "efficientnet_b0"]
 COMPILED = {"compile": 1.0, "compile, budget 0.5": 0.5, "compile, budget 0.3": 0.3}
 NORMS = nn.modules.batchnorm._BatchNorm
+ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.SiLU)
+
+
+@dataclass(frozen=True)
+class Configuration:
+    dtype: str  # bfloat16: autocast
+    format: str
+    threads: int
+    rivals: bool = False  # whether all of them are measured, or only eager and fused
+
+    def __str__(self) -> str:
+        return f"{self.dtype}, {self.format}, {self.threads} threads"
+
+
+CONFIGURATIONS = [
+    Configuration(dtype, format, threads, rivals=(format, threads) == ("channels last", 2))
+    for threads in (2, 1)
+    for format in ("channels last", "contiguous")
+    for dtype in ("float32", "bfloat16")
+]
 
 # At most, of eager's: live at the end of forward, peak; and added convolution FLOPs. Batch 8, 224², channels_last, float32.
 PROMISED = {
@@ -60,6 +83,32 @@ PROMISED = {
 FUSE_SECONDS = {"resnet50": 5.0}
 
 
+@dataclass(frozen=True)
+class Target:
+    """A step's time, of eager's, that is to be reached with so many of its saved bytes; channels last, two threads."""
+
+    model: str
+    saved: float
+    most: float
+    aim: float
+    dtype: str = "float32"
+
+    @property
+    def configuration(self) -> str:
+        return str(Configuration(self.dtype, "channels last", 2))
+
+
+TARGETS = [
+    Target("resnet50", 0.52, 0.95, 0.88),
+    Target("resnet50", 0.36, 1.05, 0.98),
+    Target("resnet50", 1.00, 0.90, 0.82),
+    Target("resnet50", 0.40, 0.95, 0.80, "bfloat16"),
+    Target("mobilenet_v2", 0.35, 0.90, 0.75),
+    Target("densenet121", 0.25, 1.00, 0.85),
+    Target("efficientnet_b0", 0.26, 0.82, 0.72),
+]
+
+
 @dataclass
 class Workload:
     """A model as it is and the images of a step."""
@@ -70,13 +119,16 @@ class Workload:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, name: str, arguments: argparse.Namespace) -> "Workload":
+    def of(
+        cls, name: str, arguments: argparse.Namespace, configuration: Configuration
+    ) -> "Workload":
         torch.manual_seed(0)
-        format = torch.contiguous_format if arguments.contiguous else torch.channels_last
+        formats = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
+        format = formats[configuration.format]
         model = torchvision_models().get_model(name, weights=None)
         images = torch.randn(arguments.batch, 3, arguments.size, arguments.size)
         model, images = (t.to(arguments.device, memory_format=format) for t in (model, images))
-        return cls(name, model, images, getattr(torch, arguments.dtype))
+        return cls(name, model, images, getattr(torch, configuration.dtype))
 
     def autocast(self) -> AbstractContextManager:
         enabled = self.dtype != torch.float32
@@ -108,9 +160,12 @@ class Workload:
         }
 
     def rows(self, nets: dict[str, nn.Module], rounds: int) -> dict[str, Row]:
-        """Memory and time of each, and their ratios to eager's."""
-        memory = {name: self.memory(net) for name, net in nets.items()}
+        """Memory, page faults and time of each, and their ratios to eager's."""
         steps = {name: self.step(net) for name, net in nets.items()}
+        memory = {
+            name: {**self.memory(net), "faults": page_faults(steps[name])}
+            for name, net in nets.items()
+        }
         times = time_interleaved(steps, self.images.device, rounds, self.name, math.inf)
         return {
             name: {**memory[name], "of_eager": ratios(memory[name], memory["eager"]), **row}
@@ -118,8 +173,14 @@ class Workload:
         }
 
 
+def page_faults(step: Step) -> int:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
 def ratios(memory: dict[str, int], eager: dict[str, int]) -> dict[str, float]:
-    return {key: memory[key] / eager[key] for key in eager}
+    return {key: memory[key] / eager[key] for key in ("saved", "end_of_forward", "peak")}
 
 
 def checkpointed(model: nn.Module) -> tuple[nn.Module, list[str]]:
@@ -143,116 +204,150 @@ def compiled(model: nn.Module, budget: float) -> nn.Module:
     return torch.compile(model)
 
 
-def measure(name: str, arguments: argparse.Namespace) -> Row:
-    load = Workload.of(name, arguments)
+def floor(model: nn.Module) -> nn.Module:
+    """A copy without batch norm and activations: what no fusion can be faster than with the same convolutions."""
+    model = copy.deepcopy(model)
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, (NORMS, *ACTIVATIONS)):
+                setattr(module, name, nn.Identity())
+    return model
+
+
+def inplace_abn(model: nn.Module) -> nn.Module | None:
+    """A copy with In-Place ABN where a batch norm and a leaky ReLU, which stands for ReLU, follow each other; None where the
+    package is missing."""
+    try:
+        from inplace_abn import InPlaceABN
+    except ImportError:
+        return None
+    model = copy.deepcopy(model)
+    for module in list(model.modules()):
+        children = list(module.named_children())
+        for (name, norm), (next_name, act) in itertools.pairwise(children):
+            if isinstance(norm, NORMS) and isinstance(act, ACTIVATIONS):
+                setattr(module, name, InPlaceABN(norm.num_features))
+                setattr(module, next_name, nn.Identity())
+    return model
+
+
+def budgets(name: str, configuration: Configuration) -> list[Budget]:
+    targets = [t for t in TARGETS if (t.model, t.configuration) == (name, str(configuration))]
+    return ["auto", "min", 1.0, *(t.saved for t in targets if t.saved < 1)]
+
+
+def measure(name: str, configuration: Configuration, arguments: argparse.Namespace) -> Row:
+    torch.set_num_threads(configuration.threads)
+    load = Workload.of(name, arguments, configuration)
     nets = {"eager": load.model}
-    if arguments.only_compiled:
-        nets[arguments.only_compiled] = compiled(load.model, COMPILED[arguments.only_compiled])
-        return {"variants": load.rows(nets, arguments.rounds)}
+    if arguments.only_variant in COMPILED:
+        nets[arguments.only_variant] = compiled(load.model, COMPILED[arguments.only_variant])
+        return load.rows(nets, arguments.rounds)
     facts: dict[str, Row] = {}
-    for memory in ("auto", "min", 1.0, *arguments.budgets):
+    for memory in budgets(name, configuration) if configuration.rivals else ("auto", 1.0):
         try:
             nets[f"fuse {memory}"], facts[f"fuse {memory}"] = load.fused(memory)
         except ValueError as error:  # less than what can be reached
             tqdm.write(f"{name}: left out: {error}")
-    nets["checkpoint"], blocks = checkpointed(load.model)
-    if not blocks:
-        del nets["checkpoint"]
+    if configuration.rivals:
+        nets["checkpoint"], blocks = checkpointed(load.model)
+        if not blocks:
+            del nets["checkpoint"]
+        if net := inplace_abn(load.model):
+            nets["In-Place ABN"] = net
+        nets["floor: convolutions alone"] = floor(load.model)
     rows = load.rows(nets, arguments.rounds)
     for variant, row in facts.items():
         rows[variant] |= row
-    for variant in COMPILED if arguments.compile else ():
-        if row := measured_alone(name, variant):
+    for variant in COMPILED if configuration.rivals and arguments.compile else ():
+        if row := measured_alone(name, configuration, variant):
             rows[variant] = row
-    return {"checkpointed": blocks, "variants": rows}
+    return rows
 
 
-def measured_alone(name: str, variant: str) -> Row | None:
-    """The row of a compiled variant, with its ratios to eager in the process in which it was compiled."""
+def measured_alone(name: str, configuration: Configuration, variant: str) -> Row | None:
+    """The row of a variant that has a process of its own, with its ratios to eager there."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "row.json"
-        options = ["--models", name, "--only-compiled", variant, "--output", str(output)]
-        run = subprocess.run([sys.executable, *sys.argv, *options], stdout=subprocess.DEVNULL)
+        options = ["--models", name, "--only", str(configuration), "--only-variant", variant]
+        command = [sys.executable, *sys.argv, *options, "--output", str(output)]
+        run = subprocess.run(command, stdout=subprocess.DEVNULL)
         if run.returncode:
             tqdm.write(f"{name}: {variant} failed")
             return None
-        rows = json.loads(output.read_text())["models"][name]["variants"]
+        rows = json.loads(output.read_text())["models"][name][str(configuration)]
     return {**rows[variant], "eager_milliseconds": rows["eager"]["milliseconds"]}
 
 
-def show(name: str, result: Row) -> None:
-    rows, lines = result["variants"], []
+def show(title: str, rows: dict[str, Row]) -> None:
+    lines = []
     for variant, row in rows.items():
         cells = [f"{share:.3f}" for share in row["of_eager"].values()]
-        cells += [f"{row['ratio']:.3f}", f"{row['spread']:.0%}"]
+        cells += [f"{row['ratio']:.3f}", f"{row['spread']:.0%}", f"{row['faults']:.0f}"]
         if "pairs" in row:
             cells += [f"{100 * row['added_flops']:.1f} %", f"{row['fuse_seconds']:.1f} s"]
             cells.append("{} / {}".format(*row["pairs"]))
-        lines.append([variant, *cells, *[""] * (8 - len(cells))])
+        lines.append([variant, *cells, *[""] * (9 - len(cells))])
     eager = rows["eager"]
     saved, peak = (eager[key] / 2**20 for key in ("saved", "peak"))
     print_table(
-        f"{name}, of eager's {saved:.0f} MiB saved, {peak:.0f} MiB peak, {eager['milliseconds']:.0f} ms",
-        ["", "saved", "forward", "peak", "time", "spread", "conv FLOPs", "fuse", "pairs"],
+        f"{title}, of eager's {saved:.0f} MiB saved, {peak:.0f} MiB peak, {eager['milliseconds']:.0f} ms",
+        ["", "saved", "forward", "peak", "time", "spread", "faults", "conv FLOPs", "fuse", "pairs"],
         lines,
     )
+
+
+def reached(target: Target, rows: dict[str, Row]) -> tuple[str, Row] | None:
+    """The fastest fused variant within the target's bytes."""
+    fused = {
+        variant: row
+        for variant, row in rows.items()
+        if variant.startswith("fuse") and row["of_eager"]["saved"] <= target.saved + 0.0005
+    }
+    return min(fused.items(), key=lambda item: item[1]["ratio"], default=None)
+
+
+def faster_compiled(rows: dict[str, Row]) -> list[tuple[str, str]]:
+    """(compiled variant, fused variant) where the compiled one saves no less memory than the fused one, which is the fastest
+    with at most its bytes, and is faster."""
+    behind = []
+    for variant in rows.keys() & COMPILED.keys():
+        compiled_row = rows[variant]
+        others = [
+            (row["ratio"], name)
+            for name, row in rows.items()
+            if name.startswith("fuse")
+            and row["of_eager"]["saved"] <= compiled_row["of_eager"]["saved"]
+        ]
+        if not others or min(others)[0] > compiled_row["ratio"]:
+            behind.append((variant, min(others)[1] if others else "none"))
+    return behind
 
 
 def check(arguments: argparse.Namespace) -> bool:
     """Whether everything promised about the chosen models is kept; prints it side by side."""
     lines, kept = [], True
     for name in tqdm([m for m in arguments.models if any(m == p for p, _ in PROMISED)]):
-        load = Workload.of(name, arguments)
+        load = Workload.of(name, arguments, CONFIGURATIONS[0])
         eager = load.memory(load.model)
         for (of, memory), (forward, peak, flops) in PROMISED.items():
             if of != name:
                 continue
             net, facts = load.fused(memory)
             share = ratios(load.memory(net), eager)
-            reached = {
+            found = {
                 "end of forward": (forward, share["end_of_forward"]),
                 "peak": (peak, share["peak"]),
                 "added conv FLOPs": (flops, facts["added_flops"]),
             }
             if name in FUSE_SECONDS:
-                reached["seconds to fuse"] = (FUSE_SECONDS[name], facts["fuse_seconds"])
-            for what, (most, value) in reached.items():
+                found["seconds to fuse"] = (FUSE_SECONDS[name], facts["fuse_seconds"])
+            for what, (most, value) in found.items():
                 kept &= value <= most
                 verdict = "" if value <= most else "MISSED"
                 lines.append([f"{name} {memory}: {what}", f"{most:.2f}", f"{value:.3f}", verdict])
     print_table("Promised, of eager's", ["", "at most", "reached", ""], lines)
     return kept
-
-
-def plot(results: Row, path: Path) -> None:
-    """Time against saved bytes of each variant, both as ratios to eager's."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    models = results["models"]
-    figure, axes = pyplot.subplots(
-        1, len(models), figsize=(1 + 3.6 * len(models), 4.2), squeeze=False, layout="constrained"
-    )
-    variants = list(dict.fromkeys(v for m in models.values() for v in m["variants"]))
-    handles = {}
-    for ax, (name, model) in zip(axes[0], models.items(), strict=True):
-        for variant, row in model["variants"].items():
-            i = variants.index(variant)
-            marker = {"fuse": "o", "eager": "s"}.get(variant.split()[0], "^")
-            handles[variant] = ax.scatter(
-                row["of_eager"]["saved"], row["ratio"], color=f"C{i}", marker=marker, zorder=2
-            )
-        ax.set_title(name)
-        ax.set_xlabel("bytes saved for backward, of eager's")
-        ax.set_xlim(left=0)
-        ax.grid(alpha=0.3)
-    axes[0][0].set_ylabel("time of a step, of eager's")
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=2 * len(models))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 COUNTED = [
@@ -303,60 +398,52 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--models", nargs="+", default=MODELS, help="names that torchvision knows")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--size", type=int, default=224, help="of an image")
-    parser.add_argument("--rounds", type=int, default=11, help="steps of each variant")
+    parser.add_argument("--rounds", type=int, default=9, help="steps of each variant")
+    names = [str(c) for c in CONFIGURATIONS]
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: autocast"
+        "--only", nargs="+", choices=names, default=names, metavar="CONFIGURATION", help="of them"
     )
-    parser.add_argument("--contiguous", action="store_true", help="instead of channels_last")
     parser.add_argument(
-        "--budgets",
-        type=lambda text: [float(part) for part in text.split(",")],
-        default=[],
-        help="more fractions for fuse, as in 0.36,0.45",
+        "--no-compile", dest="compile", action="store_false", help="leave torch.compile out"
     )
-    parser.add_argument("--compile", action="store_true", help="torch.compile at three budgets too")
-    parser.add_argument("--only-compiled", choices=COMPILED, help=argparse.SUPPRESS)
+    parser.add_argument("--only-variant", help=argparse.SUPPRESS)
+    parser.add_argument("--cudnn-benchmark", action="store_true", help="let cuDNN try algorithms")
+    parser.add_argument("--resume", action="store_true", help="keep what --output has")
     parser.add_argument("--check", action="store_true", help="only see whether promises are kept")
     parser.add_argument(
         "--count", action="store_true", help="only say what is found in many models"
     )
-    parser.add_argument("--plot", type=Path, help="only draw what --output has, to this file")
     parser.add_argument(
         "--output", type=Path, help="default: benchmarks/results/models-<device>.json"
     )
     arguments = parser.parse_args()
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    output = arguments.output or ROOT / f"benchmarks/results/models-{arguments.device.type}.json"
-    if arguments.plot:
-        plot(json.loads(output.read_text()), arguments.plot)
-        return
-    torch.set_num_threads(arguments.threads)
+    torch.backends.cudnn.benchmark = arguments.cudnn_benchmark
     if arguments.count:
         return count(arguments.batch, arguments.size)
     if arguments.check:
         sys.exit(not check(arguments))
 
+    output = arguments.output or ROOT / f"benchmarks/results/models-{arguments.device.type}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
     results: Row = {
         "machine": machine(arguments.device),
-        **{key: getattr(arguments, key) for key in ("threads", "batch", "size", "rounds", "dtype")},
-        "format": "contiguous" if arguments.contiguous else "channels_last",
+        **{key: getattr(arguments, key) for key in ("batch", "size", "rounds")},
         "models": {},
     }
-    print(
-        ", ".join(
-            f"{k} {v}"
-            for k, v in (results["machine"] | {"threads": arguments.threads}).items()
-            if v
-        )
-    )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    for name in tqdm(arguments.models, disable=bool(arguments.only_compiled)):
-        results["models"][name] = measure(name, arguments)
-        show(name, results["models"][name])
-        output.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    if arguments.resume and output.exists():
+        results["models"] = json.loads(output.read_text())["models"]
+    print(", ".join(f"{k} {v}" for k, v in results["machine"].items() if v))
+    for configuration in CONFIGURATIONS:
+        for name in arguments.models if str(configuration) in arguments.only else ():
+            of_model = results["models"].setdefault(name, {})
+            if str(configuration) in of_model:
+                continue
+            of_model[str(configuration)] = rows = measure(name, configuration, arguments)
+            show(f"{name}, {configuration}", rows)
+            output.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     print(f"\n{output}")
 
 
