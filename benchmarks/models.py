@@ -259,9 +259,6 @@ def measure(name: str, configuration: Configuration, arguments: argparse.Namespa
     rows = load.rows(nets, arguments.rounds)
     for variant, row in facts.items():
         rows[variant] |= row
-    for variant in COMPILED if configuration.rivals and arguments.compile else ():
-        if row := measured_alone(name, configuration, variant):
-            rows[variant] = row
     return rows
 
 
@@ -394,6 +391,10 @@ def count(batch: int, size: int) -> None:
         print(f"| {name} | {pairs} | {len(report.chains)} | {shares} |", flush=True)
 
 
+def write(results: Row, output: Path) -> None:
+    output.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--models", nargs="+", default=MODELS, help="names that torchvision knows")
@@ -439,11 +440,16 @@ def main() -> None:
     for configuration in CONFIGURATIONS:
         for name in arguments.models if str(configuration) in arguments.only else ():
             of_model = results["models"].setdefault(name, {})
-            if str(configuration) in of_model:
-                continue
-            of_model[str(configuration)] = rows = measure(name, configuration, arguments)
+            if str(configuration) not in of_model:
+                of_model[str(configuration)] = measure(name, configuration, arguments)
+            rows = of_model[str(configuration)]
+            write(results, output)
+            alone = configuration.rivals and arguments.compile and not arguments.only_variant
+            for variant in COMPILED.keys() - rows.keys() if alone else ():
+                if row := measured_alone(name, configuration, variant):
+                    rows[variant] = row
+                    write(results, output)
             show(f"{name}, {configuration}", rows)
-            output.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     print(f"\n{output}")
 
 

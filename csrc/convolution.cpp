@@ -81,7 +81,7 @@ Tensor convolution(const Conv& conv, const Tensor& input, const Tensor& weight, 
   const auto w = weight.to(input.scalar_type()).to(at::kFloat);
   const auto b = cast(at::kFloat);
   for_sample_slices(input, output, [&](int64_t first, int64_t count) {
-    output.narrow(0, first, count).copy_(run(input.narrow(0, first, count).to(at::kFloat), w, b));
+    output.narrow(0, first, count).copy_(convolution(conv, input.narrow(0, first, count).to(at::kFloat), w, b));
   });
   return output;
 }
@@ -103,7 +103,8 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Conv& conv, const 
   if (!wanted[2] && depthwise_applies(conv, input, weight))
     return {wanted[0] ? depthwise_grad_input(conv, dout, input, weight) : Tensor(),
             wanted[1] ? depthwise_grad_weight(conv, dout, input, weight) : Tensor(), Tensor()};
-  if (!runs_in_float(input) || input.numel() == 0) {
+  const bool half = input.scalar_type() == at::kBFloat16 || input.scalar_type() == at::kHalf;
+  if ((!runs_in_float(input) && !(half && is_depthwise(conv, input, weight))) || input.numel() == 0) {
     auto [din, dweight, dbias] = run(dout, input, weight.to(input.scalar_type()));
     return {din, wanted[1] ? dweight.to(weight.scalar_type()) : dweight, dbias};
   }
@@ -113,7 +114,7 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Conv& conv, const 
   if (wanted[0]) din = at::empty(input.sizes(), input.options().memory_format(format));
   for_sample_slices(input, dout, [&](int64_t first, int64_t count) {
     const auto part = [&](const Tensor& t) { return t.narrow(0, first, count).to(at::kFloat); };
-    auto [slice_din, slice_dweight, slice_dbias] = run(part(dout), part(input), w);
+    auto [slice_din, slice_dweight, slice_dbias] = convolution_backward(conv, part(dout), part(input), w, wanted);
     if (wanted[0]) din.narrow(0, first, count).copy_(slice_din);
     if (wanted[1]) dweight = first == 0 ? slice_dweight : dweight.add_(slice_dweight);
     if (wanted[2]) dbias = first == 0 ? slice_dbias : dbias.add_(slice_dbias);

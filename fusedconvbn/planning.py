@@ -18,9 +18,8 @@ from .links import CONVOLUTIONS
 _FLOPS = {"cpu": 200e9, "cuda": 200e12}
 _BYTES = {"cpu": 40e9, "cuda": 2e12}
 _WINOGRAD = 1.8  # times as fast on CPU, in float (csrc/cpu/winograd.h)
-# A kept byte is worth the time that moving so many takes: what keeping costs beside the memory (a fresh page on CPU, where
-# a remade map is soon freed), and what makes "auto" give up memory that is nearly free.
-_PRICE = 5.5
+# A kept byte is worth the time that moving so many takes: what makes "auto" give up memory that is nearly free.
+_PRICE = 15.0
 AUTO_FRACTION = 0.53  # of the bytes that eager saves, which "auto" stays below
 _AUTO_FLOPS = 0.12  # of a step's, the most that "auto" adds for memory below that
 

@@ -82,6 +82,53 @@ def test_winograd_does_not_depend_on_the_number_of_threads():
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+# batch, channels, height, width, kernel, stride, padding
+DEPTHWISE = [
+    (2, 16, 9, 11, 3, 1, (1, 1)),
+    (3, 33, 8, 5, 3, 2, (1, 1)),
+    (2, 40, 7, 6, 5, 1, (2, 2)),
+    (2, 100, 13, 12, 5, 2, (2, 2)),
+    (1, 17, 6, 9, 3, 1, (0, 2)),
+    (1, 24, 5, 7, 5, 1, (4, 0)),
+    (2, 20, 6, 8, 3, 2, (0, 1)),
+    (1, 19, 2, 1, 3, 1, (1, 1)),
+    (1, 18, 1, 4, 5, 2, (4, 3)),
+    (9, 32, 40, 37, 3, 1, (1, 1)),
+]
+
+
+@pytest.mark.skipif(not CAPABLE, reason="depthwise convolutions need AVX2")
+@pytest.mark.parametrize("case", DEPTHWISE, ids=str)
+def test_depthwise(case):
+    batch, channels, height, width, kernel, stride, padding = case
+    x = torch.randn(batch, channels, height, width).to(memory_format=torch.channels_last)
+    conv = Conv(
+        torch.randn(channels, 1, kernel, kernel),
+        stride=(stride, stride),
+        padding=padding,
+        groups=channels,
+    )
+    options = (None, conv.stride, conv.padding, conv.dilation, False, conv.output_padding, channels)
+    masks = [True, True, False]
+    wide = x.double(), conv.weight.double()
+    truth = [torch.ops.aten.convolution(*wide, *options)]
+    dout = torch.randn_like(truth[0]).float()
+    backward = torch.ops.aten.convolution_backward
+    truth += backward(dout.double(), *wide, *options, masks)[:2]
+    others = [torch.ops.aten.convolution(x, conv.weight, *options)]
+    others += backward(dout, x, conv.weight, *options, masks)[:2]
+    packed = pack(x, [conv])
+    with profile() as profiler:
+        ours = [torch.ops.fusedconvbn._chain_forward(packed.tensors, *packed.options, [])[0]]
+        ours += torch.ops.fusedconvbn._chain_backward(
+            dout, packed.tensors, [], [], *packed.options, [], [0, 1]
+        )
+    assert not any("aten::convolution" in event.name for event in profiler.events())
+    for our, other, true in zip(ours, others, truth, strict=True):
+        assert our.stride() == other.stride()
+        assert error(our, true) <= 1.1 * error(other, true) + torch.finfo(torch.float32).eps
+
+
 @pytest.mark.parametrize(
     "change",
     (
@@ -89,6 +136,7 @@ def test_winograd_does_not_depend_on_the_number_of_threads():
         dict(dilation=(2, 2)),
         dict(padding=(3, 3)),
         dict(groups=2),
+        dict(bias=torch.ones(64)),
         dict(transposed=True),
     ),
     ids=lambda change: next(iter(change)),
@@ -99,5 +147,5 @@ def test_other_convolutions_are_left_to_aten(change):
     packed = pack(x, [conv])
     out = torch.ops.fusedconvbn._chain_forward(packed.tensors, *packed.options, [])[0]
     options = (conv.stride, conv.padding, conv.dilation, conv.transposed, conv.output_padding)
-    expected = torch.ops.aten.convolution(x, conv.weight, None, *options, conv.groups)
+    expected = torch.ops.aten.convolution(x, conv.weight, conv.bias, *options, conv.groups)
     torch.testing.assert_close(out, expected, rtol=0, atol=0)

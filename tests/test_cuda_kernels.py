@@ -299,3 +299,53 @@ def test_same_as_the_cpu_kernels(shim, channels_last, dtype):
     torch.testing.assert_close(result, dy)
     kernels.apply_(result, y, vectors[:3], "relu")
     torch.testing.assert_close(result, out)
+
+
+@pytest.mark.parametrize("counted", (False, True))
+@pytest.mark.parametrize("arithmetic", ("batchnorm", "tutorial"))
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32))
+@pytest.mark.parametrize("channels", (1, 256, 300))
+def test_vectors(shim, channels, dtype, arithmetic, counted):
+    """The C-sized arithmetic against the table of docs/design.md; channel 0 is constant."""
+    if counted and arithmetic == "tutorial":
+        return  # is not synchronised
+    eps, count, tutorial = 1e-3, 7.0, arithmetic == "tutorial"
+    sums, total, others = torch.randn(3, 2, channels, dtype=dtype)
+    var, gamma = others[0].square(), others[1]
+    beta, counts = torch.randn(2, channels, dtype=dtype)
+    counts = counts.abs().mul(5).round()  # some of them 0
+    var[0] = sums[1, 0] = total[1, 0] = 0
+
+    def run(name, *tensors):
+        pointers = (ctypes.c_void_p * len(tensors))(
+            *(t if t is None else t.data_ptr() for t in tensors)
+        )
+        result = torch.empty(3, channels, dtype=dtype)
+        getattr(shim, name)(
+            *map(ctypes.c_int64, (DTYPES.index(dtype), channels)),
+            pointers,
+            ctypes.c_double(eps),
+            ctypes.c_bool(tutorial),
+            ctypes.c_double(count),
+            _pointer(result),
+        )
+        return result.double()
+
+    close = (
+        {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-5}
+    )
+    std = (var.double() * count / (count - 1)).sqrt()
+    r = 1 / (std + eps) if tutorial else (var.double() + eps).rsqrt()
+    for weight, bias in ((gamma, beta), (None, None)):
+        vectors = run("affine_vectors", var, weight, bias)
+        a = r if weight is None else r * weight.double()
+        b = torch.zeros(channels) if bias is None else bias
+        torch.testing.assert_close(vectors, torch.stack([a, b.double(), r]), **close)
+
+    vectors = torch.stack([a, beta.double(), r]).to(dtype)
+    R = counts.double().clamp_min(1) if counted else count
+    rho = (count / ((count - 1) * std)).nan_to_num(posinf=0) if tutorial else r
+    S1, S2 = total.double()
+    expected = torch.stack([-a / R * r * rho * S2, -a / R * S1, r * sums[1].double()])
+    found = run("grad_vectors", sums, total, var, vectors, counts if counted else None)
+    torch.testing.assert_close(found, expected, **close)

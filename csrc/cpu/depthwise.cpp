@@ -63,9 +63,11 @@ Tensor convolve(const DepthwiseShape& s, const Tensor& in, const Tensor& weight,
 }  // namespace
 
 bool depthwise_applies(const Conv& conv, const Tensor& input, const Tensor& weight) {
-  if (!input.is_cpu() || input.scalar_type() != at::kFloat || weight.scalar_type() != at::kFloat || input.dim() != 4 ||
-      conv.transposed)
-    return false;
+  return input.scalar_type() == at::kFloat && weight.scalar_type() == at::kFloat && is_depthwise(conv, input, weight);
+}
+
+bool is_depthwise(const Conv& conv, const Tensor& input, const Tensor& weight) {
+  if (!input.is_cpu() || input.dim() != 4 || conv.transposed) return false;
   const int64_t channels = input.size(1), kernel = weight.size(2), stride = conv.stride[0];
   return conv.groups == channels && weight.size(0) == channels && channels >= 16 && channels <= cpu::most_channels &&
          (kernel == 3 || kernel == 5) && weight.size(3) == kernel && (stride == 1 || stride == 2) &&

@@ -38,4 +38,18 @@ void channel_grad_apply_(const int64_t* map, void* out, const void* dout, const 
                             {static_cast<ActivationKind>(activation), parameter}, nullptr);
 }
 
+// pointers: var, weight, bias
+void affine_vectors(int64_t dtype, int64_t channels, const void* const* pointers, double eps, bool tutorial,
+                    double count, void* result) {
+  cuda::affine_vectors(static_cast<cuda::Dtype>(dtype), channels, pointers[0], pointers[1], pointers[2],
+                       {eps, tutorial, count}, result, nullptr);
+}
+
+// pointers: sums, total, var, vectors, counts
+void grad_vectors(int64_t dtype, int64_t channels, const void* const* pointers, double eps, bool tutorial, double count,
+                  void* result) {
+  cuda::grad_vectors(static_cast<cuda::Dtype>(dtype), channels, pointers[0], pointers[1], pointers[2], pointers[3],
+                     pointers[4], {eps, tutorial, count}, result, nullptr);
+}
+
 }  // extern "C"
