@@ -308,7 +308,7 @@ def faster_compiled(rows: dict[str, Row]) -> list[tuple[str, str]]:
     """(compiled variant, fused variant) where the compiled one saves no less memory than the fused one, which is the fastest
     with at most its bytes, and is faster."""
     behind = []
-    for variant in rows.keys() & COMPILED.keys():
+    for variant in (v for v in COMPILED if v in rows):
         compiled_row = rows[variant]
         others = [
             (row["ratio"], name)
@@ -445,7 +445,7 @@ def main() -> None:
             rows = of_model[str(configuration)]
             write(results, output)
             alone = configuration.rivals and arguments.compile and not arguments.only_variant
-            for variant in COMPILED.keys() - rows.keys() if alone else ():
+            for variant in (v for v in COMPILED if alone and v not in rows):
                 if row := measured_alone(name, configuration, variant):
                     rows[variant] = row
                     write(results, output)

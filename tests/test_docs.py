@@ -52,3 +52,10 @@ def test_blocks_are_found():
     page = "a\n```python\nx = 1\n```\n```sh\nls\n```\n<!-- not run -->\n```python\ny\n```\n\n```python title\nz = x\n```\n"
     found = {n: line for n, line in enumerate(script(page).splitlines(), 1) if line}
     assert found == {3: "x = 1", 14: "z = x"}
+
+
+def test_tables_are_those_of_the_results():
+    """README's and docs/performance.md's; `python benchmarks/tables.py` writes them."""
+    command = [sys.executable, DOCS.parent / "benchmarks" / "tables.py", "--check"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
