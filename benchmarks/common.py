@@ -1,31 +1,78 @@
 """What the benchmarks share: steps that take turns, their memory, tables, and facts about the machine."""
 
+import argparse
+import json
 import math
 import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import fusedconvbn
-from fusedconvbn import track_memory
+from fusedconvbn import reference, track_memory
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+FORMATS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
+Row = dict[str, Any]
 Step = Callable[[], None]
 LONGEST = 12.0  # seconds after which a comparison ends, if it has five rounds
 
 
-def synchronize(device: torch.device) -> None:
+def argument_parser(description: str, rounds: int) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description.partition("\n")[0])
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--rounds", type=int, default=rounds, help="in which all take turns")
+    parser.add_argument("--cudnn-benchmark", action="store_true", help="let cuDNN try algorithms")
+    parser.add_argument(
+        "--output", type=Path, help="default: benchmarks/results/<script>-<device>.json"
+    )
+    return parser
+
+
+def begin(arguments: argparse.Namespace) -> Row:
+    """Applies the options that all scripts have; the results' first entries, printed."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    torch.backends.cudnn.benchmark = arguments.cudnn_benchmark
+    facts = machine(arguments.device)
+    print(", ".join(f"{k} {v}" for k, v in facts.items() if v))
+    return {"machine": facts, "cudnn_benchmark": arguments.cudnn_benchmark}
+
+
+def output_path(arguments: argparse.Namespace) -> Path:
+    return arguments.output or RESULTS / f"{Path(sys.argv[0]).stem}-{arguments.device.type}.json"
+
+
+def save(results: Row, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+
+def seconds(step: Step, device: torch.device) -> float:
     if device.type == "cuda":
+        stream = torch.cuda.current_stream(device)
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
+        first.record(stream)
+        step()
+        last.record(stream)
+        last.synchronize()
+        return first.elapsed_time(last) / 1e3
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
 
 
 def time_interleaved(
@@ -45,12 +92,9 @@ def time_interleaved(
         if i >= 7 and time.perf_counter() > deadline:
             break
         for name in names[i % len(names) :] + names[: i % len(names)]:
-            synchronize(device)
-            start = time.perf_counter()
-            steps[name]()
-            synchronize(device)
+            taken = seconds(steps[name], device)
             if i >= 2:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(taken)
     return times
 
 
@@ -63,6 +107,7 @@ def summarise(times: dict[str, list[float]], baseline: str) -> dict[str, dict[st
             "milliseconds": 1e3 * medians[name],
             "spread": (high - low) / medians[name],
             "ratio": medians[name] / medians[baseline],
+            "steps": len(t),
         }
     return rows
 
@@ -77,12 +122,41 @@ class Checkpointed(nn.Module):
         return checkpoint(self.block, x, use_reentrant=False)
 
 
+class PythonConvBN(nn.Module):
+    """The tutorial's layer in Python, and around it what it lacks: padding, and a weight and a bias per channel."""
+
+    def __init__(
+        self,
+        weight: Tensor,
+        eps: float,
+        padding: tuple[int, int] = (0, 0),
+        bn: nn.BatchNorm2d | None = None,
+    ) -> None:
+        super().__init__()
+        self.conv_weight, self.eps, self.padding, self.bn = weight, eps, padding, bn
+
+    def forward(self, x: Tensor) -> Tensor:
+        if any(self.padding):
+            x = F.pad(x, [p for p in reversed(self.padding) for _ in range(2)])
+        out = reference.FusedConvBN2DFunction.apply(x, self.conv_weight, self.eps)
+        if self.bn is None:
+            return out
+        return torch.addcmul(self.bn.bias[:, None, None], out, self.bn.weight[:, None, None])
+
+
 def measure_memory(step: Step, net: nn.Module, device: torch.device) -> dict[str, int]:
     step()
     net.zero_grad()
     with track_memory(device) as memory:
         step()
-    return {"saved": memory.saved, "end_of_forward": memory.end_of_forward, "peak": memory.peak}
+    found = {"saved": memory.saved, "end_of_forward": memory.end_of_forward, "peak": memory.peak}
+    if device.type == "cuda":
+        net.zero_grad()
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        found["peak"] = torch.cuda.max_memory_allocated(device) - before
+    return found
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
@@ -95,11 +169,6 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 
 def machine(device: torch.device) -> dict[str, str | int]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
-    git = ["git", "describe", "--always", "--dirty"]
-    try:
-        commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    except FileNotFoundError:
-        commit = "unknown"
     return {
         "device": name,
         "cores": os.cpu_count(),
@@ -108,8 +177,23 @@ def machine(device: torch.device) -> dict[str, str | int]:
         **{key: str(value) for key, value in fusedconvbn.build_info().items()},
         "torch": torch.__version__,
         "fusedconvbn": fusedconvbn.__version__,
-        "commit": commit,
+        "commit": commit(),
     }
+
+
+def commit() -> str:
+    """Of the code: results and pages, which the benchmarks write themselves, do not make it dirty."""
+
+    def git(*arguments: str) -> str:
+        run = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+        return run.stdout.strip()
+
+    code = ["--", ".", ":!benchmarks/results", ":!*.md"]
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", *code)
+        return (git("describe", "--always") or "unknown") + ("-dirty" if changed else "")
+    except FileNotFoundError:
+        return "unknown"
 
 
 def processor() -> str:

@@ -7,38 +7,37 @@ their medians is what counts: on a shared machine the times themselves drift. Pr
 benchmarks/results/conv_bn-<device>.json.
 """
 
-import argparse
 import copy
-import json
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from common import (
+    FORMATS,
     ROOT,
     Checkpointed,
+    PythonConvBN,
+    Row,
     Step,
-    machine,
+    argument_parser,
+    begin,
     measure_memory,
+    output_path,
     print_table,
+    save,
     summarise,
     time_interleaved,
 )
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fusedconvbn import FusedConvBN, FusedConvBN2d, reference
+from fusedconvbn import FusedConvBN2d
 
 sys.path.append(str(ROOT / "examples"))
 
 import mnist
-
-FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-
 
 ACTIVATIONS = {
     "none": nn.Identity(),
@@ -140,22 +139,13 @@ def networks(device: torch.device, format: torch.memory_format) -> dict[str, nn.
     nets["tutorial, fused"] = tutorial.fused()
     python = copy.deepcopy(tutorial.fused())
     for block in (python.block1, python.block2):
-        block[0] = PythonConvBN(block[0])
+        block[0] = PythonConvBN(block[0].conv_weight, block[0].eps)
     nets["tutorial, Python reference"] = python
     checkpointed = copy.deepcopy(unfused)
     for name in ("block1", "block2"):
         setattr(checkpointed, name, Checkpointed(getattr(checkpointed, name)))
     nets["checkpoint"] = checkpointed
     return {name: net.to(device, memory_format=format) for name, net in nets.items()}
-
-
-class PythonConvBN(nn.Module):
-    def __init__(self, layer: FusedConvBN) -> None:
-        super().__init__()
-        self.conv_weight, self.eps = layer.conv_weight, layer.eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return reference.FusedConvBN2DFunction.apply(x, self.conv_weight, self.eps)
 
 
 def network_step(net: nn.Module, images: Tensor, labels: Tensor) -> Step:
@@ -167,33 +157,21 @@ def network_step(net: nn.Module, images: Tensor, labels: Tensor) -> Step:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser = argument_parser(__doc__, rounds=15)
     parser.add_argument("--threads", type=int, nargs="+", default=[2, 1])
     parser.add_argument("--batch", type=int, default=512, help="of the network")
-    parser.add_argument(
-        "--rounds",
-        type=int,
-        default=15,
-        help="steps of each network; three times as many of a layer",
-    )
     parser.add_argument("--part", choices=("all", "network", "layers"), default="all")
     parser.add_argument("--quick", action="store_true", help="3 rounds, to see that it runs")
-    parser.add_argument(
-        "--output", type=Path, help="default: benchmarks/results/conv_bn-<device>.json"
-    )
     arguments = parser.parse_args()
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     device, rounds = arguments.device, 3 if arguments.quick else arguments.rounds
     torch.manual_seed(0)
-    results: dict = {
-        "machine": machine(device),
+    results: Row = {
+        **begin(arguments),
         "batch": arguments.batch,
         "layers": {},
         "network": {},
         "memory": {},
     }
-    print(", ".join(f"{k} {v}" for k, v in results["machine"].items() if v))
 
     images = torch.randn(arguments.batch, 1, 28, 28, device=device)
     labels = torch.randint(10, (arguments.batch,), device=device)
@@ -239,13 +217,11 @@ def main() -> None:
             )
             results["layers"][key][name] = rows
             show_times(
-                f"Forward and backward of one layer, {name}, batch 16, channels_last, {key}", rows
+                f"Forward and backward of one layer, {name}, batch 16, channels last, {key}", rows
             )
 
-    output = arguments.output or ROOT / f"benchmarks/results/conv_bn-{device.type}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    print(f"\n{output}")
+    if not arguments.quick or arguments.output:
+        save(results, output_path(arguments))
 
 
 def show_times(title: str, rows: dict[str, dict[str, float]]) -> None:

@@ -2,25 +2,31 @@
 
     python benchmarks/kernels.py [--device cuda] [--mebibytes 256]
 
-Bytes are those that must be moved: channel_stats reads a map, channel_apply_ reads one and writes one, channel_grad_stats reads two,
+On a GPU the maps are larger, so that the launches and the arithmetic on one value per channel around a kernel do not count. Bytes
+are those that must be moved: channel_stats reads a map, channel_apply_ reads one and writes one, channel_grad_stats reads two,
 channel_grad_apply_ reads two and writes one; the copy reads and writes. All take turns in one process. Writes
 benchmarks/results/kernels-<device>.json.
 """
 
-import argparse
-import json
 import math
-import os
-from pathlib import Path
-from typing import Any
 
 import torch
-from common import ROOT, Step, machine, print_table, summarise, time_interleaved
+from common import (
+    FORMATS,
+    Row,
+    Step,
+    argument_parser,
+    begin,
+    output_path,
+    print_table,
+    save,
+    summarise,
+    time_interleaved,
+)
 
 from fusedconvbn import FusedConvBN2d
 from fusedconvbn.chain import Norm, pack
 
-FORMATS = {"channels last": torch.channels_last, "contiguous": torch.contiguous_format}
 REQUIRED, AIM = 0.75, 0.9  # of the copy's bandwidth, on a GPU
 
 
@@ -93,21 +99,15 @@ def captured_step(device: torch.device) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--mebibytes", type=int, default=256, help="of a map")
-    parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument(
-        "--output", type=Path, help="default: benchmarks/results/kernels-<device>.json"
-    )
+    parser = argument_parser(__doc__, rounds=21)
+    parser.add_argument("--mebibytes", type=int, help="of a map; default: 256, on a GPU 2048")
     arguments = parser.parse_args()
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     device = arguments.device
-    results: dict[str, Any] = {"machine": machine(device), "maps": {}}
-    print(", ".join(f"{k} {v}" for k, v in results["machine"].items() if v))
+    mebibytes = arguments.mebibytes or (2048 if device.type == "cuda" else 256)
+    results: Row = {**begin(arguments), "maps": {}}
     for dtype in (torch.float32, torch.bfloat16):
         for format_name, format in FORMATS.items():
-            samples = arguments.mebibytes * 2**20 // (256 * 56 * 56 * dtype.itemsize)
+            samples = mebibytes * 2**20 // (256 * 56 * 56 * dtype.itemsize)
             y = torch.randn(max(samples, 1), 256, 56, 56, dtype=dtype, device=device)
             label = f"{y.size(0)}×256×56², {str(dtype).removeprefix('torch.')}, {format_name}"
             rows = measure(y.to(memory_format=format), arguments.rounds, label)
@@ -125,10 +125,7 @@ def main() -> None:
         print(f"\na captured training step gives the same gradients: {results['captured_step']}")
         worst = min(r["of_copy"] for rows in results["maps"].values() for r in rows.values())
         print(f"slowest kernel {worst:.2f} of the copy (required {REQUIRED}, aim {AIM})")
-    output = arguments.output or ROOT / f"benchmarks/results/kernels-{device.type}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    print(f"\n{output}")
+    save(results, output_path(arguments))
 
 
 if __name__ == "__main__":
