@@ -1,14 +1,15 @@
 """Whole models: fused at several budgets, as they are, with checkpoints, compiled, and without what is fused (the floor).
 
-    python benchmarks/models.py [--models resnet50 ...] [--only "float32, channels last, 2 threads"] [--resume]
+    python benchmarks/models.py [--models resnet50 ...] [--only "float32, channels last, 2 threads"] [--resume] [--alone]
     python benchmarks/models.py --check       # memory and added FLOPs against what is promised, without times
     python benchmarks/models.py --count       # what fuse finds in many models, and the bytes it predicts
 
 A step is forward, sum and backward on random images. The variants of a model take turns in one process; a compiled one has a
-process of its own, where it takes turns with eager. Every ratio is to eager in the same process. Prints tables and
-writes benchmarks/results/models-<device>.json after each model and configuration; benchmarks/tables.py makes tables and plots of it.
-Needs torchvision. The tutorial's layer knows no stride and no padding, so no model here can be made of it: it is compared in
-conv_bn.py.
+process of its own, where it takes turns with eager. Every ratio is to eager in the same process. Variants in one process share its
+heap: --alone also gives eager and fused models processes of their own, which take turns, as a user has them. Prints tables and
+writes benchmarks/results/models-<device>.json after each measurement; --resume adds what is missing there, and each row says of
+which commit it is. benchmarks/tables.py makes tables and plots of it. Needs torchvision. The tutorial's layer knows no stride and no
+groups: the Python reference has it where a pair has neither, and eager's elsewhere.
 """
 
 import argparse
@@ -16,8 +17,8 @@ import copy
 import itertools
 import json
 import math
-import os
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,16 +26,20 @@ import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from common import (
-    ROOT,
+    FORMATS,
     Checkpointed,
+    PythonConvBN,
+    Row,
     Step,
-    machine,
+    argument_parser,
+    begin,
     measure_memory,
+    output_path,
     print_table,
+    save,
     summarise,
     time_interleaved,
     torchvision_models,
@@ -44,11 +49,12 @@ from tqdm import tqdm
 
 import fusedconvbn
 
-Row = dict[str, Any]
 Budget = str | float
 
 MODELS = ["resnet50", "resnet18", "mobilenet_v2", "densenet121", "efficientnet_b0"]
 COMPILED = {"compile": 1.0, "compile, budget 0.5": 0.5, "compile, budget 0.3": 0.3}
+ROUNDS_ELSEWHERE = 5  # where rivals are left out
+PROCESSES, STEPS_ALONE = 3, 5  # of each variant, and of each process
 NORMS = nn.modules.batchnorm._BatchNorm
 ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.SiLU)
 
@@ -57,14 +63,18 @@ ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.SiLU)
 class Configuration:
     dtype: str  # bfloat16: autocast
     format: str
-    threads: int
+    threads: int | None  # None on a GPU
     rivals: bool = False  # whether all of them are measured, or only eager and fused
 
     def __str__(self) -> str:
-        return f"{self.dtype}, {self.format}, {self.threads} threads"
+        threads = [] if self.threads is None else [f"{self.threads} threads"]
+        return ", ".join([self.dtype, self.format, *threads])
 
 
-CONFIGURATIONS = [
+ON_GPU = [
+    Configuration(dtype, "channels last", None, rivals=True) for dtype in ("float32", "bfloat16")
+]
+ON_CPU = [
     Configuration(dtype, format, threads, rivals=(format, threads) == ("channels last", 2))
     for threads in (2, 1)
     for format in ("channels last", "contiguous")
@@ -123,8 +133,9 @@ class Workload:
         cls, name: str, arguments: argparse.Namespace, configuration: Configuration
     ) -> "Workload":
         torch.manual_seed(0)
-        formats = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
-        format = formats[configuration.format]
+        if configuration.threads is not None:
+            torch.set_num_threads(configuration.threads)
+        format = FORMATS[configuration.format]
         model = torchvision_models().get_model(name, weights=None)
         images = torch.randn(arguments.batch, 3, arguments.size, arguments.size)
         model, images = (t.to(arguments.device, memory_format=format) for t in (model, images))
@@ -214,6 +225,26 @@ def floor(model: nn.Module) -> nn.Module:
     return model
 
 
+def python_reference(model: nn.Module) -> tuple[nn.Module, int]:
+    """A copy with the tutorial's layer in the place of each pair that it can do, and how many those are."""
+    model = copy.deepcopy(model)
+    replaced = 0
+    for module in list(model.modules()):
+        for (name, conv), (next_name, bn) in itertools.pairwise(list(module.named_children())):
+            if (
+                isinstance(conv, nn.Conv2d)
+                and isinstance(bn, nn.BatchNorm2d)
+                and (conv.stride, conv.dilation, conv.groups) == ((1, 1), (1, 1), 1)
+                and conv.bias is None
+                and conv.out_channels == bn.num_features
+            ):
+                layer = PythonConvBN(conv.weight, bn.eps, conv.padding, bn)
+                setattr(module, name, layer)
+                setattr(module, next_name, nn.Identity())
+                replaced += 1
+    return model, replaced
+
+
 def inplace_abn(model: nn.Module) -> nn.Module | None:
     """A copy with In-Place ABN where a batch norm and a leaky ReLU, which stands for ReLU, follow each other; None where the
     package is missing."""
@@ -232,48 +263,90 @@ def inplace_abn(model: nn.Module) -> nn.Module | None:
 
 
 def budgets(name: str, configuration: Configuration) -> list[Budget]:
-    targets = [t for t in TARGETS if (t.model, t.configuration) == (name, str(configuration))]
-    return ["auto", "min", 1.0, *(t.saved for t in targets if t.saved < 1)]
+    """In every layout and number of threads those that something is required of in one."""
+    wanted = [t for t in TARGETS if (t.model, t.dtype) == (name, configuration.dtype)]
+    return ["auto", "min", 1.0, *(t.saved for t in wanted if t.saved < 1)]
 
 
 def measure(name: str, configuration: Configuration, arguments: argparse.Namespace) -> Row:
-    torch.set_num_threads(configuration.threads)
     load = Workload.of(name, arguments, configuration)
     nets = {"eager": load.model}
-    if arguments.only_variant in COMPILED:
-        nets[arguments.only_variant] = compiled(load.model, COMPILED[arguments.only_variant])
-        return load.rows(nets, arguments.rounds)
     facts: dict[str, Row] = {}
-    for memory in budgets(name, configuration) if configuration.rivals else ("auto", 1.0):
+    for memory in budgets(name, configuration):
         try:
             nets[f"fuse {memory}"], facts[f"fuse {memory}"] = load.fused(memory)
         except ValueError as error:  # less than what can be reached
             tqdm.write(f"{name}: left out: {error}")
     if configuration.rivals:
-        nets["checkpoint"], blocks = checkpointed(load.model)
-        if not blocks:
-            del nets["checkpoint"]
+        net, blocks = checkpointed(load.model)
+        if blocks:
+            nets["checkpoint"] = net
+        if configuration.dtype == "float32":  # the tutorial's backward knows no autocast
+            net, replaced = python_reference(load.model)
+            if replaced:
+                nets["Python reference"], facts["Python reference"] = net, {"replaced": replaced}
         if net := inplace_abn(load.model):
             nets["In-Place ABN"] = net
         nets["floor: convolutions alone"] = floor(load.model)
-    rows = load.rows(nets, arguments.rounds)
+    rounds = arguments.rounds
+    rows = load.rows(nets, rounds if configuration.rivals else min(rounds, ROUNDS_ELSEWHERE))
     for variant, row in facts.items():
         rows[variant] |= row
     return rows
 
 
-def measured_alone(name: str, configuration: Configuration, variant: str) -> Row | None:
-    """The row of a variant that has a process of its own, with its ratios to eager there."""
+def measure_variant(name: str, configuration: Configuration, arguments: argparse.Namespace) -> Row:
+    """In a process of its own: a compiled variant in turns with eager, or the seconds of another's steps."""
+    load, variant = Workload.of(name, arguments, configuration), arguments.variant
+    if variant in COMPILED:
+        nets = {"eager": load.model, variant: compiled(load.model, COMPILED[variant])}
+        return load.rows(nets, arguments.rounds)
+    net = load.model
+    if variant != "eager":
+        memory = variant.removeprefix("fuse ")
+        net, _ = load.fused(memory if memory in ("auto", "min") else float(memory))
+    step, rounds = load.step(net), min(arguments.rounds, STEPS_ALONE)
+    times = time_interleaved({variant: step}, arguments.device, rounds, variant, math.inf)
+    return {"seconds": times[variant], "faults": page_faults(step)}
+
+
+def in_process(name: str, configuration: Configuration, variant: str) -> Row | None:
+    """What `measure_variant` returns there."""
     with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "row.json"
-        options = ["--models", name, "--only", str(configuration), "--only-variant", variant]
+        output = Path(folder) / "rows.json"
+        options = ["--models", name, "--only", str(configuration), "--variant", variant]
         command = [sys.executable, *sys.argv, *options, "--output", str(output)]
-        run = subprocess.run(command, stdout=subprocess.DEVNULL)
-        if run.returncode:
+        if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
             tqdm.write(f"{name}: {variant} failed")
             return None
-        rows = json.loads(output.read_text())["models"][name][str(configuration)]
-    return {**rows[variant], "eager_milliseconds": rows["eager"]["milliseconds"]}
+        return json.loads(output.read_text("utf-8"))
+
+
+def measure_compiled(name: str, configuration: Configuration, variant: str) -> Row | None:
+    if rows := in_process(name, configuration, variant):
+        return {**rows[variant], "eager_milliseconds": rows["eager"]["milliseconds"]}
+    return None
+
+
+def measure_alone(name: str, configuration: Configuration) -> dict[str, Row]:
+    """Eager, "auto" and what something is required of, each in processes of its own, which take turns."""
+    required = [
+        t.saved for t in TARGETS if (t.model, t.configuration) == (name, str(configuration))
+    ]
+    variants = ["eager", "fuse auto", *(f"fuse {saved}" for saved in required)]
+    runs: dict[str, list[Row]] = {variant: [] for variant in variants}
+    for i in range(PROCESSES):
+        for variant in variants[i % len(variants) :] + variants[: i % len(variants)]:
+            run = in_process(name, configuration, variant)
+            if run is None:
+                return {}
+            runs[variant].append(run)
+    rows = summarise(
+        {v: [s for run in found for s in run["seconds"]] for v, found in runs.items()}, "eager"
+    )
+    for variant, row in rows.items():
+        row["faults"] = statistics.median(run["faults"] for run in runs[variant])
+    return rows
 
 
 def show(title: str, rows: dict[str, Row]) -> None:
@@ -281,43 +354,88 @@ def show(title: str, rows: dict[str, Row]) -> None:
     for variant, row in rows.items():
         cells = [f"{share:.3f}" for share in row["of_eager"].values()]
         cells += [f"{row['ratio']:.3f}", f"{row['spread']:.0%}", f"{row['faults']:.0f}"]
+        cells.append(f"{row['alone']['ratio']:.3f}" if "alone" in row else "")
         if "pairs" in row:
             cells += [f"{100 * row['added_flops']:.1f} %", f"{row['fuse_seconds']:.1f} s"]
             cells.append("{} / {}".format(*row["pairs"]))
-        lines.append([variant, *cells, *[""] * (9 - len(cells))])
+        lines.append([variant, *cells, *[""] * (10 - len(cells))])
     eager = rows["eager"]
     saved, peak = (eager[key] / 2**20 for key in ("saved", "peak"))
     print_table(
         f"{title}, of eager's {saved:.0f} MiB saved, {peak:.0f} MiB peak, {eager['milliseconds']:.0f} ms",
-        ["", "saved", "forward", "peak", "time", "spread", "faults", "conv FLOPs", "fuse", "pairs"],
+        [
+            "",
+            "saved",
+            "forward",
+            "peak",
+            "time",
+            "spread",
+            "faults",
+            "alone",
+            "conv FLOPs",
+            "fuse",
+            "pairs",
+        ],
         lines,
     )
 
 
-def reached(target: Target, rows: dict[str, Row]) -> tuple[str, Row] | None:
+def reached(target: Target, rows: dict[str, Row]) -> Row | None:
     """The fastest fused variant within the target's bytes."""
-    fused = {
-        variant: row
+    fused = [
+        row
         for variant, row in rows.items()
         if variant.startswith("fuse") and row["of_eager"]["saved"] <= target.saved + 0.0005
-    }
-    return min(fused.items(), key=lambda item: item[1]["ratio"], default=None)
+    ]
+    return min(fused, key=lambda row: row["ratio"], default=None)
 
 
-def faster_compiled(rows: dict[str, Row]) -> list[tuple[str, str]]:
-    """(compiled variant, fused variant) where the compiled one saves no less memory than the fused one, which is the fastest
-    with at most its bytes, and is faster."""
+def required_rows(models: dict[str, dict[str, dict[str, Row]]]) -> list[list[str]]:
+    """What is required, reached in one process and alone, and compiled at most at that memory, of what has been measured."""
+
+    def at(row: Row) -> str:
+        of = row["of_eager"]
+        return f"{row['ratio']:.3f} at {of['saved']:.2f} (peak {of['peak']:.2f})"
+
+    lines = []
+    for target in TARGETS:
+        rows = models.get(target.model, {}).get(target.configuration)
+        if not rows:
+            continue
+        best = reached(target, rows)
+        missed = "" if best and best["ratio"] <= target.most else " MISSED"
+        compiled = [row for variant, row in rows.items() if variant in COMPILED]
+        within = [r for r in compiled if r["of_eager"]["saved"] <= target.saved + 0.0005]
+        theirs = min(within, key=lambda row: row["ratio"], default=None)
+        lines.append(
+            [
+                f"{target.model}, {target.dtype}, ≤ {target.saved:.2f} saved",
+                f"≤ {target.most:.2f}",
+                f"{target.aim:.2f}",
+                (at(best) if best else "out of reach") + missed,
+                f"{best['alone']['ratio']:.3f}" if best and "alone" in best else "—",
+                at(theirs) if theirs else "nothing as small" if compiled else "not measured",
+            ]
+        )
+    return lines
+
+
+REQUIRED_COLUMNS = ["", "time, required", "aim", "reached", "alone", "torch.compile"]
+
+
+def faster_compiled(rows: dict[str, Row]) -> list[tuple[str, str | None]]:
+    """Each compiled variant that is faster than every fused one with at most its bytes, and the fastest of those, if any."""
     behind = []
     for variant in (v for v in COMPILED if v in rows):
-        compiled_row = rows[variant]
+        theirs = rows[variant]
         others = [
             (row["ratio"], name)
             for name, row in rows.items()
-            if name.startswith("fuse")
-            and row["of_eager"]["saved"] <= compiled_row["of_eager"]["saved"]
+            if name.startswith("fuse") and row["of_eager"]["saved"] <= theirs["of_eager"]["saved"]
         ]
-        if not others or min(others)[0] > compiled_row["ratio"]:
-            behind.append((variant, min(others)[1] if others else "none"))
+        ratio, name = min(others, default=(math.inf, None))
+        if ratio > theirs["ratio"]:
+            behind.append((variant, name))
     return behind
 
 
@@ -325,7 +443,7 @@ def check(arguments: argparse.Namespace) -> bool:
     """Whether everything promised about the chosen models is kept; prints it side by side."""
     lines, kept = [], True
     for name in tqdm([m for m in arguments.models if any(m == p for p, _ in PROMISED)]):
-        load = Workload.of(name, arguments, CONFIGURATIONS[0])
+        load = Workload.of(name, arguments, ON_CPU[0])
         eager = load.memory(load.model)
         for (of, memory), (forward, peak, flops) in PROMISED.items():
             if of != name:
@@ -391,65 +509,87 @@ def count(batch: int, size: int) -> None:
         print(f"| {name} | {pairs} | {len(report.chains)} | {shares} |", flush=True)
 
 
-def write(results: Row, output: Path) -> None:
-    output.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+def resumed(results: Row, path: Path) -> dict[str, dict[str, dict[str, Row]]]:
+    """The models in `path`, each row with the commit that it is of; an error where they were measured in another way."""
+    old = json.loads(path.read_text("utf-8"))
+    keys = ("batch", "size", "rounds", "cudnn_benchmark")
+    machine = ("device", "cores", "capability", "torch", "compiler")
+    differ = [key for key in keys if key in old and old[key] != results[key]]
+    differ += [key for key in machine if old["machine"][key] != results["machine"][key]]
+    if differ:
+        sys.exit(f"--resume: {path} has another {', '.join(differ)}")
+    for configurations in old["models"].values():
+        for rows in configurations.values():
+            for row in rows.values():
+                row.setdefault("commit", old["machine"].get("commit", "unknown"))
+    return old["models"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argument_parser(__doc__, rounds=9)
     parser.add_argument("--models", nargs="+", default=MODELS, help="names that torchvision knows")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--size", type=int, default=224, help="of an image")
-    parser.add_argument("--rounds", type=int, default=9, help="steps of each variant")
-    names = [str(c) for c in CONFIGURATIONS]
+    names = [str(c) for c in (*ON_CPU, *ON_GPU)]
     parser.add_argument(
-        "--only", nargs="+", choices=names, default=names, metavar="CONFIGURATION", help="of them"
+        "--only", nargs="+", choices=names, metavar="CONFIGURATION", help="default: all"
     )
     parser.add_argument(
         "--no-compile", dest="compile", action="store_false", help="leave torch.compile out"
     )
-    parser.add_argument("--only-variant", help=argparse.SUPPRESS)
-    parser.add_argument("--cudnn-benchmark", action="store_true", help="let cuDNN try algorithms")
+    parser.add_argument(
+        "--alone", action="store_true", help="also each of what is required in its own process"
+    )
+    parser.add_argument("--variant", help=argparse.SUPPRESS)
     parser.add_argument("--resume", action="store_true", help="keep what --output has")
     parser.add_argument("--check", action="store_true", help="only see whether promises are kept")
     parser.add_argument(
         "--count", action="store_true", help="only say what is found in many models"
     )
-    parser.add_argument(
-        "--output", type=Path, help="default: benchmarks/results/models-<device>.json"
-    )
     arguments = parser.parse_args()
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    torch.backends.cudnn.benchmark = arguments.cudnn_benchmark
     if arguments.count:
         return count(arguments.batch, arguments.size)
     if arguments.check:
         sys.exit(not check(arguments))
 
-    output = arguments.output or ROOT / f"benchmarks/results/models-{arguments.device.type}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
     results: Row = {
-        "machine": machine(arguments.device),
+        **begin(arguments),
         **{key: getattr(arguments, key) for key in ("batch", "size", "rounds")},
         "models": {},
     }
+    commit = results["machine"].pop("commit")  # each row's own: they can be of several
+    output = output_path(arguments)
+    configurations = [
+        configuration
+        for configuration in (ON_GPU if arguments.device.type == "cuda" else ON_CPU)
+        if arguments.only is None or str(configuration) in arguments.only
+    ]
+    if not configurations:
+        parser.error("--only: none of these is for this device")
+    if arguments.variant:
+        return save(measure_variant(*arguments.models, *configurations, arguments), output)
     if arguments.resume and output.exists():
-        results["models"] = json.loads(output.read_text())["models"]
-    print(", ".join(f"{k} {v}" for k, v in results["machine"].items() if v))
-    for configuration in CONFIGURATIONS:
-        for name in arguments.models if str(configuration) in arguments.only else ():
-            of_model = results["models"].setdefault(name, {})
-            if str(configuration) not in of_model:
-                of_model[str(configuration)] = measure(name, configuration, arguments)
-            rows = of_model[str(configuration)]
-            write(results, output)
-            alone = configuration.rivals and arguments.compile and not arguments.only_variant
-            for variant in (v for v in COMPILED if alone and v not in rows):
-                if row := measured_alone(name, configuration, variant):
-                    rows[variant] = row
-                    write(results, output)
-            show(f"{name}, {configuration}", rows)
+        results["models"] = resumed(results, output)
+    required = {(t.model, t.configuration) for t in TARGETS}
+    for configuration, name in itertools.product(configurations, arguments.models):
+        key = str(configuration)
+        rows = results["models"].setdefault(name, {}).setdefault(key, {})
+        if not rows:
+            measured = measure(name, configuration, arguments)
+            rows |= {variant: {**row, "commit": commit} for variant, row in measured.items()}
+            save(results, output)
+        for variant in COMPILED if configuration.rivals and arguments.compile else ():
+            if variant not in rows and (row := measure_compiled(name, configuration, variant)):
+                rows[variant] = {**row, "commit": commit}
+                save(results, output)
+        if arguments.alone and (name, key) in required and "alone" not in rows["eager"]:
+            for variant, row in measure_alone(name, configuration).items():
+                if variant in rows:
+                    rows[variant]["alone"] = {**row, "commit": commit}
+            save(results, output)
+        show(f"{name}, {key}", rows)
+    if lines := required_rows(results["models"]):
+        print_table("Required, of eager's time", REQUIRED_COLUMNS, lines)
     print(f"\n{output}")
 
 
