@@ -27,22 +27,24 @@ bench: build
 	$(BIN)/python benchmarks/conv_bn.py
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/growth.py
-	$(BIN)/python benchmarks/models.py
+	$(BIN)/python benchmarks/models.py --alone
 	$(BIN)/python benchmarks/tables.py
 
 bench-models: build
-	$(BIN)/python benchmarks/models.py --resume
+	$(BIN)/python benchmarks/models.py --alone --resume
 	$(BIN)/python benchmarks/tables.py
 
 # On one GPU, with the CUDA build of torch.
 bench-cuda: $(CUDA_VENV)/built
 	$(CUDA_VENV)/bin/python benchmarks/kernels.py --device cuda
-	$(CUDA_VENV)/bin/python benchmarks/conv_bn.py --device cuda
 	$(CUDA_VENV)/bin/python benchmarks/growth.py --device cuda
-	for tune in "" --cudnn-benchmark; do for batch in 128 256; do \
-	  $(CUDA_VENV)/bin/python benchmarks/models.py --device cuda --batch $$batch $$tune \
-	    --only "float32, channels last, 2 threads" "bfloat16, channels last, 2 threads" \
-	    --output benchmarks/results/models-cuda-$$batch$$tune.json || exit 1; done; done
+	for tune in "" --cudnn-benchmark; do \
+	  $(CUDA_VENV)/bin/python benchmarks/conv_bn.py --device cuda $$tune \
+	    --output benchmarks/results/conv_bn-cuda$$tune.json || exit 1; \
+	  for batch in 128 256; do \
+	    $(CUDA_VENV)/bin/python benchmarks/models.py --device cuda --batch $$batch $$tune \
+	      --output benchmarks/results/models-cuda-$$batch$$tune.json || exit 1; done; done
+	$(CUDA_VENV)/bin/python benchmarks/tables.py
 
 # 10,000 random calls, other ones each time; a failure prints how to repeat it. FUZZ_EXAMPLES=100000 for a night.
 FUZZ_EXAMPLES ?= 10000
