@@ -61,8 +61,10 @@ Arithmetic parse_arithmetic(std::string_view name) {
   TORCH_CHECK_VALUE(false, "conv_bn: expected arithmetic 'batchnorm' or 'tutorial', got '", name, "'");
 }
 
-// One value for each of the n spatial dimensions; a single one stands for all.
-std::vector<int64_t> spatial(const char* name, at::IntArrayRef values, size_t n, int64_t least) {
+// One value for each of the n spatial dimensions, a single one standing for all, and `absent` for none.
+std::vector<int64_t> spatial(const char* name, at::OptionalIntArrayRef given, size_t n, int64_t least, int64_t absent) {
+  if (!given) return std::vector<int64_t>(n, absent);
+  const auto values = *given;
   TORCH_CHECK_VALUE(values.size() == 1 || values.size() == n, "conv_bn: expected ", name, " of 1 or ", n,
                     " values (one for each spatial dimension), got ", values);
   for (const auto v : values)
@@ -108,8 +110,8 @@ Tensor folded(const Tensor& input, const ConvArguments& conv, const NormArgument
 Tensor conv_bn(const Tensor& input, const Tensor& weight, const Optional& bias, const Optional& bn_weight,
                const Optional& bn_bias, const Optional& running_mean, const Optional& running_var,
                const Optional& num_batches_tracked, const Optional& residual, bool training,
-               std::optional<double> momentum, double eps, at::IntArrayRef stride, at::IntArrayRef padding,
-               at::IntArrayRef dilation, bool transposed, at::IntArrayRef output_padding, int64_t groups,
+               std::optional<double> momentum, double eps, at::OptionalIntArrayRef stride, at::OptionalIntArrayRef padding,
+               at::OptionalIntArrayRef dilation, bool transposed, at::OptionalIntArrayRef output_padding, int64_t groups,
                std::string_view activation, std::string_view arithmetic, std::string_view process_group) {
   // Everything that can be wrong is found here, before anything is computed.
   const std::string op = "conv_bn";
@@ -129,8 +131,8 @@ Tensor conv_bn(const Tensor& input, const Tensor& weight, const Optional& bias, 
   check_tensor(op, "weight", weight, input);
   const size_t n = std::clamp<int64_t>(weight.dim() - 2, 1, 3);
   const ConvArguments conv{
-      {spatial("stride", stride, n, 1), spatial("padding", padding, n, 0), spatial("dilation", dilation, n, 1),
-       spatial("output_padding", output_padding, n, 0), transposed, groups},
+      {spatial("stride", stride, n, 1, 1), spatial("padding", padding, n, 0, 0), spatial("dilation", dilation, n, 1, 1),
+       spatial("output_padding", output_padding, n, 0, 0), transposed, groups},
       weight,
       bias};
   const auto sizes = check_conv(op, input, input.sym_sizes(), conv);

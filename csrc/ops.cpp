@@ -9,9 +9,9 @@ TORCH_LIBRARY(fusedconvbn, m) {
   m.def(
       "conv_bn(Tensor input, Tensor weight, Tensor? bias=None, Tensor? bn_weight=None, "
       "Tensor? bn_bias=None, Tensor(a!)? running_mean=None, Tensor(b!)? running_var=None, "
-      "Tensor(c!)? num_batches_tracked=None, *, Tensor? residual=None, "
-      "bool training=True, float? momentum=0.1, float eps=1e-5, int[1] stride=1, int[1] padding=0, "
-      "int[1] dilation=1, bool transposed=False, int[1] output_padding=0, int groups=1, "
+      "Tensor(c!)? num_batches_tracked=None, Tensor? residual=None, "
+      "bool training=True, float? momentum=0.1, float eps=1e-5, int[1]? stride=None, int[1]? padding=None, "
+      "int[1]? dilation=None, bool transposed=False, int[1]? output_padding=None, int groups=1, "
       "str activation=\"none\", str arithmetic=\"batchnorm\", str process_group=\"\") -> Tensor");
   m.def(
       "conv_bn_chain(Tensor[] tensors, Tensor(a!)[] buffers, int[] links, float[] scalars, int[] buffer_counts, "

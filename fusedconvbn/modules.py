@@ -103,14 +103,16 @@ class _ConvBN(nn.Module):
         self,
         input: Tensor,
         residual: Optional[Tensor],  # noqa: UP045 (TorchScript reads this annotation)
-        output_padding: list[int],
+        output_padding: Optional[list[int]],  # noqa: UP045
     ) -> Tensor:
+        conv = self.conv  # each time that a child is asked for takes a search
         bn = self.bn
+        running_mean, num_batches_tracked = bn.running_mean, bn.num_batches_tracked
         counts = (
-            bn.training and bn.track_running_stats and bn.running_mean is not None
+            bn.training and bn.track_running_stats and running_mean is not None
         )  # this batch, into the running statistics
         momentum = bn.momentum
-        if bn.num_batches_tracked is None and momentum is None:
+        if num_batches_tracked is None and momentum is None:
             momentum = 0.0
         process_group = self.process_group
         if not torch.jit.is_scripting():
@@ -119,13 +121,13 @@ class _ConvBN(nn.Module):
             input = F.pad(input, self._pad, self._pad_mode)
         return conv_bn(
             input,
-            self.conv.weight,
-            self.conv.bias,
+            conv.weight,
+            conv.bias,
             bn.weight,
             bn.bias,
-            bn.running_mean if counts or not bn.training else None,
+            running_mean if counts or not bn.training else None,
             bn.running_var if counts or not bn.training else None,
-            training=bn.training or bn.running_mean is None,
+            training=bn.training or running_mean is None,
             momentum=momentum,
             eps=bn.eps,
             stride=self._stride,
@@ -133,10 +135,10 @@ class _ConvBN(nn.Module):
             dilation=self._dilation,
             transposed=self.transposed,
             output_padding=output_padding,
-            groups=self.conv.groups,
+            groups=conv.groups,
             activation=self.activation,
             residual=residual,
-            num_batches_tracked=bn.num_batches_tracked if counts else None,
+            num_batches_tracked=num_batches_tracked if counts else None,
             process_group=process_group if bn.training else "",
         )
 
@@ -212,7 +214,7 @@ class _FusedConvBN(_ConvBN):
         input: Tensor,
         residual: Optional[Tensor] = None,  # noqa: UP045 (TorchScript reads this annotation)
     ) -> Tensor:
-        return self._run(input, residual, self._output_padding)
+        return self._run(input, residual, None)
 
 
 class _FusedConvTransposeBN(_ConvBN):
