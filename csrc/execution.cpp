@@ -17,6 +17,7 @@
 #include "channel_kernels.h"
 #include "cpu/arena.h"
 #include "ops.h"
+#include "pointwise.h"
 #include "process_group.h"
 #include "recompute_check.h"
 
@@ -89,6 +90,11 @@ class Execution {
     grad_owned_ = nobody_else_has(dout);
     grad_ = std::move(dout);
     for (size_t i = chain_.size(); i-- > 0 && reached_[i + 1];) {
+      if (goes_around(i)) {
+        if (!maps_[i - 1].defined()) remake(i - 1);
+        pointwise_backward(i--);
+        continue;
+      }
       if (read_[i] && !maps_[i].defined()) remake(i);
       if (const auto* conv = chain_[i].conv())
         conv_backward(*conv, i);
@@ -268,6 +274,17 @@ class Execution {
     return !others && (link.norm()->activation.none() || result(i).defined());
   }
 
+  // Whether backward goes from T_{i+1} to T_{i−1} without T_i: it is not at hand, and act' of link i does not need it. (A
+  // check of what is remade wants it remade.)
+  bool goes_around(size_t i) const {
+    const auto* norm = chain_[i].norm();
+    if (i == 0 || !norm || !chain_[i - 1].conv() || maps_[i].defined() || !reached_[i] || recompute_is_checked())
+      return false;
+    const bool slope_at_hand = norm->activation.none() || result(i).defined();
+    return norm->batch_statistics() && process_group_.empty() && slope_at_hand && grad_.numel() > 0 &&
+           pointwise_applies(*chain_[i - 1].conv(), grad_, tensor(chain_[i - 1].weight));
+  }
+
   // reached: the gradient of T_i is needed. read: a backward that will run reads T_i.
   void plan_gradients(at::IntArrayRef wanted) {
     wanted_.resize(tensors_.size());
@@ -380,6 +397,10 @@ class Execution {
     if (!reached_[i]) grad_.reset();
   }
 
+  void give(int64_t place, const Tensor& gradient) {
+    if (wanted(place)) grads_[place] = gradient.to(tensor(place).scalar_type(), /*non_blocking=*/false, /*copy=*/true);
+  }
+
   void norm_backward(const Norm& norm, size_t i) {
     const auto& link = chain_[i];
     const Tensor in = std::move(maps_[i]);
@@ -415,10 +436,6 @@ class Execution {
 
     const auto total = !reached_[i] || !synchronised(norm) ? sums : all_reduce_sum(sums, process_group_);
     const auto vectors = kernels.grad_vectors(sums, total, affine, synchronised(norm), normalisation(norm, y));
-    const auto give = [&](int64_t place, const Tensor& gradient) {
-      if (wanted(place))
-        grads_[place] = gradient.to(tensor(place).scalar_type(), /*non_blocking=*/false, /*copy=*/true);
-    };
     give(link.weight, vectors.select(0, 2));
     give(link.bias, sums.select(0, 0));
     if (!reached_[i]) return grad_.reset();
@@ -427,6 +444,40 @@ class Execution {
     Tensor out = y_owned ? y : grad_owned_ ? dout : at::empty_like(y);
     if (y.numel()) kernels.grad_apply_(out, dout, y, affine, linear, activation);
     grad_ = std::move(out);
+    grad_owned_ = true;
+  }
+
+  // Of norm link i and the 1×1 convolution in front of it, without the map between them (pointwise.h).
+  void pointwise_backward(size_t i) {
+    const auto &link = chain_[i], &conv = chain_[i - 1];
+    const auto& norm = *link.norm();
+    const Tensor in = std::move(maps_[i - 1]);
+    const auto& kernels = channel_kernels(in);
+    const auto x = dense(in, i - 1), out = result(i);
+    auto dout = out.defined() ? dense_like("gradient", grad_, out) : dense(grad_);
+    grad_owned_ |= !dout.is_same(grad_);
+    Joined joined;
+    if (out.defined()) {
+      joined.result = out;
+      joined.du = grad_owned_ ? dout : at::empty_like(out);
+    }
+    const auto s1 = channel_sums(dout, dout, plain(dout), norm.activation, joined).select(0, 0);
+    if (out.defined()) grad_owned_ = true;
+    grad_ = out.defined() ? joined.du : dout;
+    share_with_residual(i);
+
+    auto centred = remade_[i - 1] || !x.is_same(in) ? x : at::empty_like(x);
+    kernels.apply_(centred, x, {kernels.stats(x), plain(x).vectors}, Activation{}, {});
+    const Pointwise pointwise(*conv.conv(), grad_, centred, tensor(conv.weight));
+    const auto affine = this->affine(norm, i, grad_);
+    const auto sums = at::stack({s1, pointwise.dots()});
+    const auto vectors = kernels.grad_vectors(sums, sums, affine, false, normalisation(norm, grad_));
+    const auto scale = affine.vectors.select(0, 0), slope = vectors.select(0, 0);
+    give(link.weight, vectors.select(0, 2));
+    give(link.bias, s1);
+    if (wanted(conv.weight)) give(conv.weight, pointwise.grad_weight(scale, slope));
+    if (!reached_[i - 1]) return grad_.reset();
+    grad_ = pointwise.grad_input(scale, slope, vectors.select(0, 1));
     grad_owned_ = true;
   }
 

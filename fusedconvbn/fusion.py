@@ -22,6 +22,7 @@ from .planning import (
     parse_memory,
     price_per_byte,
     seconds_per_value,
+    share_of_going_around,
 )
 from .profiling import Profile, device_of, profile
 from .tracing import Untraceable, is_leaf
@@ -289,11 +290,15 @@ def _inner_maps(
             if eager is not None:
                 values, nbytes = eager.values.get(path, 0), eager.nbytes.get(path, 0)
             itemsize = nbytes // values if values else 4
+            share = 1.0
+            if local == chain.around and eager is not None:
+                share = share_of_going_around(module, values, itemsize, device)
             maps[path] = InnerMap(
                 path,
                 nbytes,
-                int(flops_per_value(module) * values),
-                seconds_per_value(module, itemsize, device) * values,
+                int(share * flops_per_value(module) * values),
+                share * seconds_per_value(module, itemsize, device) * values,
+                share,
             )
     return list(maps.values())
 

@@ -160,12 +160,14 @@ class Chain:
         kept: the inner maps that are kept for backward: i stands for the result of link i, counted from 1, a gate
             in front being link 1.
         modules: the paths of all modules that it stands for, activations too.
+        joined: whether a residual is added to its result.
     """
 
     links: tuple[ConvLink | NormLink, ...]
     gated: bool = False
     kept: tuple[int, ...] = ()
     modules: tuple[str, ...] = ()
+    joined: bool = False
 
     @property
     def name(self) -> str:
@@ -174,6 +176,16 @@ class Chain:
     def maps(self) -> list[tuple[str, ...]]:
         """The inner maps, by the path of the module whose result they are; the place of the first one is 1 + gated."""
         return [link.path for link in self.links[:-1]]
+
+    @property
+    def around(self) -> tuple[str, ...] | None:
+        """The map that backward need not remake, if a 1×1 convolution makes it (csrc/pointwise.h): the one in front of a
+        last link whose slope is at hand."""
+        if len(self.links) < 2 or not isinstance(self.links[-1], NormLink):
+            return None
+        activation = self.links[-1].activation
+        at_hand = activation == "none" or (activation == "relu" and self.joined)
+        return self.links[-2].path if at_hand else None
 
     def plan(self, kept: Any) -> None:
         """Keeps those of the maps whose path is in `kept`, joined by dots."""

@@ -570,7 +570,10 @@ def rewrite(graph: fx.Graph, matches: Iterable[Match]) -> list[Chain]:
         for other in matches:  # later ones may read the node that goes
             _replace_inputs(other, match.end, call)
         modules = tuple(node.target for node in match.nodes if node.op == "call_module")
-        chains.append(Chain(tuple(match.links), match.gate is not None, modules=modules))
+        joined = match.residual is not None
+        chains.append(
+            Chain(tuple(match.links), match.gate is not None, modules=modules, joined=joined)
+        )
         for node in reversed(match.nodes):
             graph.erase_node(node)
     for node in reversed(list(graph.nodes)):

@@ -151,6 +151,13 @@ CASES = {
     "mish, residual": Case((3, 2, 7, 5), (35, 2, 2, 3), residual=True, activation="mish"),
     "sigmoid": Case((3, 2, 7, 5), (4, 2, 2, 3), activation="sigmoid"),
     "tanh, residual": Case((3, 2, 7, 5), (4, 2, 2, 3), residual=True, activation="tanh"),
+    # 1×1 and wide: backward goes around the convolution's result
+    "pointwise": Case((3, 2, 7, 5), (8, 2, 1, 1), bias=True, activation="none"),
+    "pointwise, residual": Case((2, 3, 5, 6), (10, 3, 1, 1), residual=True),
+    "pointwise 1d": Case((3, 2, 17), (6, 2, 1), activation="none", residual=True),
+    "pointwise 3d tutorial": Case(
+        (2, 2, 3, 4, 5), (7, 2, 1, 1, 1), activation="none", arithmetic="tutorial", eps=0.1
+    ),
     "tutorial": Case((3, 2, 7, 6), (4, 2, 3, 3), affine=False, arithmetic="tutorial", eps=1e-3),
     "tutorial affine": Case((3, 2, 7, 6), (4, 2, 3, 2), bias=True, arithmetic="tutorial", eps=0.1),
 }
