@@ -36,6 +36,15 @@ bool any_requires_grad(at::TensorList tensors) {
          std::any_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return t.defined() && t.requires_grad(); });
 }
 
+bool any_has_tangent(at::TensorList tensors) {
+  return std::any_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return t._fw_grad(/*level=*/0).defined(); });
+}
+
+bool needs_unfused(at::TensorList tensors) {
+  return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerBackMode) ||
+         any_has_tangent(tensors);
+}
+
 std::vector<int64_t> kept_result(const Norm& last, bool has_residual, int64_t links) {
   const bool kept = last.activation.slope_from_result() && (has_residual || !last.normalises());
   return kept ? std::vector<int64_t>{links} : std::vector<int64_t>{};

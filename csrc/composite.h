@@ -1,4 +1,4 @@
-// What the two composite operators share.
+// What the composite operators share.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -18,6 +18,11 @@ bool is_traced(const at::Tensor& t);
 bool is_plain(at::TensorList tensors);
 
 bool any_requires_grad(at::TensorList tensors);
+
+bool any_has_tangent(at::TensorList tensors);
+
+// A C++ autograd function has no rule for forward mode and none for torch.func.
+bool needs_unfused(at::TensorList tensors);
 
 // The place of the result of a chain of `links` links if it is to be kept: where it is all that act' of the last one
 // needs of what else would have to be remade.

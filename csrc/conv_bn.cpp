@@ -110,9 +110,10 @@ Tensor folded(const Tensor& input, const ConvArguments& conv, const NormArgument
 Tensor conv_bn(const Tensor& input, const Tensor& weight, const Optional& bias, const Optional& bn_weight,
                const Optional& bn_bias, const Optional& running_mean, const Optional& running_var,
                const Optional& num_batches_tracked, const Optional& residual, bool training,
-               std::optional<double> momentum, double eps, at::OptionalIntArrayRef stride, at::OptionalIntArrayRef padding,
-               at::OptionalIntArrayRef dilation, bool transposed, at::OptionalIntArrayRef output_padding, int64_t groups,
-               std::string_view activation, std::string_view arithmetic, std::string_view process_group) {
+               std::optional<double> momentum, double eps, at::OptionalIntArrayRef stride,
+               at::OptionalIntArrayRef padding, at::OptionalIntArrayRef dilation, bool transposed,
+               at::OptionalIntArrayRef output_padding, int64_t groups, std::string_view activation,
+               std::string_view arithmetic, std::string_view process_group) {
   // Everything that can be wrong is found here, before anything is computed.
   const std::string op = "conv_bn";
   const NormArguments norm{{eps, parse_arithmetic(arithmetic), parse_activation(activation)},

@@ -274,8 +274,8 @@ class Execution {
     return !others && (link.norm()->activation.none() || result(i).defined());
   }
 
-  // Whether backward goes from T_{i+1} to T_{i−1} without T_i: it is not at hand, and act' of link i does not need it. (A
-  // check of what is remade wants it remade.)
+  // Whether backward goes from T_{i+1} to T_{i−1} without T_i: it is not at hand, and act' of link i does not need it.
+  // (A check of what is remade wants it remade.)
   bool goes_around(size_t i) const {
     const auto* norm = chain_[i].norm();
     if (i == 0 || !norm || !chain_[i - 1].conv() || maps_[i].defined() || !reached_[i] || recompute_is_checked())

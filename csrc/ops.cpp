@@ -3,6 +3,8 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
+#include "pooling.h"
+
 namespace fusedconvbn {
 
 TORCH_LIBRARY(fusedconvbn, m) {
@@ -24,6 +26,12 @@ TORCH_LIBRARY(fusedconvbn, m) {
   m.def(
       "_chain_backward(Tensor dout, Tensor[] tensors, Tensor[] kept_maps, Tensor[] statistics, "
       "int[] links, float[] scalars, str process_group, int[] kept, int[] wanted) -> Tensor[]");
+  m.def(
+      "max_pool2d(Tensor input, int[2] kernel_size, int[2] stride=[], int[2] padding=0, int[2] dilation=1, "
+      "bool ceil_mode=False) -> Tensor");
+  m.def("_places_in_window(Tensor indices, int[] window, SymInt width) -> Tensor");
+  m.def("_places_in_map(Tensor places, int[] window, SymInt width) -> Tensor");
+  m.impl("max_pool2d", c10::DispatchKey::CompositeImplicitAutograd, TORCH_FN(max_pool2d));
   m.impl("conv_bn", c10::DispatchKey::CompositeImplicitAutograd, TORCH_FN(conv_bn));
   m.impl("conv_bn_chain", c10::DispatchKey::CompositeImplicitAutograd, TORCH_FN(conv_bn_chain));
 }

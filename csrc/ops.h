@@ -16,9 +16,10 @@ Tensor conv_bn(const Tensor& input, const Tensor& weight, const std::optional<Te
                const std::optional<Tensor>& bn_weight, const std::optional<Tensor>& bn_bias,
                const std::optional<Tensor>& running_mean, const std::optional<Tensor>& running_var,
                const std::optional<Tensor>& num_batches_tracked, const std::optional<Tensor>& residual, bool training,
-               std::optional<double> momentum, double eps, at::OptionalIntArrayRef stride, at::OptionalIntArrayRef padding,
-               at::OptionalIntArrayRef dilation, bool transposed, at::OptionalIntArrayRef output_padding, int64_t groups,
-               std::string_view activation, std::string_view arithmetic, std::string_view process_group);
+               std::optional<double> momentum, double eps, at::OptionalIntArrayRef stride,
+               at::OptionalIntArrayRef padding, at::OptionalIntArrayRef dilation, bool transposed,
+               at::OptionalIntArrayRef output_padding, int64_t groups, std::string_view activation,
+               std::string_view arithmetic, std::string_view process_group);
 
 // A chain with the running statistics of its norm links; docs in csrc/conv_bn_chain.cpp.
 Tensor conv_bn_chain(at::TensorList tensors, at::TensorList buffers, at::IntArrayRef links,

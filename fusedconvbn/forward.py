@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from .links import BATCH_NORMS, CONVOLUTIONS, Chain
 from .matching import CALL, Matcher, rewrite
-from .pooling import rewrite_means
+from .pooling import rewrite_pooling
 from .scripting import scriptable
 from .tracing import (
     Guards,
@@ -195,7 +195,7 @@ def analyse(module: nn.Module, training: bool | None = None, shallow: bool = Fal
                 options = not isinstance(modules[node.target], BATCH_NORMS)  # read in every call
                 found.guards.add(path, modules[node.target], options)
     chains = rewrite(found.graph, matcher.matches)
-    rewrite_means(found.graph, modules, found.guards)
+    rewrite_pooling(found.graph, modules, found.guards)
     source, scope = function_of(found.graph, {})
     source = re.sub(rf"self\.{CALL}(\d+)\(", r"chains[\1](self, ", source)
     variant = Variant(source, scope, chains, found.guards, found.positional)

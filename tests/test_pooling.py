@@ -1,4 +1,4 @@
-"""Means over positions in fused models: the module's own numbers, and no map made for their gradient."""
+"""Pooling in fused models: PyTorch's own numbers, with less memory."""
 
 import copy
 
@@ -7,8 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fusedconvbn import fuse
+from fusedconvbn import fuse, track_memory
 from fusedconvbn.pooling import position_mean
+
+FORMATS = pytest.mark.parametrize("format", (torch.contiguous_format, torch.channels_last))
+DTYPES = pytest.mark.parametrize(
+    "dtype", (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+)
 
 SPELLINGS = {
     "module": lambda net, x: net.pool(x),
@@ -49,10 +54,10 @@ def source(net):
     return net.forward.variants[0].source
 
 
-@pytest.mark.parametrize("format", (torch.contiguous_format, torch.channels_last))
-@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16, torch.float16))
+@FORMATS
+@DTYPES
 @pytest.mark.parametrize("dims", ([2, 3], [-1], [1, 2]))
-def test_to_the_bit(dims, dtype, format):
+def test_a_mean_to_the_bit(dims, dtype, format):
     torch.manual_seed(0)
     x = (60 * torch.randn(3, 5, 67, 9)).to(dtype).to(memory_format=format).requires_grad_()
     ours, theirs = position_mean(x, dims), x.mean(dims, keepdim=True)
@@ -65,7 +70,7 @@ def test_to_the_bit(dims, dtype, format):
 @pytest.mark.parametrize(
     "spelling", [*SPELLINGS.values(), *OTHERS.values()], ids=[*SPELLINGS, *OTHERS]
 )
-def test_in_a_model(spelling):
+def test_a_mean_in_a_model(spelling):
     torch.manual_seed(0)
     net, x = Excited(spelling).double(), torch.randn(2, 3, 8, 9, dtype=torch.float64)
     fused = fuse(copy.deepcopy(net), x)
@@ -73,7 +78,7 @@ def test_in_a_model(spelling):
     torch.testing.assert_close(step(fused, x), step(net, x), rtol=1e-9, atol=1e-9)
 
 
-def test_the_module_stays_what_it_is():
+def test_a_module_stays_what_it_is():
     """Hooks on it run, and other options are seen."""
     net, x = Excited(SPELLINGS["module"]), torch.randn(2, 3, 8, 9)
     fused = fuse(net, x)
@@ -105,3 +110,155 @@ def test_no_map_is_made_for_the_gradient():
     x = torch.randn(2, 3, 8, 9, requires_grad=True)
     (grad,) = torch.autograd.grad(position_mean(x, [2, 3]).sum(), x)
     assert grad.untyped_storage().nbytes() == 4 * 2 * 3
+
+
+# size of the map; kernel_size, stride, padding, dilation, ceil_mode
+MAX = {
+    "ResNet's": ((11, 13), [3], [2], [1], [1], False),
+    "every option": ((9, 8), [3, 2], [2, 1], [1, 0], [1, 2], True),
+    "stride of the kernel": ((9, 8), [3, 2], [], [0], [1], False),
+    "wider than the map": ((2, 3), [5], [1], [2], [1], False),
+    "dilated": ((9, 10), [3], [3], [0], [2], False),
+    "256 places": ((20, 19), [16], [1], [8], [1], False),
+    "more places": ((20, 19), [16, 17], [1], [8], [1], False),
+}
+
+
+def own_max_pool(x, options):
+    return torch.ops.fusedconvbn.max_pool2d(x, *options)
+
+
+def max_pool(x, options):
+    kernel, stride, *rest = options
+    return F.max_pool2d(x, kernel, stride or None, *rest)
+
+
+@FORMATS
+@DTYPES
+@pytest.mark.parametrize("case", MAX.values(), ids=MAX)
+def test_max_pool_to_the_bit(case, dtype, format):
+    """With ties and NaN, as PyTorch decides them."""
+    torch.manual_seed(0)
+    size, *options = case
+    x = torch.randn(3, 6, *size).to(dtype).to(memory_format=format)
+    x[0, :, :2], x[1, 2, 0, 1] = 0, float("nan")
+    x.requires_grad_()
+    ours, theirs = own_max_pool(x, options), max_pool(x, options)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+    assert ours.stride() == theirs.stride()
+    dout = torch.randn_like(ours)
+    grads = [torch.autograd.grad(out, x, dout)[0] for out in (ours, theirs)]
+    assert torch.equal(*grads) and grads[0].stride() == grads[1].stride()
+
+
+def test_max_pool_keeps_a_byte_a_value():
+    x = torch.randn(2, 8, 12, 10, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        out = own_max_pool(x, [[3], [2], [1]])
+    assert sum(t.untyped_storage().nbytes() for t in saved) == out.numel() + 4
+
+
+@pytest.mark.parametrize("case", MAX.values(), ids=MAX)
+def test_max_pool_derivatives(case):
+    torch.manual_seed(0)
+    size, *options = case
+    x = torch.randn(1, 2, *size, dtype=torch.float64, requires_grad=True)
+    function = lambda x: own_max_pool(x, options)  # noqa: E731
+    assert torch.autograd.gradcheck(function, x, check_forward_ad=True, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, x, fast_mode=True)
+    loss = lambda x: function(x).sin().sum()  # noqa: E731
+    (expected,) = torch.autograd.grad(loss(x), x)
+    torch.testing.assert_close(torch.func.grad(loss)(x.detach()), expected)
+    each = torch.func.vmap(torch.func.grad(loss))(torch.stack([x.detach(), x.detach()]))
+    torch.testing.assert_close(each, torch.stack([expected, expected]))
+
+
+@pytest.mark.parametrize(
+    "x, options",
+    [
+        (torch.randn(3, 5, 6), [[2]]),
+        (torch.randn(2, 3, 5, 6), [[2]]),
+        (torch.randn(0, 3, 5, 6, requires_grad=True), [[2]]),
+        (torch.randn(3, 5, 6, requires_grad=True), [[2], [1], [1]]),
+    ],
+    ids=("no batch", "no gradient", "no samples", "no batch, gradient"),
+)
+def test_max_pool_of_other_tensors(x, options):
+    expected = F.max_pool2d(x, *options)
+    ours = own_max_pool(x, options)
+    torch.testing.assert_close(ours, expected)
+    assert ours.requires_grad == expected.requires_grad
+
+
+def test_max_pool_errors():
+    x = torch.randn(2, 3, 5, 6, requires_grad=True)
+    for options in ([[2], [1], [2]], [[7]], [[2, 2, 2]]):
+        with pytest.raises(RuntimeError) as ours:
+            own_max_pool(x, options)
+        with pytest.raises(RuntimeError) as theirs:
+            torch.max_pool2d(x, *options)
+        assert str(ours.value).splitlines()[0] == str(theirs.value).splitlines()[0]
+
+
+class Stem(nn.Module):
+    """ResNet's, with a pool that is spelled in many ways."""
+
+    def __init__(self, pool):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)
+        self.last, self.bn2 = nn.Conv2d(8, 4, 1, bias=False), nn.BatchNorm2d(4)
+        self.pool = pool
+
+    def forward(self, x):
+        return self.bn2(self.last(self.pool(F.relu(self.bn(self.conv(x))))))
+
+
+class Functional(nn.Module):
+    def forward(self, x):
+        return F.max_pool2d(x, 3, stride=2, padding=(1, 0))
+
+
+class WithIndices(nn.Module):
+    def forward(self, x):
+        return F.max_pool2d(x, 2, return_indices=True)[0]
+
+
+@pytest.mark.parametrize(
+    "pool, rewritten",
+    [
+        (nn.MaxPool2d(3, 2, 1), True),
+        (nn.MaxPool2d((2, 3), ceil_mode=True), True),
+        (Functional(), True),
+        (WithIndices(), False),
+        (nn.MaxPool2d(3, 2, 1, return_indices=True), False),
+    ],
+    ids=("module", "options", "function", "indices", "module with indices"),
+)
+def test_max_pool_in_a_model(pool, rewritten):
+    torch.manual_seed(0)
+    if getattr(pool, "return_indices", False):
+        pool = nn.Sequential(pool, First())
+    net, x = Stem(pool).double(), torch.randn(2, 3, 9, 11, dtype=torch.float64)
+    fused = fuse(copy.deepcopy(net), x)
+    assert ("max_pool2d" in source(fused) and "pooling" in source(fused)) == rewritten
+    torch.testing.assert_close(step(fused, x), step(net, x), rtol=1e-9, atol=1e-9)
+    compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), net(x))
+    torch.testing.assert_close(torch.jit.script(fused.eval())(x), net.eval()(x))
+
+
+class First(nn.Module):
+    def forward(self, pair):
+        return pair[0]
+
+
+def test_max_pool_in_a_plan():
+    """What is predicted of a model with one is what it keeps."""
+    net, x = Stem(nn.MaxPool2d(3, 2, 1)), torch.randn(4, 3, 30, 32)
+    fused = fuse(net, x, memory="min")
+    with track_memory() as memory:
+        fused(x).sum().backward()
+    pooled = 4 * 8 * 14 * 15
+    vectors = 4 * (2 * 8 + 2 * 4 + 1)
+    assert memory.saved == 4 * x.numel() + 5 * pooled + vectors

@@ -22,16 +22,6 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-bool any_has_tangent(at::TensorList tensors) {
-  return std::any_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return t._fw_grad(/*level=*/0).defined(); });
-}
-
-// A C++ autograd function has no rule for forward mode and none for torch.func.
-bool needs_unfused(at::TensorList tensors) {
-  return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerBackMode) ||
-         any_has_tangent(tensors);
-}
-
 // Whether a call of the backward operator would end in its kernel, and at once.
 bool ends_in_kernel(const Tensor& dout, const variable_list& saved) {
   return !at::GradMode::is_enabled() && !any_has_tangent(dout) && is_plain(dout) && is_plain(saved);

@@ -1,0 +1,138 @@
+#include "pooling.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/div.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+namespace fusedconvbn {
+
+using at::Tensor;
+
+PoolWindow PoolWindow::of(at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
+                          at::IntArrayRef dilation) {
+  const auto pair = [](at::IntArrayRef v) { return std::array<int64_t, 2>{v[0], v[v.size() - 1]}; };
+  return {pair(kernel), pair(stride.empty() ? kernel : stride), pair(padding), pair(dilation)};
+}
+
+PoolWindow PoolWindow::unpack(at::IntArrayRef v) {
+  TORCH_CHECK_VALUE(v.size() == 8, "expected a window of 8 values, got ", v);
+  return {{v[0], v[1]}, {v[2], v[3]}, {v[4], v[5]}, {v[6], v[7]}};
+}
+
+std::vector<int64_t> PoolWindow::packed() const {
+  return {kernel[0], kernel[1], stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1]};
+}
+
+Tensor places_in_window(const Tensor& indices, at::IntArrayRef window, c10::SymInt width) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("fusedconvbn::_places_in_window", "")
+                             .typed<decltype(places_in_window)>();
+  return op.call(indices, window, width);
+}
+
+Tensor places_in_map(const Tensor& places, at::IntArrayRef window, c10::SymInt width) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("fusedconvbn::_places_in_map", "")
+                             .typed<decltype(places_in_map)>();
+  return op.call(places, window, width);
+}
+
+namespace {
+
+// In ATen, for every device: the first row, or column, of each window, which may be in the padding.
+Tensor first_places(const PoolWindow& window, size_t dim, const Tensor& pooled) {
+  const auto size = pooled.sym_size(dim - 2);
+  const auto first = at::arange(size, pooled.options().dtype(at::kLong)) * window.stride[dim] - window.padding[dim];
+  return dim == 0 ? first.unsqueeze(1) : first;
+}
+
+Tensor floor_divide(const Tensor& t, const at::Scalar& by) { return at::div(t, by, "floor"); }
+
+Tensor places_in_window_aten(const Tensor& indices, at::IntArrayRef packed, c10::SymInt width) {
+  const auto window = PoolWindow::unpack(packed);
+  const auto row = floor_divide(indices, width), column = indices - row * width;
+  return (floor_divide(row - first_places(window, 0, indices), window.dilation[0]) * window.kernel[1] +
+          floor_divide(column - first_places(window, 1, indices), window.dilation[1]))
+      .to(at::kByte);
+}
+
+Tensor places_in_map_aten(const Tensor& places, at::IntArrayRef packed, c10::SymInt width) {
+  const auto window = PoolWindow::unpack(packed);
+  const auto place = places.to(at::kLong), row = floor_divide(place, window.kernel[1]);
+  const auto column = place - row * window.kernel[1];
+  return (row * window.dilation[0] + first_places(window, 0, places)) * width +
+         (column * window.dilation[1] + first_places(window, 1, places));
+}
+
+// f(place in memory, row, column) for each value of a dense (N, C, H, W) map
+template <typename F>
+void for_values(const Tensor& map, const F& f) {
+  const int64_t height = map.size(2), width = map.size(3);
+  const bool last = !map.is_contiguous();
+  const int64_t channels = last ? map.size(1) : 1, rows = map.size(0) * (last ? 1 : map.size(1)) * height;
+  at::parallel_for(0, rows, std::max<int64_t>((1 << 14) / std::max<int64_t>(width * channels, 1), 1),
+                   [&](int64_t begin, int64_t end) {
+                     for (int64_t row = begin; row < end; ++row)
+                       for (int64_t column = 0; column < width; ++column)
+                         for (int64_t c = 0; c < channels; ++c)
+                           f((row * width + column) * channels + c, row % height, column);
+                   });
+}
+
+bool is_dense(const Tensor& map) {
+  return map.dim() == 4 && (map.is_contiguous() || map.is_contiguous(at::MemoryFormat::ChannelsLast));
+}
+
+Tensor places_in_window_cpu(const Tensor& indices, at::IntArrayRef packed, c10::SymInt sym_width) {
+  const int64_t width = sym_width.expect_int();
+  if (!is_dense(indices) || indices.scalar_type() != at::kLong) return places_in_window_aten(indices, packed, width);
+  const auto window = PoolWindow::unpack(packed);
+  const auto& [kernel, stride, padding, dilation] = window;
+  auto places = at::empty_like(indices, indices.options().dtype(at::kByte));
+  const auto* const from = indices.const_data_ptr<int64_t>();
+  auto* const to = places.mutable_data_ptr<uint8_t>();
+  for_values(indices, [&, kernel = kernel, stride = stride, padding = padding, dilation = dilation](
+                          int64_t at, int64_t row, int64_t column) {
+    // A place in a sample's plane has 32 bits, whose division is the faster one.
+    const auto index = uint32_t(from[at]), found_row = index / uint32_t(width);
+    const auto in_row = uint32_t(found_row - (row * stride[0] - padding[0]));
+    const auto in_column = uint32_t(index - found_row * width - (column * stride[1] - padding[1]));
+    to[at] = in_row / uint32_t(dilation[0]) * kernel[1] + in_column / uint32_t(dilation[1]);
+  });
+  return places;
+}
+
+Tensor places_in_map_cpu(const Tensor& places, at::IntArrayRef packed, c10::SymInt sym_width) {
+  const int64_t width = sym_width.expect_int();
+  if (!is_dense(places) || places.scalar_type() != at::kByte) return places_in_map_aten(places, packed, width);
+  const auto window = PoolWindow::unpack(packed);
+  const auto& [kernel, stride, padding, dilation] = window;
+  std::array<int64_t, 256> distance{};  // of a place in the window from its first
+  for (int64_t k = 0; k < std::min<int64_t>(kernel[0] * kernel[1], distance.size()); ++k)
+    distance[k] = k / kernel[1] * dilation[0] * width + k % kernel[1] * dilation[1];
+  auto indices = at::empty_like(places, places.options().dtype(at::kLong));
+  const auto* const from = places.const_data_ptr<uint8_t>();
+  auto* const to = indices.mutable_data_ptr<int64_t>();
+  for_values(places, [&, stride = stride, padding = padding](int64_t at, int64_t row, int64_t column) {
+    to[at] = (row * stride[0] - padding[0]) * width + column * stride[1] - padding[1] + distance[from[at]];
+  });
+  return indices;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fusedconvbn, CompositeExplicitAutograd, m) {
+  m.impl("_places_in_window", TORCH_FN(places_in_window_aten));
+  m.impl("_places_in_map", TORCH_FN(places_in_map_aten));
+}
+
+TORCH_LIBRARY_IMPL(fusedconvbn, CPU, m) {
+  m.impl("_places_in_window", TORCH_FN(places_in_window_cpu));
+  m.impl("_places_in_map", TORCH_FN(places_in_map_cpu));
+}
+
+}  // namespace fusedconvbn
