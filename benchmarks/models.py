@@ -574,7 +574,7 @@ def main() -> None:
     for configuration, name in itertools.product(configurations, arguments.models):
         key = str(configuration)
         rows = results["models"].setdefault(name, {}).setdefault(key, {})
-        if not rows:
+        if "eager" not in rows:
             measured = measure(name, configuration, arguments)
             rows |= {variant: {**row, "commit": commit} for variant, row in measured.items()}
             save(results, output)
