@@ -27,11 +27,11 @@ bench: build
 	$(BIN)/python benchmarks/conv_bn.py
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/growth.py
-	$(BIN)/python benchmarks/models.py --alone
+	$(BIN)/python benchmarks/models.py
 	$(BIN)/python benchmarks/tables.py
 
 bench-models: build
-	$(BIN)/python benchmarks/models.py --alone --resume
+	$(BIN)/python benchmarks/models.py --resume
 	$(BIN)/python benchmarks/tables.py
 
 # On one GPU, with the CUDA build of torch.

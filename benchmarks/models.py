@@ -1,12 +1,12 @@
 """Whole models: fused at several budgets, as they are, with checkpoints, compiled, and without what is fused (the floor).
 
-    python benchmarks/models.py [--models resnet50 ...] [--only "float32, channels last, 2 threads"] [--resume] [--alone]
+    python benchmarks/models.py [--models resnet50 ...] [--only "float32, channels last, 2 threads"] [--resume]
     python benchmarks/models.py --check       # memory and added FLOPs against what is promised, without times
     python benchmarks/models.py --count       # what fuse finds in many models, and the bytes it predicts
 
-A step is forward, sum and backward on random images. The variants of a model take turns in one process; a compiled one has a
-process of its own, where it takes turns with eager. Every ratio is to eager in the same process. Variants in one process share its
-heap: --alone also gives eager and fused models processes of their own, which take turns, as a user has them. Prints tables and
+A step is forward, sum and backward on random images. The variants of a model take turns in one process, of which there are a few:
+where the memory of a process happens to lie makes 10 % and more, for all of its life. A compiled variant has a process of its own, where
+it takes turns with eager. Every ratio is to eager in the same processes. Prints tables and
 writes benchmarks/results/models-<device>.json after each measurement; --resume adds what is missing there, and each row says of
 which commit it is. benchmarks/tables.py makes tables and plots of it. Needs torchvision. The tutorial's layer knows no stride and no
 groups: the Python reference has it where a pair has neither, and eager's elsewhere.
@@ -18,7 +18,6 @@ import itertools
 import json
 import math
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -53,8 +52,9 @@ Budget = str | float
 
 MODELS = ["resnet50", "resnet18", "mobilenet_v2", "densenet121", "efficientnet_b0"]
 COMPILED = {"compile": 1.0, "compile, budget 0.5": 0.5, "compile, budget 0.3": 0.3}
-ROUNDS_ELSEWHERE = 5  # where rivals are left out
-PROCESSES, STEPS_ALONE = 3, 5  # of each variant, and of each process
+PROCESSES = 3  # which share the rounds; one, of this many rounds, where rivals are left out
+ROUNDS_ELSEWHERE = 5
+TOGETHER = "together"  # the variant that is all of them but the compiled ones
 NORMS = nn.modules.batchnorm._BatchNorm
 ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.SiLU)
 
@@ -171,17 +171,24 @@ class Workload:
         }
 
     def rows(self, nets: dict[str, nn.Module], rounds: int) -> dict[str, Row]:
-        """Memory, page faults and time of each, and their ratios to eager's."""
+        """Memory, page faults and the seconds of each round."""
         steps = {name: self.step(net) for name, net in nets.items()}
         memory = {
             name: {**self.memory(net), "faults": page_faults(steps[name])}
             for name, net in nets.items()
         }
         times = time_interleaved(steps, self.images.device, rounds, self.name, math.inf)
-        return {
-            name: {**memory[name], "of_eager": ratios(memory[name], memory["eager"]), **row}
-            for name, row in summarise(times, "eager").items()
-        }
+        return {name: {**memory[name], "seconds": times[name]} for name in nets}
+
+
+def pooled(runs: list[dict[str, Row]]) -> dict[str, Row]:
+    """What processes have measured as one, with ratios to eager's."""
+    times = {name: [s for run in runs for s in run[name].pop("seconds")] for name in runs[0]}
+    first = runs[0]
+    return {
+        name: {**first[name], "of_eager": ratios(first[name], first["eager"]), **row}
+        for name, row in summarise(times, "eager").items()
+    }
 
 
 def page_faults(step: Step) -> int:
@@ -288,26 +295,22 @@ def measure(name: str, configuration: Configuration, arguments: argparse.Namespa
         if net := inplace_abn(load.model):
             nets["In-Place ABN"] = net
         nets["floor: convolutions alone"] = floor(load.model)
-    rounds = arguments.rounds
-    rows = load.rows(nets, rounds if configuration.rivals else min(rounds, ROUNDS_ELSEWHERE))
+    rounds = min(arguments.rounds, ROUNDS_ELSEWHERE)
+    if configuration.rivals:
+        rounds = math.ceil(arguments.rounds / PROCESSES)
+    rows = load.rows(nets, rounds)
     for variant, row in facts.items():
         rows[variant] |= row
     return rows
 
 
 def measure_variant(name: str, configuration: Configuration, arguments: argparse.Namespace) -> Row:
-    """In a process of its own: a compiled variant in turns with eager, or the seconds of another's steps."""
+    """In a process of its own: a compiled variant in turns with eager, or all others."""
+    if arguments.variant == TOGETHER:
+        return measure(name, configuration, arguments)
     load, variant = Workload.of(name, arguments, configuration), arguments.variant
-    if variant in COMPILED:
-        nets = {"eager": load.model, variant: compiled(load.model, COMPILED[variant])}
-        return load.rows(nets, arguments.rounds)
-    net = load.model
-    if variant != "eager":
-        memory = variant.removeprefix("fuse ")
-        net, _ = load.fused(memory if memory in ("auto", "min") else float(memory))
-    step, rounds = load.step(net), min(arguments.rounds, STEPS_ALONE)
-    times = time_interleaved({variant: step}, arguments.device, rounds, variant, math.inf)
-    return {"seconds": times[variant], "faults": page_faults(step)}
+    nets = {"eager": load.model, variant: compiled(load.model, COMPILED[variant])}
+    return load.rows(nets, arguments.rounds)
 
 
 def in_process(name: str, configuration: Configuration, variant: str) -> Row | None:
@@ -323,30 +326,18 @@ def in_process(name: str, configuration: Configuration, variant: str) -> Row | N
 
 
 def measure_compiled(name: str, configuration: Configuration, variant: str) -> Row | None:
-    if rows := in_process(name, configuration, variant):
+    if run := in_process(name, configuration, variant):
+        rows = pooled([run])
         return {**rows[variant], "eager_milliseconds": rows["eager"]["milliseconds"]}
     return None
 
 
-def measure_alone(name: str, configuration: Configuration) -> dict[str, Row]:
-    """Eager, "auto" and what something is required of, each in processes of its own, which take turns."""
-    required = [
-        t.saved for t in TARGETS if (t.model, t.configuration) == (name, str(configuration))
+def measure_together(name: str, configuration: Configuration) -> dict[str, Row]:
+    runs = [
+        in_process(name, configuration, TOGETHER)
+        for _ in range(PROCESSES if configuration.rivals else 1)
     ]
-    variants = ["eager", "fuse auto", *(f"fuse {saved}" for saved in required)]
-    runs: dict[str, list[Row]] = {variant: [] for variant in variants}
-    for i in range(PROCESSES):
-        for variant in variants[i % len(variants) :] + variants[: i % len(variants)]:
-            run = in_process(name, configuration, variant)
-            if run is None:
-                return {}
-            runs[variant].append(run)
-    rows = summarise(
-        {v: [s for run in found for s in run["seconds"]] for v, found in runs.items()}, "eager"
-    )
-    for variant, row in rows.items():
-        row["faults"] = statistics.median(run["faults"] for run in runs[variant])
-    return rows
+    return pooled(runs) if all(runs) else {}
 
 
 def show(title: str, rows: dict[str, Row]) -> None:
@@ -354,11 +345,10 @@ def show(title: str, rows: dict[str, Row]) -> None:
     for variant, row in rows.items():
         cells = [f"{share:.3f}" for share in row["of_eager"].values()]
         cells += [f"{row['ratio']:.3f}", f"{row['spread']:.0%}", f"{row['faults']:.0f}"]
-        cells.append(f"{row['alone']['ratio']:.3f}" if "alone" in row else "")
         if "pairs" in row:
             cells += [f"{100 * row['added_flops']:.1f} %", f"{row['fuse_seconds']:.1f} s"]
             cells.append("{} / {}".format(*row["pairs"]))
-        lines.append([variant, *cells, *[""] * (10 - len(cells))])
+        lines.append([variant, *cells, *[""] * (9 - len(cells))])
     eager = rows["eager"]
     saved, peak = (eager[key] / 2**20 for key in ("saved", "peak"))
     print_table(
@@ -371,7 +361,6 @@ def show(title: str, rows: dict[str, Row]) -> None:
             "time",
             "spread",
             "faults",
-            "alone",
             "conv FLOPs",
             "fuse",
             "pairs",
@@ -391,7 +380,7 @@ def reached(target: Target, rows: dict[str, Row]) -> Row | None:
 
 
 def required_rows(models: dict[str, dict[str, dict[str, Row]]]) -> list[list[str]]:
-    """What is required, reached in one process and alone, and compiled at most at that memory, of what has been measured."""
+    """What is required, reached, and compiled at most at that memory, of what has been measured."""
 
     def at(row: Row) -> str:
         of = row["of_eager"]
@@ -413,14 +402,13 @@ def required_rows(models: dict[str, dict[str, dict[str, Row]]]) -> list[list[str
                 f"≤ {target.most:.2f}",
                 f"{target.aim:.2f}",
                 (at(best) if best else "out of reach") + missed,
-                f"{best['alone']['ratio']:.3f}" if best and "alone" in best else "—",
                 at(theirs) if theirs else "nothing as small" if compiled else "not measured",
             ]
         )
     return lines
 
 
-REQUIRED_COLUMNS = ["", "time, required", "aim", "reached", "alone", "torch.compile"]
+REQUIRED_COLUMNS = ["", "time, required", "aim", "reached", "torch.compile"]
 
 
 def faster_compiled(rows: dict[str, Row]) -> list[tuple[str, str | None]]:
@@ -537,9 +525,6 @@ def main() -> None:
     parser.add_argument(
         "--no-compile", dest="compile", action="store_false", help="leave torch.compile out"
     )
-    parser.add_argument(
-        "--alone", action="store_true", help="also each of what is required in its own process"
-    )
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     parser.add_argument("--resume", action="store_true", help="keep what --output has")
     parser.add_argument("--check", action="store_true", help="only see whether promises are kept")
@@ -570,24 +555,19 @@ def main() -> None:
         return save(measure_variant(*arguments.models, *configurations, arguments), output)
     if arguments.resume and output.exists():
         results["models"] = resumed(results, output)
-    required = {(t.model, t.configuration) for t in TARGETS}
     for configuration, name in itertools.product(configurations, arguments.models):
         key = str(configuration)
         rows = results["models"].setdefault(name, {}).setdefault(key, {})
         if "eager" not in rows:
-            measured = measure(name, configuration, arguments)
+            measured = measure_together(name, configuration)
             rows |= {variant: {**row, "commit": commit} for variant, row in measured.items()}
             save(results, output)
         for variant in COMPILED if configuration.rivals and arguments.compile else ():
             if variant not in rows and (row := measure_compiled(name, configuration, variant)):
                 rows[variant] = {**row, "commit": commit}
                 save(results, output)
-        if arguments.alone and (name, key) in required and "alone" not in rows["eager"]:
-            for variant, row in measure_alone(name, configuration).items():
-                if variant in rows:
-                    rows[variant]["alone"] = {**row, "commit": commit}
-            save(results, output)
-        show(f"{name}, {key}", rows)
+        if "eager" in rows:
+            show(f"{name}, {key}", rows)
     if lines := required_rows(results["models"]):
         print_table("Required, of eager's time", REQUIRED_COLUMNS, lines)
     print(f"\n{output}")

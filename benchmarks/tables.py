@@ -98,17 +98,15 @@ def model_rows(model: str, variants: dict[str, Row]) -> list[list[str]]:
                     *(f"{bold}{row['of_eager'][key]:.2f}{bold}" for key in ("saved", "peak")),
                     f"{bold}{row['ratio']:.2f}{bold}",
                     f"{row['spread']:.0%}",
-                    f"{row['alone']['ratio']:.2f}" if "alone" in row else "",
                 ]
             )
     eager = variants["eager"]
-    alone = f"{eager['alone']['milliseconds']:.0f} ms" if "alone" in eager else ""
     memory = [f"{eager[key] / 2**20:.0f} MiB" for key in ("saved", "peak")]
-    time = [f"{eager['milliseconds']:.0f} ms", f"{eager['spread']:.0%}", alone]
+    time = [f"{eager['milliseconds']:.0f} ms", f"{eager['spread']:.0%}"]
     return [*rows, [f"{model}, eager", *memory, *time]]
 
 
-MODEL_COLUMNS = ["", "saved for backward", "peak", "time", "spread", "alone"]
+MODEL_COLUMNS = ["", "saved for backward", "peak", "time", "spread"]
 
 
 def models_table() -> str:
@@ -256,7 +254,7 @@ def plot_models(results: Path, configuration: str) -> None:
             handles[variant] = ax.scatter(
                 row["of_eager"]["saved"],
                 row["ratio"],
-                color=f"C{variants.index(variant)}",
+                color=pyplot.colormaps["tab20"](variants.index(variant)),
                 marker=marker,
                 zorder=2,
             )

@@ -19,7 +19,8 @@ PoolWindow PoolWindow::of(at::IntArrayRef kernel, at::IntArrayRef stride, at::In
 }
 
 PoolWindow PoolWindow::unpack(at::IntArrayRef v) {
-  TORCH_CHECK_VALUE(v.size() == 8, "expected a window of 8 values, got ", v);
+  TORCH_CHECK_VALUE(v.size() == 8 && v[0] > 0 && v[1] > 0 && v[6] > 0 && v[7] > 0,
+                    "expected the kernel, stride, padding and dilation of a window in two dimensions, got ", v);
   return {{v[0], v[1]}, {v[2], v[3]}, {v[4], v[5]}, {v[6], v[7]}};
 }
 
@@ -90,18 +91,16 @@ bool is_dense(const Tensor& map) {
 Tensor places_in_window_cpu(const Tensor& indices, at::IntArrayRef packed, c10::SymInt sym_width) {
   const int64_t width = sym_width.expect_int();
   if (!is_dense(indices) || indices.scalar_type() != at::kLong) return places_in_window_aten(indices, packed, width);
-  const auto window = PoolWindow::unpack(packed);
-  const auto& [kernel, stride, padding, dilation] = window;
+  const auto w = PoolWindow::unpack(packed);
   auto places = at::empty_like(indices, indices.options().dtype(at::kByte));
   const auto* const from = indices.const_data_ptr<int64_t>();
   auto* const to = places.mutable_data_ptr<uint8_t>();
-  for_values(indices, [&, kernel = kernel, stride = stride, padding = padding, dilation = dilation](
-                          int64_t at, int64_t row, int64_t column) {
+  for_values(indices, [&](int64_t at, int64_t row, int64_t column) {
     // A place in a sample's plane has 32 bits, whose division is the faster one.
     const auto index = uint32_t(from[at]), found_row = index / uint32_t(width);
-    const auto in_row = uint32_t(found_row - (row * stride[0] - padding[0]));
-    const auto in_column = uint32_t(index - found_row * width - (column * stride[1] - padding[1]));
-    to[at] = in_row / uint32_t(dilation[0]) * kernel[1] + in_column / uint32_t(dilation[1]);
+    const auto in_row = uint32_t(found_row - (row * w.stride[0] - w.padding[0]));
+    const auto in_column = uint32_t(index - found_row * width - (column * w.stride[1] - w.padding[1]));
+    to[at] = in_row / uint32_t(w.dilation[0]) * w.kernel[1] + in_column / uint32_t(w.dilation[1]);
   });
   return places;
 }
@@ -109,16 +108,15 @@ Tensor places_in_window_cpu(const Tensor& indices, at::IntArrayRef packed, c10::
 Tensor places_in_map_cpu(const Tensor& places, at::IntArrayRef packed, c10::SymInt sym_width) {
   const int64_t width = sym_width.expect_int();
   if (!is_dense(places) || places.scalar_type() != at::kByte) return places_in_map_aten(places, packed, width);
-  const auto window = PoolWindow::unpack(packed);
-  const auto& [kernel, stride, padding, dilation] = window;
+  const auto w = PoolWindow::unpack(packed);
   std::array<int64_t, 256> distance{};  // of a place in the window from its first
-  for (int64_t k = 0; k < std::min<int64_t>(kernel[0] * kernel[1], distance.size()); ++k)
-    distance[k] = k / kernel[1] * dilation[0] * width + k % kernel[1] * dilation[1];
+  for (int64_t k = 0; k < std::min<int64_t>(w.kernel[0] * w.kernel[1], distance.size()); ++k)
+    distance[k] = k / w.kernel[1] * w.dilation[0] * width + k % w.kernel[1] * w.dilation[1];
   auto indices = at::empty_like(places, places.options().dtype(at::kLong));
   const auto* const from = places.const_data_ptr<uint8_t>();
   auto* const to = indices.mutable_data_ptr<int64_t>();
-  for_values(places, [&, stride = stride, padding = padding](int64_t at, int64_t row, int64_t column) {
-    to[at] = (row * stride[0] - padding[0]) * width + column * stride[1] - padding[1] + distance[from[at]];
+  for_values(places, [&](int64_t at, int64_t row, int64_t column) {
+    to[at] = (row * w.stride[0] - w.padding[0]) * width + column * w.stride[1] - w.padding[1] + distance[from[at]];
   });
   return indices;
 }
