@@ -295,10 +295,11 @@ def measure(name: str, configuration: Configuration, arguments: argparse.Namespa
         if net := inplace_abn(load.model):
             nets["In-Place ABN"] = net
         nets["floor: convolutions alone"] = floor(load.model)
-    rounds = min(arguments.rounds, ROUNDS_ELSEWHERE)
-    if configuration.rivals:
-        rounds = math.ceil(arguments.rounds / PROCESSES)
-    rows = load.rows(nets, rounds)
+    shared, elsewhere = (
+        math.ceil(arguments.rounds / PROCESSES),
+        min(arguments.rounds, ROUNDS_ELSEWHERE),
+    )
+    rows = load.rows(nets, shared if configuration.rivals else elsewhere)
     for variant, row in facts.items():
         rows[variant] |= row
     return rows

@@ -88,7 +88,7 @@ Model checked(at::TensorList tensors, at::TensorList buffers, const Chain& chain
     TORCH_CHECK_VALUE(chain.parts == 1, "conv_bn_chain: expected one input in front of a gate, got ", chain.parts);
     if (!is_gate(s, x) && is_gate(x, s)) std::swap(x, s);
     if (is_gate(s, x)) {
-      model.links.push_back({.gate = s, .sizes = x.sym_sizes().vec()});
+      model.links.push_back({.conv = {}, .norm = {}, .gate = s, .sizes = x.sym_sizes().vec()});
     } else {
       x = x * s;
     }

@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <array>
 #include <tuple>
 #include <vector>
@@ -16,6 +17,10 @@ struct Conv {
 
   std::vector<c10::SymInt> output_sizes(c10::SymIntArrayRef input, c10::SymIntArrayRef weight) const;
 };
+
+inline bool all(at::IntArrayRef values, int64_t value) {
+  return std::all_of(values.begin(), values.end(), [&](int64_t v) { return v == value; });
+}
 
 // The memory format in which a convolution returns its result and its gradients.
 at::MemoryFormat conv_memory_format(const at::Tensor& input, const at::Tensor& weight);

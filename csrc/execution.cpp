@@ -457,13 +457,10 @@ class Execution {
     auto dout = out.defined() ? dense_like("gradient", grad_, out) : dense(grad_);
     grad_owned_ |= !dout.is_same(grad_);
     Joined joined;
-    if (out.defined()) {
-      joined.result = out;
-      joined.du = grad_owned_ ? dout : at::empty_like(out);
-    }
+    if (out.defined()) joined = {.residual = {}, .result = out, .du = grad_owned_ ? dout : at::empty_like(out)};
     const auto s1 = channel_sums(dout, dout, plain(dout), norm.activation, joined).select(0, 0);
-    if (out.defined()) grad_owned_ = true;
-    grad_ = out.defined() ? joined.du : dout;
+    grad_owned_ |= joined.du.defined();
+    grad_ = joined.du.defined() ? joined.du : dout;
     share_with_residual(i);
 
     auto centred = remade_[i - 1] || !x.is_same(in) ? x : at::empty_like(x);
@@ -475,7 +472,8 @@ class Execution {
     const auto scale = affine.vectors.select(0, 0), slope = vectors.select(0, 0);
     give(link.weight, vectors.select(0, 2));
     give(link.bias, s1);
-    if (wanted(conv.weight)) give(conv.weight, pointwise.grad_weight(scale, slope));
+    if (wanted(conv.weight))
+      grads_[conv.weight] = pointwise.grad_weight(scale, slope).to(tensor(conv.weight).scalar_type());
     if (!reached_[i - 1]) return grad_.reset();
     grad_ = pointwise.grad_input(scale, slope, vectors.select(0, 1));
     grad_owned_ = true;

@@ -5,17 +5,11 @@
 #include <ATen/ops/mm.h>
 #include <ATen/ops/mv.h>
 
-#include <algorithm>
-
 namespace fusedconvbn {
 
 using at::Tensor;
 
 namespace {
-
-bool all(at::IntArrayRef values, int64_t value) {
-  return std::all_of(values.begin(), values.end(), [&](int64_t v) { return v == value; });
-}
 
 Tensor column(const Tensor& t) { return t.unsqueeze(1); }
 

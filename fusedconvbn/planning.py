@@ -86,6 +86,7 @@ def share_of_going_around(module: nn.Module, values: int, itemsize: int, device:
         or module.transposed
         or module.groups != 1
         or any(size != 1 for size in (*module.kernel_size, *module.stride))
+        or (module.padding not in ("same", "valid") and any(module.padding))
     ):
         return 1.0
     positions = max(values // module.out_channels, 1)

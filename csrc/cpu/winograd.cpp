@@ -95,10 +95,6 @@ WinogradShape shape_of(const Conv& conv, const Tensor& input, const Tensor& weig
           conv.padding[0], conv.padding[1]};
 }
 
-bool all(at::IntArrayRef values, int64_t value) {
-  return std::all_of(values.begin(), values.end(), [&](int64_t v) { return v == value; });
-}
-
 }  // namespace
 
 bool winograd_applies(const Conv& conv, const Tensor& input, const Tensor& weight) {
