@@ -17,6 +17,7 @@ SIZES = {
     "wide": ((2, 16, 9, 7), (64, 16, 1, 1), True),
     "not wide": ((2, 16, 9, 7), (32, 16, 1, 1), False),
     "few positions": ((2, 16, 3, 4), (64, 16, 1, 1), False),
+    "hardly less work": ((2, 16, 9, 4), (64, 16, 1, 1), False),
     "3×3": ((2, 16, 9, 7), (64, 16, 3, 3), False),
 }
 
@@ -39,6 +40,8 @@ def test_where_backward_goes_around(input, weight, around):
     assert (share_of_going_around(conv, values, 4, "cpu") < 1) == around
     assert share_of_going_around(conv, values, 2, "cpu") == 1
     assert share_of_going_around(conv, values, 4, "cuda") == 1
+    padded = nn.Conv2d(weight[1], weight[0], weight[2], padding=1)
+    assert share_of_going_around(padded, values, 4, "cpu") == 1
 
 
 def test_only_where_the_slope_is_at_hand():

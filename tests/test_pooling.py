@@ -151,6 +151,23 @@ def test_max_pool_to_the_bit(case, dtype, format):
     assert torch.equal(*grads) and grads[0].stride() == grads[1].stride()
 
 
+@pytest.mark.parametrize("case", list(MAX.values())[:-1], ids=list(MAX)[:-1])
+def test_places_in_aten(case):
+    """What other devices run, here for a tensor that is not dense."""
+    size, kernel, stride, *rest = case
+    x = torch.randn(3, 6, *size)
+    _, indices = F.max_pool2d(x, kernel, stride or None, *rest, return_indices=True)
+    window = [v for pair in (kernel, stride or kernel, *rest[:2]) for v in (pair * 2)[:2]]
+    sparse = torch.stack((indices, indices), -1)[..., 0]
+    places = torch.ops.fusedconvbn._places_in_window(sparse, window, size[1])
+    assert places.dtype == torch.uint8
+    assert torch.equal(places, torch.ops.fusedconvbn._places_in_window(indices, window, size[1]))
+    sparse = torch.stack((places, places), -1)[..., 0]
+    for stored in (places, sparse):
+        back = torch.ops.fusedconvbn._places_in_map(stored, window, size[1])
+        assert torch.equal(back, indices)
+
+
 def test_max_pool_keeps_a_byte_a_value():
     x = torch.randn(2, 8, 12, 10, requires_grad=True)
     saved = []
