@@ -104,10 +104,8 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Conv& conv, const 
     return {wanted[0] ? depthwise_grad_input(conv, dout, input, weight) : Tensor(),
             wanted[1] ? depthwise_grad_weight(conv, dout, input, weight) : Tensor(), Tensor()};
   const bool half = input.scalar_type() == at::kBFloat16 || input.scalar_type() == at::kHalf;
-  if ((!runs_in_float(input) && !(half && is_depthwise(conv, input, weight))) || input.numel() == 0) {
-    auto [din, dweight, dbias] = run(dout, input, weight.to(input.scalar_type()));
-    return {din, wanted[1] ? dweight.to(weight.scalar_type()) : dweight, dbias};
-  }
+  if ((!runs_in_float(input) && !(half && is_depthwise(conv, input, weight))) || input.numel() == 0)
+    return run(dout, input, weight.to(input.scalar_type()));
 
   Tensor din, dweight, dbias;
   const auto w = weight.to(input.scalar_type()).to(at::kFloat);
@@ -119,7 +117,6 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Conv& conv, const 
     if (wanted[1]) dweight = first == 0 ? slice_dweight : dweight.add_(slice_dweight);
     if (wanted[2]) dbias = first == 0 ? slice_dbias : dbias.add_(slice_dbias);
   });
-  if (wanted[1]) dweight = dweight.to(weight.scalar_type());
   return {din, dweight, dbias};
 }
 

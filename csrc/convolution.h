@@ -25,11 +25,11 @@ inline bool all(at::IntArrayRef values, int64_t value) {
 // The memory format in which a convolution returns its result and its gradients.
 at::MemoryFormat conv_memory_format(const at::Tensor& input, const at::Tensor& weight);
 
-// Weight and bias may be wider than the input; they are cast to its dtype, their gradients not to it.
+// Weight and bias may be wider than the input, and are cast to its dtype.
 at::Tensor convolution(const Conv& conv, const at::Tensor& input, const at::Tensor& weight,
                        const std::optional<at::Tensor>& bias);
 
-// The gradients of input, weight and bias, as far as `wanted`.
+// The gradients of input, weight and bias, as far as `wanted`; the latter two in the type they were added up in.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> convolution_backward(const Conv& conv, const at::Tensor& dout,
                                                                     const at::Tensor& input, const at::Tensor& weight,
                                                                     std::array<bool, 3> wanted);

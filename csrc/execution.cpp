@@ -54,7 +54,8 @@ class Execution {
         process_group_(process_group),
         maps_(chain_.size() + 1),
         kept_(chain_.size() + 1),
-        statistics_(chain_.size()) {
+        statistics_(chain_.size()),
+        cast_weights_(chain_.size()) {
     if (chain_.parts == 1) maps_[0] = tensors[0];
     kept_[0] = chain_.parts == 1;
     if (input_statistics.defined() && chain_[0].norm() && chain_[0].norm()->batch_statistics())
@@ -161,14 +162,18 @@ class Execution {
     for (size_t m = first + 1; m + 1 < i; ++m) retain[m] = read_[m] && chain_[m - 1].conv();
     retain[first] = kept_[first] || (first > 0 && read_[first]);
     make_input();
+    for (size_t m = first; m < i; ++m)
+      if (chain_[m].conv()) cast_weights_[m] = tensor(chain_[m].weight).to(maps_[first].scalar_type());
     run(first, i, retain);
     for (size_t m = kept_[first] ? first + 1 : first; m <= i; ++m) remade_[m] = maps_[m].defined();
   }
 
+  // The weight of conv link i, or that which remaking its result has left for its backward.
+  const Tensor& weight(size_t i) const { return cast_weights_[i].defined() ? cast_weights_[i] : tensor(chain_[i].weight); }
+
   Tensor convolve(const Conv& conv, size_t i, const Tensor& in) const {
-    const auto& weight = tensor(chain_[i].weight);
     const auto bias = bias_cancels(chain_, i) ? std::nullopt : optional_tensor(chain_[i].bias);
-    return convolution(conv, in, weight, bias);
+    return convolution(conv, in, weight(i), bias);
   }
 
   // The kernels read the two dense layouts; any other map is copied into the one it is nearer to. T_0 always is in the
@@ -312,7 +317,6 @@ class Execution {
   void conv_backward(const Conv& conv, size_t i) {
     const auto& link = chain_[i];
     const Tensor in = std::move(maps_[i]);
-    const auto& weight = tensor(link.weight);
     const bool bias = wanted(link.bias) && !bias_cancels(chain_, i);
     // Half types are added up in float, by a kernel that does so.
     const bool half = in.scalar_type() == at::kBFloat16 || in.scalar_type() == at::kHalf;
@@ -322,8 +326,9 @@ class Execution {
       grads_[link.bias] = sums.select(0, 0).to(tensor(link.bias).scalar_type(), false, true);
     }
     auto [din, dweight, dbias] =
-        convolution_backward(conv, grad_, in, weight, {reached_[i], wanted(link.weight), bias && !half});
-    if (dweight.defined()) grads_[link.weight] = std::move(dweight);
+        convolution_backward(conv, grad_, in, weight(i), {reached_[i], wanted(link.weight), bias && !half});
+    cast_weights_[i].reset();
+    if (dweight.defined()) grads_[link.weight] = dweight.to(tensor(link.weight).scalar_type());
     if (dbias.defined()) grads_[link.bias] = std::move(dbias);
     grad_ = std::move(din);
     grad_owned_ = true;
@@ -491,7 +496,7 @@ class Execution {
   std::string process_group_;
   std::vector<Tensor> maps_;  // T_0 … T_n, undefined where not at hand
   std::vector<bool> kept_;
-  std::vector<Tensor> statistics_;  // of link i
+  std::vector<Tensor> statistics_, cast_weights_;  // of link i
   // backward
   Tensor grad_;              // of the output of the link at hand
   bool grad_owned_ = false;  // and may be written over

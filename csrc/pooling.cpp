@@ -21,7 +21,9 @@ PoolWindow PoolWindow::of(at::IntArrayRef kernel, at::IntArrayRef stride, at::In
 PoolWindow PoolWindow::unpack(at::IntArrayRef v) {
   TORCH_CHECK_VALUE(v.size() == 8 && v[0] > 0 && v[1] > 0 && v[6] > 0 && v[7] > 0,
                     "expected the kernel, stride, padding and dilation of a window in two dimensions, got ", v);
-  return {{v[0], v[1]}, {v[2], v[3]}, {v[4], v[5]}, {v[6], v[7]}};
+  const PoolWindow window{{v[0], v[1]}, {v[2], v[3]}, {v[4], v[5]}, {v[6], v[7]}};
+  TORCH_CHECK_VALUE(window.places() <= most_places, "expected a window of at most ", most_places, " places, got ", v);
+  return window;
 }
 
 std::vector<int64_t> PoolWindow::packed() const {
@@ -84,6 +86,14 @@ void for_values(const Tensor& map, const F& f) {
                    });
 }
 
+// Of each place in the window from its first, in a map of `width`.
+std::array<int64_t, PoolWindow::most_places> distances(const PoolWindow& w, int64_t width) {
+  std::array<int64_t, PoolWindow::most_places> distance{};
+  for (int64_t k = 0; k < w.places(); ++k)
+    distance[k] = k / w.kernel[1] * w.dilation[0] * width + k % w.kernel[1] * w.dilation[1];
+  return distance;
+}
+
 bool is_dense(const Tensor& map) {
   return map.dim() == 4 && (map.is_contiguous() || map.is_contiguous(at::MemoryFormat::ChannelsLast));
 }
@@ -92,15 +102,17 @@ Tensor places_in_window_cpu(const Tensor& indices, at::IntArrayRef packed, c10::
   const int64_t width = sym_width.expect_int();
   if (!is_dense(indices) || indices.scalar_type() != at::kLong) return places_in_window_aten(indices, packed, width);
   const auto w = PoolWindow::unpack(packed);
+  // Two places may be as far from the first where a row of the window is longer than what it steps over.
+  if ((w.kernel[1] - 1) * w.dilation[1] >= w.dilation[0] * width) return places_in_window_aten(indices, packed, width);
+  const auto distance = distances(w, width);
+  std::vector<uint8_t> place(distance[w.places() - 1] + 1);
+  for (int64_t k = 0; k < w.places(); ++k) place[distance[k]] = uint8_t(k);
   auto places = at::empty_like(indices, indices.options().dtype(at::kByte));
   const auto* const from = indices.const_data_ptr<int64_t>();
   auto* const to = places.mutable_data_ptr<uint8_t>();
   for_values(indices, [&](int64_t at, int64_t row, int64_t column) {
-    // A place in a sample's plane has 32 bits, whose division is the faster one.
-    const auto index = uint32_t(from[at]), found_row = index / uint32_t(width);
-    const auto in_row = uint32_t(found_row - (row * w.stride[0] - w.padding[0]));
-    const auto in_column = uint32_t(index - found_row * width - (column * w.stride[1] - w.padding[1]));
-    to[at] = in_row / uint32_t(w.dilation[0]) * w.kernel[1] + in_column / uint32_t(w.dilation[1]);
+    const auto found = uint64_t(from[at] - w.first(row, column, width));
+    to[at] = found < place.size() ? place[found] : 0;
   });
   return places;
 }
@@ -109,14 +121,12 @@ Tensor places_in_map_cpu(const Tensor& places, at::IntArrayRef packed, c10::SymI
   const int64_t width = sym_width.expect_int();
   if (!is_dense(places) || places.scalar_type() != at::kByte) return places_in_map_aten(places, packed, width);
   const auto w = PoolWindow::unpack(packed);
-  std::array<int64_t, 256> distance{};  // of a place in the window from its first
-  for (int64_t k = 0; k < std::min<int64_t>(w.kernel[0] * w.kernel[1], distance.size()); ++k)
-    distance[k] = k / w.kernel[1] * w.dilation[0] * width + k % w.kernel[1] * w.dilation[1];
+  const auto distance = distances(w, width);
   auto indices = at::empty_like(places, places.options().dtype(at::kLong));
   const auto* const from = places.const_data_ptr<uint8_t>();
   auto* const to = indices.mutable_data_ptr<int64_t>();
   for_values(places, [&](int64_t at, int64_t row, int64_t column) {
-    to[at] = (row * w.stride[0] - w.padding[0]) * width + column * w.stride[1] - w.padding[1] + distance[from[at]];
+    to[at] = w.first(row, column, width) + distance[from[at]];
   });
   return indices;
 }

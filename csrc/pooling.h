@@ -8,13 +8,21 @@
 
 namespace fusedconvbn {
 
-// As at::max_pool2d, which it is where the window has more than 256 places.
+// As at::max_pool2d, which it is where the window has more places than a byte can tell apart.
 at::Tensor max_pool2d(const at::Tensor& input, at::IntArrayRef kernel_size, at::IntArrayRef stride,
                       at::IntArrayRef padding, at::IntArrayRef dilation, bool ceil_mode);
 
 // Of at::max_pool2d_with_indices: its options in both dimensions.
 struct PoolWindow {
+  static constexpr int64_t most_places = 256;  // that a byte can tell apart
+
   std::array<int64_t, 2> kernel, stride, padding, dilation;
+
+  int64_t places() const { return kernel[0] * kernel[1]; }
+  // Where the window of a pooled value begins in a map of `width`; in the padding, that may be in front of it.
+  int64_t first(int64_t row, int64_t column, int64_t width) const {
+    return (row * stride[0] - padding[0]) * width + column * stride[1] - padding[1];
+  }
 
   static PoolWindow of(at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
                        at::IntArrayRef dilation);

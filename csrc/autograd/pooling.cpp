@@ -58,7 +58,7 @@ Tensor max_pool2d(const Tensor& input, at::IntArrayRef kernel_size, at::IntArray
   if (any_requires_grad(input) && input.dim() == 4 && !needs_unfused(input) && known(kernel_size) &&
       (stride.empty() || known(stride)) && known(padding) && known(dilation)) {
     const auto window = PoolWindow::of(kernel_size, stride, padding, dilation);
-    if (window.kernel[0] * window.kernel[1] <= 256) return MaxPool::apply(input, window, ceil_mode);
+    if (window.places() <= PoolWindow::most_places) return MaxPool::apply(input, window, ceil_mode);
   }
   return at::max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode);  // and its errors
 }
