@@ -5,10 +5,10 @@
     python benchmarks/models.py --count       # what fuse finds in many models, and the bytes it predicts
 
 A step is forward, sum and backward on random images. The variants of a model take turns in one process, of which there are a few:
-where the memory of a process happens to lie makes 10 % and more, for all of its life. A compiled variant has a process of its own, where
-it takes turns with eager. Every ratio is to eager in the same processes. Prints tables and
-writes benchmarks/results/models-<device>.json after each measurement; --resume adds what is missing there, and each row says of
-which commit it is. benchmarks/tables.py makes tables and plots of it. Needs torchvision. The tutorial's layer knows no stride and no
+where the memory of a process happens to lie makes 10 % and more, for all of its life. A compiled variant has a process of its own,
+where it takes turns with eager; of each memory budget of the compiler there is a fused variant that saves no more. Every ratio is to
+eager in the same processes. Prints tables and writes benchmarks/results/models-<device>.json after each measurement; --resume adds what
+is missing there, and each row says of which commit it is. benchmarks/tables.py makes tables and plots of it. Needs torchvision. The tutorial's layer knows no stride and no
 groups: the Python reference has it where a pair has neither, and eager's elsewhere.
 """
 
@@ -269,17 +269,23 @@ def inplace_abn(model: nn.Module) -> nn.Module | None:
     return model
 
 
-def budgets(name: str, configuration: Configuration) -> list[Budget]:
-    """In every layout and number of threads those that something is required of in one."""
-    wanted = [t for t in TARGETS if (t.model, t.dtype) == (name, configuration.dtype)]
-    return ["auto", "min", 1.0, *(t.saved for t in wanted if t.saved < 1)]
+def budgets(name: str, configuration: Configuration, beside: list[float]) -> list[Budget]:
+    """In every layout and number of threads those that something is required of in one, and those `beside` a rival."""
+    wanted = {t.saved for t in TARGETS if (t.model, t.dtype) == (name, configuration.dtype)}
+    return ["auto", "min", 1.0, *sorted({*wanted, *beside} - {1.0}, reverse=True)]
+
+
+def shares_of_compiled(rows: dict[str, Row]) -> list[str]:
+    """What was saved under each memory budget of the compiler, rounded down."""
+    saved = [rows[v]["of_eager"]["saved"] for v in COMPILED if COMPILED[v] < 1 and v in rows]
+    return [str(math.floor(100 * share) / 100) for share in saved]
 
 
 def measure(name: str, configuration: Configuration, arguments: argparse.Namespace) -> Row:
     load = Workload.of(name, arguments, configuration)
     nets = {"eager": load.model}
     facts: dict[str, Row] = {}
-    for memory in budgets(name, configuration):
+    for memory in budgets(name, configuration, arguments.beside):
         try:
             nets[f"fuse {memory}"], facts[f"fuse {memory}"] = load.fused(memory)
         except ValueError as error:  # less than what can be reached
@@ -314,12 +320,12 @@ def measure_variant(name: str, configuration: Configuration, arguments: argparse
     return load.rows(nets, arguments.rounds)
 
 
-def in_process(name: str, configuration: Configuration, variant: str) -> Row | None:
+def in_process(name: str, configuration: Configuration, variant: str, *options: str) -> Row | None:
     """What `measure_variant` returns there."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "rows.json"
-        options = ["--models", name, "--only", str(configuration), "--variant", variant]
-        command = [sys.executable, *sys.argv, *options, "--output", str(output)]
+        chosen = ["--models", name, "--only", str(configuration), "--variant", variant]
+        command = [sys.executable, *sys.argv, *chosen, *options, "--output", str(output)]
         if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
             tqdm.write(f"{name}: {variant} failed")
             return None
@@ -333,9 +339,9 @@ def measure_compiled(name: str, configuration: Configuration, variant: str) -> R
     return None
 
 
-def measure_together(name: str, configuration: Configuration) -> dict[str, Row]:
+def measure_together(name: str, configuration: Configuration, beside: list[str]) -> dict[str, Row]:
     runs = [
-        in_process(name, configuration, TOGETHER)
+        in_process(name, configuration, TOGETHER, "--beside", *beside)
         for _ in range(PROCESSES if configuration.rivals else 1)
     ]
     return pooled(runs) if all(runs) else {}
@@ -527,6 +533,7 @@ def main() -> None:
         "--no-compile", dest="compile", action="store_false", help="leave torch.compile out"
     )
     parser.add_argument("--variant", help=argparse.SUPPRESS)
+    parser.add_argument("--beside", nargs="*", type=float, default=[], help=argparse.SUPPRESS)
     parser.add_argument("--resume", action="store_true", help="keep what --output has")
     parser.add_argument("--check", action="store_true", help="only see whether promises are kept")
     parser.add_argument(
@@ -559,14 +566,14 @@ def main() -> None:
     for configuration, name in itertools.product(configurations, arguments.models):
         key = str(configuration)
         rows = results["models"].setdefault(name, {}).setdefault(key, {})
-        if "eager" not in rows:
-            measured = measure_together(name, configuration)
-            rows |= {variant: {**row, "commit": commit} for variant, row in measured.items()}
-            save(results, output)
         for variant in COMPILED if configuration.rivals and arguments.compile else ():
             if variant not in rows and (row := measure_compiled(name, configuration, variant)):
                 rows[variant] = {**row, "commit": commit}
                 save(results, output)
+        if "eager" not in rows:
+            measured = measure_together(name, configuration, shares_of_compiled(rows))
+            rows |= {variant: {**row, "commit": commit} for variant, row in measured.items()}
+            save(results, output)
         if "eager" in rows:
             show(f"{name}, {key}", rows)
     if lines := required_rows(results["models"]):
