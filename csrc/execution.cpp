@@ -169,7 +169,9 @@ class Execution {
   }
 
   // The weight of conv link i, or that which remaking its result has left for its backward.
-  const Tensor& weight(size_t i) const { return cast_weights_[i].defined() ? cast_weights_[i] : tensor(chain_[i].weight); }
+  const Tensor& weight(size_t i) const {
+    return cast_weights_[i].defined() ? cast_weights_[i] : tensor(chain_[i].weight);
+  }
 
   Tensor convolve(const Conv& conv, size_t i, const Tensor& in) const {
     const auto bias = bias_cancels(chain_, i) ? std::nullopt : optional_tensor(chain_[i].bias);

@@ -92,6 +92,20 @@ def test_autocast_is_no_worse_than_unfused(activation, dtype, residual, training
     )
 
 
+@pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="convolutions run in float on this CPU"
+)
+def test_backward_casts_the_weight_of_a_remade_convolution_once():
+    """For both of its convolutions; and the gradient back."""
+    layer = FusedConvBN2d(5, 7, 3, activation="relu")
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = layer(torch.randn(2, 5, 8, 9)).sum()
+    with torch.autograd.profiler.profile(record_shapes=True) as profile:
+        loss.backward()
+    copied = [e.input_shapes[0] for e in profile.function_events if e.name == "aten::copy_"]
+    assert copied.count([7, 5, 3, 3]) == 2
+
+
 def test_autocast_keeps_float64():
     case = Case((2, 3, 5, 4), (4, 3, 3, 2), activation="silu")
     tensors = case.tensors()
