@@ -275,10 +275,10 @@ def budgets(name: str, configuration: Configuration, beside: list[float]) -> lis
     return ["auto", "min", 1.0, *sorted({*wanted, *beside} - {1.0}, reverse=True)]
 
 
-def shares_of_compiled(rows: dict[str, Row]) -> list[str]:
+def shares_of_compiled(rows: dict[str, Row]) -> list[float]:
     """What was saved under each memory budget of the compiler, rounded down."""
     saved = [rows[v]["of_eager"]["saved"] for v in COMPILED if COMPILED[v] < 1 and v in rows]
-    return [str(math.floor(100 * share) / 100) for share in saved]
+    return [math.floor(100 * share) / 100 for share in saved]
 
 
 def measure(name: str, configuration: Configuration, arguments: argparse.Namespace) -> Row:
@@ -339,9 +339,11 @@ def measure_compiled(name: str, configuration: Configuration, variant: str) -> R
     return None
 
 
-def measure_together(name: str, configuration: Configuration, beside: list[str]) -> dict[str, Row]:
+def measure_together(
+    name: str, configuration: Configuration, beside: list[float]
+) -> dict[str, Row]:
     runs = [
-        in_process(name, configuration, TOGETHER, "--beside", *beside)
+        in_process(name, configuration, TOGETHER, "--beside", *map(str, beside))
         for _ in range(PROCESSES if configuration.rivals else 1)
     ]
     return pooled(runs) if all(runs) else {}

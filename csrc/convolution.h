@@ -29,7 +29,8 @@ at::MemoryFormat conv_memory_format(const at::Tensor& input, const at::Tensor& w
 at::Tensor convolution(const Conv& conv, const at::Tensor& input, const at::Tensor& weight,
                        const std::optional<at::Tensor>& bias);
 
-// The gradients of input, weight and bias, as far as `wanted`; the latter two in the type they were added up in.
+// The gradients of input, weight and bias, as far as `wanted`; the latter two are float where a convolution of a half
+// type is run in float, and of the input's dtype elsewhere.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> convolution_backward(const Conv& conv, const at::Tensor& dout,
                                                                     const at::Tensor& input, const at::Tensor& weight,
                                                                     std::array<bool, 3> wanted);

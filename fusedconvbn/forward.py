@@ -100,7 +100,7 @@ class FusedForward:
         """What ``torch.jit.script`` compiles in the module's place.
 
         Raises:
-            NotImplementedError: the forward depends on the mode.
+            NotImplementedError: the forward branches on the mode; a traced graph has one of its ways, and would take it in both.
         """
         if any(variant.guards.training for variant in self.variants):
             raise NotImplementedError(

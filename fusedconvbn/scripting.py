@@ -18,7 +18,7 @@ def scriptable(owner: nn.Module, graph: fx.Graph, chains: dict[str, Chain]) -> f
         chains: by the targets of those nodes.
 
     Raises:
-        NotImplementedError: a chain reads a list of tensors that is made at run time.
+        NotImplementedError: a chain reads a list of tensors that is made at run time, and a packed chain has the number of its parts.
     """
     for node in list(graph.nodes):
         if node.op == "call_module" and node.target in chains:
