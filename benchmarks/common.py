@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -202,17 +201,3 @@ def processor() -> str:
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor()
-
-
-def torchvision_models() -> ModuleType:
-    """``torchvision.models``, also beside a torch that torchvision's own operators are not built for."""
-    try:
-        from torchvision import models
-    except RuntimeError:  # "operator torchvision::nms does not exist"
-        for name in ("nms", "qnms"):
-            torch.library.define(
-                f"torchvision::{name}",
-                "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-            )
-        from torchvision import models
-    return models

@@ -22,12 +22,11 @@ from common import (
     save,
     summarise,
     time_interleaved,
-    torchvision_models,
 )
 from torch import Tensor, nn
 
 import fusedconvbn
-from fusedconvbn import FusedConvBN2d, conv_bn
+from fusedconvbn import FusedConvBN2d, _torchvision, conv_bn
 
 # What grows: the values, and (model, batch, size) for each.
 CURVES: dict[str, dict[int, tuple[str, int, int]]] = {
@@ -41,7 +40,7 @@ CALLS = 100  # in a round: one alone is too short for the clock
 
 def point(name: str, batch: int, size: int, device: torch.device, rounds: int) -> dict[str, Row]:
     torch.manual_seed(0)
-    model = torchvision_models().get_model(name, weights=None)
+    model = _torchvision.models().get_model(name, weights=None)
     images = torch.randn(batch, 3, size, size)
     model, images = (t.to(device, memory_format=torch.channels_last) for t in (model, images))
     nets = {"eager": model, "fused": fusedconvbn.fuse(model, images)}

@@ -41,12 +41,12 @@ from common import (
     save,
     summarise,
     time_interleaved,
-    torchvision_models,
 )
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import fusedconvbn
+from fusedconvbn import _torchvision
 
 Budget = str | float
 
@@ -136,7 +136,7 @@ class Workload:
         if configuration.threads is not None:
             torch.set_num_threads(configuration.threads)
         format = FORMATS[configuration.format]
-        model = torchvision_models().get_model(name, weights=None)
+        model = _torchvision.models().get_model(name, weights=None)
         images = torch.randn(arguments.batch, 3, arguments.size, arguments.size)
         model, images = (t.to(arguments.device, memory_format=format) for t in (model, images))
         return cls(name, model, images, getattr(torch, configuration.dtype))
@@ -494,7 +494,7 @@ def count(batch: int, size: int) -> None:
             options |= {"weights_backbone": None, "aux_loss": True}
         if name in ("googlenet", "inception_v3"):
             options |= {"init_weights": False}
-        model = torchvision_models().get_model(name, **options)
+        model = _torchvision.models().get_model(name, **options)
         image = (16, 112, 112) if name == "r3d_18" else 2 * (299 if "inception" in name else size,)
         reports = [
             fusedconvbn.explain(model, torch.empty(batch, 3, *image), memory=memory)

@@ -25,14 +25,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import fusedconvbn
-
-try:
-    from torchvision.models import resnet18
-except RuntimeError:  # its own operators are built for another torch; a ResNet needs none of them
-    _library = torch.library.Library("torchvision", "DEF")
-    for _name in ("nms", "qnms"):
-        _library.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    from torchvision.models import resnet18
+from fusedconvbn import (
+    _torchvision,  # `torchvision.models`, whichever torch torchvision was built for
+)
 
 MIB = 2**20
 PROCESSES = 2
@@ -94,7 +89,9 @@ def work(
     batches = DataLoader(train, arguments.batch_size, sampler=sampler, drop_last=True)
     example = next(iter(batches))
 
-    model = DistributedDataParallel(fusedconvbn.fuse(resnet18(num_classes=10), example[0]))
+    model = DistributedDataParallel(
+        fusedconvbn.fuse(_torchvision.models().resnet18(num_classes=10), example[0])
+    )
     if arguments.sync:
         # After DDP, which takes no nn.SyncBatchNorm on CPU. Parameters and buffers stay the same objects.
         nn.SyncBatchNorm.convert_sync_batchnorm(model.module)
@@ -173,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments.checkpoint.parent.mkdir(parents=True, exist_ok=True)
         mp.spawn(work, (arguments, folder, train, images), nprocs=PROCESSES)
         fused = torch.load(folder / "results.pt")
-        model = resnet18(num_classes=10)
+        model = _torchvision.models().resnet18(num_classes=10)
         model.load_state_dict(torch.load(arguments.checkpoint))
 
     plain = {"logits": logits_of(model, images)}

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from . import __version__, build_info, explain
+from . import __version__, _torchvision, build_info, explain
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -62,28 +62,10 @@ def _model(source: str) -> nn.Module:
             f"expected a source like torchvision:resnet50 or module.path:factory, got {source!r}"
         )
     if where == "torchvision":
-        return _torchvision().get_model(name, weights=None)
+        return _torchvision.models().get_model(name, weights=None)
     sys.path.insert(0, "")
     return getattr(importlib.import_module(where), name)()
 
-
-def _torchvision():
-    """``torchvision.models``, also where torchvision's own operators do not fit this torch: models need none of them."""
-    try:
-        return importlib.import_module("torchvision.models")
-    except RuntimeError as error:
-        if "torchvision::nms" not in str(error):
-            raise
-    for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]:
-        del sys.modules[name]
-    library = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _libraries.append(library)
-    return importlib.import_module("torchvision.models")
-
-
-_libraries: list[torch.library.Library] = []
 
 if __name__ == "__main__":
     main()

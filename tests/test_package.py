@@ -110,3 +110,22 @@ def test_cpu_kernels_compile_for_aarch64(source, tmp_path):
     ]
     command += ["-DAT_PER_OPERATOR_HEADERS", "-isystem", include, "-c", sources / f"{source}.cpp"]
     subprocess.run([*command, "-o", tmp_path / "object.o"], check=True)
+
+
+@pytest.mark.parametrize("fits", (False, True))
+def test_models_of_torchvision_beside_its_own_operators_and_without(fits):
+    """Where its library fits this torch it has registered its operators, which cannot be done twice."""
+    code = """
+import torch
+from torch.library import Library
+if {fits}:
+    library = Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        library.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+from fusedconvbn import _torchvision
+assert _torchvision.models() is _torchvision.models()
+import zoo
+print(len(zoo.MODELS["resnet18"]()[1]))
+"""
+    result = python("-c", code.format(fits=fits), cwd=Path(__file__).parent)
+    assert result.stdout == "4\n", result.stderr

@@ -1,4 +1,4 @@
-"""torchvision's definitions of models, beside a torch that its own operators are not built for."""
+"""The models that the tests train, by torchvision's names."""
 
 import warnings
 from collections.abc import Callable
@@ -6,11 +6,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-_library = torch.library.Library("torchvision", "DEF")
-for _name in ("nms", "qnms"):
-    _library.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+from fusedconvbn import _torchvision
 
-from torchvision import models
+models = _torchvision.models()
 
 
 def _classifier(name: str, size: int = 64) -> Callable[[], tuple[nn.Module, Tensor]]:
