@@ -417,7 +417,7 @@ class Execution {
     const auto& statistics = statistics_[i];
     const auto affine = this->affine(norm, i, y);
     if (recompute_is_checked() && y.numel() && norm.batch_statistics())
-      check_recomputed(kernels.stats(y), statistics.slice(0, statistics.size(0) - 2), y.scalar_type());
+      check_recomputed(y, kernels.stats(y), statistics.slice(0, statistics.size(0) - 2));
 
     auto dout = dense_like("gradient", grad_, y);
     grad_owned_ |= !dout.is_same(grad_);

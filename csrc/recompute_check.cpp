@@ -1,16 +1,46 @@
 #include "recompute_check.h"
 
+#include <ATen/Context.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/sqrt.h>
 #include <torch/library.h>
 
 #include <atomic>
+#include <cmath>
+#include <limits>
 
 namespace fusedconvbn {
 
 namespace {
 
 std::atomic<bool> checked = false;
+
+// By what two algorithms for one convolution may differ in all values of a channel alike, of the values' size.
+double shared_error(const at::Tensor& y) {
+  const auto dtype = y.scalar_type();
+  if (dtype != at::kFloat) return dtype == at::kDouble ? 1e-12 : 1e-4;
+  const auto backend = y.is_cuda() ? at::Float32Backend::CUDA : at::Float32Backend::MKLDNN;
+  switch (at::globalContext().float32Precision(backend, at::Float32Op::CONV)) {
+    case at::Float32Precision::TF32:  // one of the two may round its operands to 11 bits
+      return 0x1p-9;
+    case at::Float32Precision::BF16:  // to 8
+      return 0x1p-6;
+    default:  // cuDNN has Winograd's and Fourier's
+      return y.is_cuda() ? 1e-5 : 1e-6;
+  }
+}
+
+// By what a value is off that is rounded to the type of the map, of its size: another amount in each.
+double own_error(const at::Tensor& y) {
+  switch (y.scalar_type()) {
+    case at::kDouble:
+      return std::numeric_limits<double>::epsilon();
+    case at::kFloat:
+      return std::numeric_limits<float>::epsilon();
+    default:
+      return y.scalar_type() == at::kHalf ? 0x1p-10 : 0x1p-7;
+  }
+}
 
 }  // namespace
 
@@ -21,13 +51,17 @@ std::string& layer_name() {
   return name;
 }
 
-void check_recomputed(const at::Tensor& remade, const at::Tensor& saved, at::ScalarType dtype) {
-  // Another algorithm for the same convolution rounds differently, but means over a channel agree far better than that.
-  const double tolerance = dtype == at::kDouble ? 1e-12 : dtype == at::kFloat ? 1e-6 : 1e-4;
-  const auto mean = saved.select(0, 0), var = saved.select(0, 1);
-  const auto bound_mean = tolerance * (at::sqrt(var) + mean.abs()), bound_var = tolerance * (var + mean * mean * 1e-6);
-  const auto right =
-      (remade.select(0, 0) - mean).abs().le(bound_mean).logical_and((remade.select(0, 1) - var).abs().le(bound_var));
+// With a size of s = std + |mean|, a value may differ by d = (shared + own)·s. The own parts of R values average out:
+//   |mean' − mean| ≤ e = (shared + 3·own/√R)·s      |var' − var| ≤ 2·std·e + d²
+void check_recomputed(const at::Tensor& y, const at::Tensor& found, const at::Tensor& saved) {
+  const double shared = shared_error(y), own = own_error(y), values = double(y.numel() / y.size(1));
+  const auto mean = saved.select(0, 0), var = saved.select(0, 1), std = at::sqrt(var);
+  const auto size = std + mean.abs();
+  const auto bound_mean = (shared + 3 * own / std::sqrt(values)) * size, bound = (shared + own) * size;
+  const auto right = (found.select(0, 0) - mean)
+                         .abs()
+                         .le(bound_mean)
+                         .logical_and((found.select(0, 1) - var).abs().le(2 * std * bound_mean + bound * bound));
   const auto wrong = right.logical_or(mean.isfinite().logical_not()).logical_not();  // a NaN that was there is right
   const auto count = wrong.sum().item<int64_t>();
   TORCH_CHECK(count == 0, "check_recompute: ", layer_name().empty() ? "conv_bn" : layer_name(), ": the statistics of ",

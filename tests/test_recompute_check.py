@@ -98,6 +98,52 @@ def test_a_clean_step_far_from_zero_raises_nothing(checked, dtype, mean, device)
     out.square().sum().backward()
 
 
+def rounded(t, bits):
+    """To so many bits of a float32's 24."""
+    whole = t.view(torch.int32)
+    return ((whole + (1 << (23 - bits))) >> (24 - bits) << (24 - bits)).view(torch.float32)
+
+
+@pytest.mark.parametrize("mean", (0.0, 0.4, 100.0))
+@pytest.mark.parametrize(("precision", "bits"), (("tf32", 11), ("bf16", 8)))
+def test_operands_that_one_of_two_algorithms_rounds(checked, precision, bits, mean):
+    """Backward's convolution here is exact where forward's had rounded operands, as cuDNN's may be with TF32."""
+    x, w = torch.randn(4, 16, 12, 11) + mean, torch.randn(8, 16, 3, 3).requires_grad_()
+
+    def step():
+        weight = w.detach().clone().requires_grad_()
+        image = rounded(x, bits)
+        weight.data = rounded(weight.data, bits)
+        out = conv_bn(image, weight, activation="relu")
+        image.data.copy_(x)
+        weight.data.copy_(w.data)
+        out.square().sum().backward()
+
+    with pytest.raises(RuntimeError, match="are not those of forward"):
+        step()
+    before = torch.backends.mkldnn.conv.fp32_precision
+    torch.backends.mkldnn.conv.fp32_precision = precision
+    try:
+        step()
+        with pytest.raises(RuntimeError, match="are not those of forward"):
+            change_and_run_backward(conv_bn(x, w), w)
+    finally:
+        torch.backends.mkldnn.conv.fp32_precision = before
+
+
+@pytest.mark.parametrize("values", (7, 1000))
+@pytest.mark.parametrize("dtype", DTYPES[2:], ids=str)
+def test_a_value_rounded_the_other_way_raises_nothing(checked, dtype, values):
+    """As where another algorithm's float32 sum lies on the other side of the middle between two values."""
+    x = torch.randn(values, 3, 1, 1).to(dtype)
+    w = torch.eye(3, dtype=dtype)[:, :, None, None].contiguous().requires_grad_()
+    out = conv_bn(x, w, activation="silu")
+    largest = x.abs().argmax(0, keepdim=True)
+    neighbour = torch.nextafter(x, 2 * x) if dtype == torch.bfloat16 else x * (1 + 2**-10)
+    x.data.scatter_(0, largest, neighbour.gather(0, largest))
+    out.square().sum().backward()
+
+
 def test_off_is_off():
     for _ in range(2):
         fusedconvbn.check_recompute()
