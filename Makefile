@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CPP := $(shell find csrc tests examples -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test lint check-cuda test-cuda bench bench-models bench-cuda fuzz leak sanitize build format clean
+.PHONY: demo test lint check-cuda test-cuda gpu-bundle bench bench-models bench-cuda fuzz leak sanitize build format clean
 
 demo: build
 	$(BIN)/python examples/mnist.py --output output/mnist.png
@@ -85,7 +85,7 @@ format: $(VENV)/requirements
 
 # Compiles the CUDA sources for sm_80, sm_90 and sm_100 wherever nvcc is found, with or without a GPU.
 check-cuda: $(VENV)/requirements
-	$(BIN)/python tests/compile_cuda.py
+	$(BIN)/python tests/build_cuda.py check
 
 build: $(VENV)/built
 
@@ -111,8 +111,15 @@ $(CUDA_VENV)/requirements: requirements-dev.txt Makefile
 	touch $@
 
 $(CUDA_VENV)/built: $(CUDA_VENV)/requirements $(SOURCES) $(wildcard fusedconvbn/*.py)
-	PATH=$(CURDIR)/$(CUDA_VENV)/bin:$$PATH ./tests/build_cuda.sh $(CUDA_VENV)
+	$(CUDA_VENV)/bin/python tests/build_cuda.py install
 	touch $@
+
+# What tests/gpu/run.sh takes along to a machine with a GPU and no network (CONTRIBUTING.md).
+gpu-bundle: build/gpu/_C.py
+	git describe --always --dirty > build/gpu/commit
+
+build/gpu/_C.py: $(CUDA_VENV)/requirements $(SOURCES) tests/build_cuda.py $(wildcard tests/cuda_shim/*)
+	$(CUDA_VENV)/bin/python tests/build_cuda.py bundle build/gpu
 
 clean:
 	rm -rf build $(VENV) $(CUDA_VENV) fusedconvbn/*.so *.egg-info

@@ -28,6 +28,7 @@ FORMATS = {"contiguous": torch.contiguous_format, "channels last": torch.channel
 Row = dict[str, Any]
 Step = Callable[[], None]
 LONGEST = 12.0  # seconds after which a comparison ends, if it has five rounds
+STEPS = 10  # between two events: one alone is timed together with the wait for the device
 
 
 def argument_parser(description: str, rounds: int) -> argparse.ArgumentParser:
@@ -36,7 +37,9 @@ def argument_parser(description: str, rounds: int) -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=rounds, help="in which all take turns")
     parser.add_argument("--cudnn-benchmark", action="store_true", help="let cuDNN try algorithms")
     parser.add_argument(
-        "--output", type=Path, help="default: benchmarks/results/<script>-<device>.json"
+        "--output",
+        type=Path,
+        help="default: benchmarks/results/<script>-cpu.json, gpu-<script>.json",
     )
     return parser
 
@@ -51,7 +54,9 @@ def begin(arguments: argparse.Namespace) -> Row:
 
 
 def output_path(arguments: argparse.Namespace) -> Path:
-    return arguments.output or RESULTS / f"{Path(sys.argv[0]).stem}-{arguments.device.type}.json"
+    name = Path(sys.argv[0]).stem
+    on_gpu = arguments.device.type == "cuda"
+    return arguments.output or RESULTS / (f"gpu-{name}.json" if on_gpu else f"{name}-cpu.json")
 
 
 def save(results: Row, path: Path) -> None:
@@ -60,15 +65,17 @@ def save(results: Row, path: Path) -> None:
 
 
 def seconds(step: Step, device: torch.device) -> float:
+    """Of one step; on a GPU the mean of a few that follow each other."""
     if device.type == "cuda":
         stream = torch.cuda.current_stream(device)
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
         first.record(stream)
-        step()
+        for _ in range(STEPS):
+            step()
         last.record(stream)
         last.synchronize()
-        return first.elapsed_time(last) / 1e3
+        return first.elapsed_time(last) / 1e3 / STEPS
     start = time.perf_counter()
     step()
     return time.perf_counter() - start
@@ -177,17 +184,37 @@ def machine(device: torch.device) -> dict[str, str | int]:
         "torch": torch.__version__,
         "fusedconvbn": fusedconvbn.__version__,
         "commit": commit(),
+        **(rates(device) if device.type == "cuda" else {}),
+    }
+
+
+def rates(device: torch.device) -> dict[str, float]:
+    """What the device can do at best: bytes read and written by a copy, and operations of a bfloat16 matrix product."""
+    nbytes, size = (2**31, 8192) if device.type == "cuda" else (2**24, 256)
+    source = torch.empty(nbytes, dtype=torch.uint8, device=device).random_()
+    a, b = torch.randn(2, size, size, dtype=torch.bfloat16, device=device)
+    target, product = torch.empty_like(source), torch.empty_like(a)
+    steps = {"copy": lambda: target.copy_(source), "product": lambda: torch.mm(a, b, out=product)}
+    times = time_interleaved(steps, device, 5, "rates")
+    copy, multiply = (statistics.median(t) for t in times.values())
+    return {
+        "copy GB/s": round(2 * nbytes / copy / 1e9),
+        "bf16 TFLOP/s": round(2 * size**3 / multiply / 1e12, 1),
     }
 
 
 def commit() -> str:
-    """Of the code: results and pages, which the benchmarks write themselves, do not make it dirty."""
+    """Of the code: results and pages, which the benchmarks write themselves, do not make it dirty. Where there is no git, that
+    of the bundle."""
 
     def git(*arguments: str) -> str:
         run = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
         return run.stdout.strip()
 
     code = ["--", ".", ":!benchmarks/results", ":!*.md"]
+    bundled = ROOT / "build" / "gpu" / "commit"
+    if not (ROOT / ".git").exists() and bundled.exists():
+        return bundled.read_text("utf-8").strip()
     try:
         changed = git("status", "--porcelain", "--untracked-files=no", *code)
         return (git("describe", "--always") or "unknown") + ("-dirty" if changed else "")

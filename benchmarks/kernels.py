@@ -1,14 +1,16 @@
-"""The bandwidth of the four channel kernels beside that of a copy; on a GPU also whether a training step can be captured.
+"""The bandwidth of the four channel kernels, beside that of a copy and of PyTorch's batch norm.
 
     python benchmarks/kernels.py [--device cuda] [--mebibytes 256]
 
-On a GPU the maps are larger, so that the launches and the arithmetic on one value per channel around a kernel do not count. Bytes
-are those that must be moved: channel_stats reads a map, channel_apply_ reads one and writes one, channel_grad_stats reads two,
-channel_grad_apply_ reads two and writes one; the copy reads and writes. All take turns in one process. Writes
-benchmarks/results/kernels-<device>.json.
+On a GPU there are maps of 2 GiB, in every layout and type, where the launches around a kernel do not count, and those of a ResNet-50 at
+batch 128, where they do. There every variant is a CUDA graph that is replayed, of as many maps as do not fit the cache. Bytes are those that must be moved:
+channel_stats reads a map, channel_apply_ reads one and writes one, channel_grad_stats reads two, channel_grad_apply_ reads two and
+writes one; a batch norm does in forward what the first two do, in backward what the others do; the copy reads and writes. All
+take turns in one process. Writes benchmarks/results/kernels-cpu.json or gpu-kernels.json after each map.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from common import (
@@ -24,20 +26,32 @@ from common import (
     time_interleaved,
 )
 
-from fusedconvbn import FusedConvBN2d
 from fusedconvbn.chain import Norm, pack
 
-REQUIRED, AIM = 0.75, 0.9  # of the copy's bandwidth, on a GPU
+REQUIRED, AIM = 0.75, 0.9  # of the copy's bandwidth, on a GPU, on maps of at least so many bytes
+LARGE = 256 << 20
+OF_RESNET50 = (
+    (64, 56),
+    (256, 56),
+    (512, 28),
+    (1024, 14),
+    (2048, 7),
+)  # channels and size, at batch 128
+BEYOND_THE_CACHE = 256 << 20  # bytes of the maps that take turns
+DTYPES = (torch.float32, torch.bfloat16)
 
 
 def steps_and_maps(y: torch.Tensor) -> dict[str, tuple[Step, int]]:
-    """Each kernel, and how many maps it moves. The gradient's second kernel runs behind the first: see `measure`."""
+    """Each variant, and how many maps it moves. The gradient's second kernel runs behind the first: see `measure`."""
     channels = y.size(1)
-    gamma, beta = torch.rand(channels, device=y.device), torch.rand(channels, device=y.device)
+    gamma, beta = torch.rand(2, channels, device=y.device)
     statistics = torch.ops.fusedconvbn._channel_stats(y, "")
     dout, target = torch.randn_like(y), torch.empty_like(y)
     forward = pack(y, [Norm(gamma, beta, statistics=statistics, arithmetic="running")])
     training = pack(y, [Norm(gamma, beta)])
+    norm = (gamma, beta, None, None, True, 0.1, 1e-5, True)  # what F.batch_norm calls
+    _, mean, inverse_std, reserved, which = torch._batch_norm_impl_index(y, *norm)
+    backward_of_norm = (which, y, dout, gamma, None, None, mean, inverse_std, True, 1e-5)
 
     def backward(wanted: list[int]) -> Step:
         arguments = (training.tensors, [], [statistics], *training.options, [], wanted)
@@ -52,83 +66,101 @@ def steps_and_maps(y: torch.Tensor) -> dict[str, tuple[Step, int]]:
         ),
         "channel_grad_stats": (backward([1, 2]), 2),
         "channel_grad_apply_": (backward([0, 1, 2]), 3),
+        "batch norm": (lambda: torch._batch_norm_impl_index(y, *norm), 3),
+        "its backward": (
+            lambda: torch.ops.aten._batch_norm_impl_index_backward(
+                *backward_of_norm, [True] * 3, reserved
+            ),
+            5,
+        ),
     }
 
 
+def one_after_another(steps: Sequence[Step], device: torch.device) -> Step:
+    """On a GPU as a graph, so that the time is the device's own."""
+
+    def run() -> None:
+        for step in steps:
+            step()
+
+    if device.type == "cpu":
+        return run
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
 def measure(y: torch.Tensor, rounds: int, label: str) -> dict[str, dict[str, float]]:
-    steps = steps_and_maps(y)
-    times = time_interleaved(
-        {name: step for name, (step, _) in steps.items()}, y.device, rounds, label, math.inf
-    )
-    milliseconds = {name: r["milliseconds"] for name, r in summarise(times, "copy").items()}
-    milliseconds["channel_grad_apply_"] -= milliseconds["channel_grad_stats"]
     nbytes = y.numel() * y.element_size()
-    rates = {name: maps * nbytes / milliseconds[name] / 1e6 for name, (_, maps) in steps.items()}
+    count = math.ceil(BEYOND_THE_CACHE / nbytes) if y.is_cuda else 1
+    maps = [y, *(torch.empty_like(y).copy_(y) for _ in range(count - 1))]
+    every = [steps_and_maps(each) for each in maps]
+    steps = {name: one_after_another([e[name][0] for e in every], y.device) for name in every[0]}
+    times = time_interleaved(steps, y.device, rounds, label, math.inf)
+    milliseconds = {
+        name: row["milliseconds"] / count for name, row in summarise(times, "copy").items()
+    }
+    milliseconds["channel_grad_apply_"] -= milliseconds["channel_grad_stats"]
+    rates = {
+        name: moved * nbytes / milliseconds[name] / 1e6 for name, (_, moved) in every[0].items()
+    }
     return {
         name: {"milliseconds": milliseconds[name], "GB/s": rate, "of_copy": rate / rates["copy"]}
         for name, rate in rates.items()
     }
 
 
-def captured_step(device: torch.device) -> bool:
-    """Whether a training step in a CUDA graph gives the gradients of one outside."""
-    torch.manual_seed(0)
-    layer = FusedConvBN2d(64, 128, 3, padding=1, activation="relu", device=device)
-    x = torch.randn(8, 64, 32, 32, device=device)
-
-    def step() -> None:
-        layer.zero_grad(set_to_none=False)
-        layer(x).square().sum().backward()
-
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    expected = [p.grad.clone() for p in layer.parameters()]
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    graph.replay()
-    torch.cuda.synchronize()
-    return all(
-        torch.allclose(p.grad, e, rtol=1e-4, atol=1e-4)
-        for p, e in zip(layer.parameters(), expected, strict=True)
-    )
+def shapes(on_gpu: bool, mebibytes: int | None) -> list[tuple[torch.dtype, str, tuple[int, ...]]]:
+    """Type, format and sizes of each map."""
+    nbytes = (mebibytes or (2048 if on_gpu else 256)) << 20
+    large = [
+        (dtype, format, (max(nbytes // (256 * 56 * 56 * dtype.itemsize), 1), 256, 56, 56))
+        for dtype in DTYPES
+        for format in FORMATS
+    ]
+    of_network = [
+        (torch.bfloat16, format, (128, channels, size, size))
+        for format in reversed(FORMATS)
+        for channels, size in OF_RESNET50
+    ]
+    return large + (of_network if on_gpu else [])
 
 
 def main() -> None:
     parser = argument_parser(__doc__, rounds=21)
-    parser.add_argument("--mebibytes", type=int, help="of a map; default: 256, on a GPU 2048")
+    parser.add_argument("--mebibytes", type=int, help="of a large map; default: 256, on a GPU 2048")
     arguments = parser.parse_args()
-    device = arguments.device
-    mebibytes = arguments.mebibytes or (2048 if device.type == "cuda" else 256)
+    device, on_gpu = arguments.device, arguments.device.type == "cuda"
     results: Row = {**begin(arguments), "maps": {}}
-    for dtype in (torch.float32, torch.bfloat16):
-        for format_name, format in FORMATS.items():
-            samples = mebibytes * 2**20 // (256 * 56 * 56 * dtype.itemsize)
-            y = torch.randn(max(samples, 1), 256, 56, 56, dtype=dtype, device=device)
-            label = f"{y.size(0)}×256×56², {str(dtype).removeprefix('torch.')}, {format_name}"
-            rows = measure(y.to(memory_format=format), arguments.rounds, label)
-            results["maps"][label] = rows
-            print_table(
-                label,
-                ["", "ms", "GB/s", "of the copy"],
-                [
-                    [n, f"{r['milliseconds']:.2f}", f"{r['GB/s']:.0f}", f"{r['of_copy']:.2f}"]
-                    for n, r in rows.items()
-                ],
-            )
-    if device.type == "cuda":
-        try:
-            results["captured_step"] = captured_step(device)
-        except RuntimeError as error:  # is an answer too
-            results["captured_step"] = str(error)
-        print(f"\na captured training step gives the same gradients: {results['captured_step']}")
-        worst = min(r["of_copy"] for rows in results["maps"].values() for r in rows.values())
-        print(f"slowest kernel {worst:.2f} of the copy (required {REQUIRED}, aim {AIM})")
-    save(results, output_path(arguments))
+    for dtype, format, shape in shapes(on_gpu, arguments.mebibytes):
+        y = torch.randn(shape, dtype=dtype, device=device).to(memory_format=FORMATS[format])
+        samples, channels, size, _ = shape
+        label = f"{samples}×{channels}×{size}², {str(dtype).removeprefix('torch.')}, {format}"
+        results["maps"][label] = rows = measure(y, arguments.rounds, label)
+        save(results, output_path(arguments))
+        print_table(
+            label,
+            ["", "ms", "GB/s", "of the copy"],
+            [
+                [n, f"{r['milliseconds']:.3f}", f"{r['GB/s']:.0f}", f"{r['of_copy']:.2f}"]
+                for n, r in rows.items()
+            ],
+        )
+        if on_gpu and y.numel() * y.element_size() >= LARGE:
+            kernel, row = slowest(rows)
+            print(f"slowest: {kernel}, {row['of_copy']:.2f} (required {REQUIRED}, aim {AIM})")
+
+
+def slowest(rows: dict[str, dict[str, float]]) -> tuple[str, dict[str, float]]:
+    """Of our kernels the one with the least bandwidth."""
+    ours = {name: row for name, row in rows.items() if name.startswith("channel_")}
+    return min(ours.items(), key=lambda item: item[1]["of_copy"])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Whole models: fused at several budgets, as they are, with checkpoints, compiled, and without what is fused (the floor).
 
     python benchmarks/models.py [--models resnet50 ...] [--only "float32, channels last, 2 threads"] [--resume]
+    python benchmarks/models.py --device cuda --models resnet50 --only "bfloat16, channels last" --batch 128 --seconds 90
     python benchmarks/models.py --check       # memory and added FLOPs against what is promised, without times
     python benchmarks/models.py --count       # what fuse finds in many models, and the bytes it predicts
 
@@ -10,6 +11,9 @@ where it takes turns with eager; of each memory budget of the compiler there is 
 eager in the same processes. Prints tables and writes benchmarks/results/models-<device>.json after each measurement; --resume adds what
 is missing there, and each row says of which commit it is. benchmarks/tables.py makes tables and plots of it. Needs torchvision. The tutorial's layer knows no stride and no
 groups: the Python reference has it where a pair has neither, and eager's elsewhere.
+
+With --seconds a model is measured in this process alone: eager and the fused variants, then one compiled variant after another
+until so many seconds are over; what does not fit is left out. --variants names those that are wanted.
 """
 
 import argparse
@@ -22,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +55,7 @@ from fusedconvbn import _torchvision
 
 Budget = str | float
 
+QUICK: list[Budget] = [1.0, "auto", 0.55, "min"]  # in a minute and a half on a GPU
 MODELS = ["resnet50", "resnet18", "mobilenet_v2", "densenet121", "efficientnet_b0"]
 COMPILED = {"compile": 1.0, "compile, budget 0.5": 0.5, "compile, budget 0.3": 0.3}
 PROCESSES = 3  # which share the rounds; one, of this many rounds, where rivals are left out
@@ -118,6 +124,16 @@ TARGETS = [
     Target("efficientnet_b0", 0.26, 0.82, 0.72),
 ]
 
+# On a GPU, bfloat16: time of eager's, at most and aimed at.
+REQUIRED_ON_GPU = {
+    ("resnet50", "fuse 1.0"): (0.85, 0.70),
+    ("resnet50", "fuse 0.55"): (0.95, 0.80),
+    ("resnet50", "fuse min"): (1.10, 0.95),
+    ("mobilenet_v2", "fuse auto"): (1.00, 0.80),
+    ("efficientnet_b0", "fuse auto"): (1.00, 0.80),
+    ("densenet121", "fuse auto"): (1.00, 0.80),
+}
+
 
 @dataclass
 class Workload:
@@ -170,6 +186,16 @@ class Workload:
             "pairs": [report.fused_pairs, report.pairs],
         }
 
+    def all_fused(self, memories: Sequence[Budget]) -> tuple[dict[str, nn.Module], dict[str, Row]]:
+        """The fused model at each budget that can be reached, and what is known of each."""
+        nets, facts = {}, {}
+        for memory in memories:
+            try:
+                nets[f"fuse {memory}"], facts[f"fuse {memory}"] = self.fused(memory)
+            except ValueError as error:  # less than what can be reached
+                tqdm.write(f"{self.name}: left out: {error}")
+        return nets, facts
+
     def rows(self, nets: dict[str, nn.Module], rounds: int) -> dict[str, Row]:
         """Memory, page faults and the seconds of each round."""
         steps = {name: self.step(net) for name, net in nets.items()}
@@ -218,8 +244,15 @@ def checkpointed(model: nn.Module) -> tuple[nn.Module, list[str]]:
 
 
 def compiled(model: nn.Module, budget: float) -> nn.Module:
-    torch._functorch.config.activation_memory_budget = budget
-    return torch.compile(model)
+    """With a backend of its own, so that another budget's code for the same model is not taken."""
+    from torch._functorch import config
+    from torch._inductor.compile_fx import compile_fx
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]):
+        with config.patch(activation_memory_budget=budget):
+            return compile_fx(graph, inputs)
+
+    return torch.compile(model, backend=backend)
 
 
 def floor(model: nn.Module) -> nn.Module:
@@ -283,13 +316,8 @@ def shares_of_compiled(rows: dict[str, Row]) -> list[float]:
 
 def measure(name: str, configuration: Configuration, arguments: argparse.Namespace) -> Row:
     load = Workload.of(name, arguments, configuration)
-    nets = {"eager": load.model}
-    facts: dict[str, Row] = {}
-    for memory in budgets(name, configuration, arguments.beside):
-        try:
-            nets[f"fuse {memory}"], facts[f"fuse {memory}"] = load.fused(memory)
-        except ValueError as error:  # less than what can be reached
-            tqdm.write(f"{name}: left out: {error}")
+    fused, facts = load.all_fused(budgets(name, configuration, arguments.beside))
+    nets = {"eager": load.model, **fused}
     if configuration.rivals:
         net, blocks = checkpointed(load.model)
         if blocks:
@@ -309,6 +337,28 @@ def measure(name: str, configuration: Configuration, arguments: argparse.Namespa
     for variant, row in facts.items():
         rows[variant] |= row
     return rows
+
+
+def measure_here(
+    name: str, configuration: Configuration, arguments: argparse.Namespace, have: Sequence[str]
+) -> Iterator[dict[str, Row]]:
+    """Rows of the variants that are wanted and that we do not `have` yet, in parts, until the seconds are over."""
+    deadline = time.perf_counter() + arguments.seconds
+
+    def missing(variant: str) -> bool:
+        return variant not in have and variant in (arguments.variants or [variant])
+
+    def measured(nets: dict[str, nn.Module], facts: dict[str, Row]) -> dict[str, Row]:
+        rows = pooled([load.rows({"eager": load.model, **nets}, arguments.rounds)])
+        return {variant: {**row, **facts.get(variant, {})} for variant, row in rows.items()}
+
+    load = Workload.of(name, arguments, configuration)
+    if "eager" not in have:
+        yield measured(*load.all_fused([m for m in QUICK if missing(f"fuse {m}")]))
+    for variant, budget in COMPILED.items():
+        if missing(variant) and time.perf_counter() < deadline:
+            rows = measured({variant: compiled(load.model, budget)}, {})
+            yield {variant: {**rows[variant], "eager_milliseconds": rows["eager"]["milliseconds"]}}
 
 
 def measure_variant(name: str, configuration: Configuration, arguments: argparse.Namespace) -> Row:
@@ -534,6 +584,13 @@ def main() -> None:
     parser.add_argument(
         "--no-compile", dest="compile", action="store_false", help="leave torch.compile out"
     )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        help="for a model, all in this process; what does not fit is left out",
+    )
+    names = [f"fuse {memory}" for memory in QUICK] + list(COMPILED)
+    parser.add_argument("--variants", nargs="+", choices=names, help="with --seconds; default: all")
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     parser.add_argument("--beside", nargs="*", type=float, default=[], help=argparse.SUPPRESS)
     parser.add_argument("--resume", action="store_true", help="keep what --output has")
@@ -568,6 +625,12 @@ def main() -> None:
     for configuration, name in itertools.product(configurations, arguments.models):
         key = str(configuration)
         rows = results["models"].setdefault(name, {}).setdefault(key, {})
+        if arguments.seconds is not None:
+            for found in measure_here(name, configuration, arguments, list(rows)):
+                rows |= {variant: {**row, "commit": commit} for variant, row in found.items()}
+                save(results, output)
+                show(f"{name}, {key}", rows)
+            continue
         for variant in COMPILED if configuration.rivals and arguments.compile else ():
             if variant not in rows and (row := measure_compiled(name, configuration, variant)):
                 rows[variant] = {**row, "commit": commit}

@@ -203,12 +203,12 @@ def test_a_list_is_a_virtual_concatenation(pattern, statistics, format, device):
 
 @pytest.mark.parametrize("shape", [(3, 5, 1, 1), (3, 5, 4, 6), (3, 1, 4, 6), (3, 5, 7)])
 @pytest.mark.parametrize("format", ("contiguous", "channels_last"))
-def test_a_gates_gradients(shape, format):
-    x = torch.randn(shape, dtype=torch.float64)
+def test_a_gates_gradients(shape, format, device):
+    x = torch.randn(shape, dtype=torch.float64, device=device)
     if format == "channels_last" and x.dim() == 4:
         x = x.to(memory_format=torch.channels_last)
-    s = torch.randn(*shape[:2], *(1 for _ in shape[2:]), dtype=torch.float64).requires_grad_()
-    x.requires_grad_()
+    s = torch.randn(*shape[:2], *(1 for _ in shape[2:]), dtype=torch.float64, device=device)
+    x, s = x.requires_grad_(), s.requires_grad_()
     packed = pack(x, [Gate(s)])
     assert torch.autograd.gradcheck(
         lambda x, s: ops._chain_forward([x, s], *packed.options, [])[0], (x, s)

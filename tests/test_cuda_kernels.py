@@ -1,17 +1,20 @@
-"""The CUDA kernel sources, run on the CPU through tests/cuda_shim, against float64 and against the CPU kernels."""
+"""The CUDA kernels without PyTorch's CUDA, against float64 and against the CPU kernels: on the CPU through tests/cuda_shim, and
+on a GPU where there is one, also under compute-sanitizer."""
 
 import ctypes
 import os
+import shutil
 import subprocess
-from pathlib import Path
+import sys
 
 import pytest
 import torch
+from build_cuda import build_kernels
+from conftest import requires_gpu
 
 from fusedconvbn.activations import activation_module
 from fusedconvbn.chain import ACTIVATIONS, PARAMETERS, Norm, pack
 
-ROOT = Path(__file__).parent.parent
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # channels_last, outer, channels, inner. Vectors hold 2, 4 or 8 values, a block has 256 threads, and a part is cut
@@ -33,81 +36,103 @@ MAPS = {
 }
 
 
-@pytest.fixture(scope="module")
-def shim(tmp_path_factory):
-    library = tmp_path_factory.mktemp("shim") / "libshim.so"
-    include = Path(torch.__file__).parent / "include"
-    command = ["g++", "-std=c++20", "-O1", "-fPIC", "-shared", "-pthread", "-o", library]
-    command += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    command += [f"-I{ROOT}/tests/cuda_shim", "-isystem", include]
-    for source in ("csrc/cuda/channel_launch.cu", "tests/cuda_shim/library.cpp"):
-        command += ["-x", "c++", ROOT / source]
-    environment = dict(os.environ)
-    if environment.pop("LD_PRELOAD", ""):  # `make sanitize`; the compiler itself runs without
-        command += ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-    subprocess.run(command, check=True, env=environment)
-    library = ctypes.CDLL(str(library))
-    library.scratch_bytes.restype = ctypes.c_int64
-    return library
+class Library:
+    """The kernels of a library on tensors of the CPU, which each call copies into memory of the device's own and back."""
+
+    def __init__(self, path):
+        self.library = ctypes.CDLL(str(path))
+        self.library.scratch_bytes.restype = ctypes.c_int64
+
+    def scratch(self, map):
+        return torch.empty(self.library.scratch_bytes(map), dtype=torch.uint8)
+
+    def call(self, name, *arguments):
+        """Of the arguments the tensors, and lists of tensors or None, are the device's; C sees the others as they are."""
+        copies = {}  # tensor, its block, where it is in there
+
+        def there(t):
+            if t is None:
+                return None
+            if t.data_ptr() not in copies:
+                offset, block = t.data_ptr() % 16, ctypes.c_void_p()
+                self._do("device_allocate", ctypes.byref(block), ctypes.c_int64(offset + t.nbytes))
+                copies[t.data_ptr()] = t, block, block.value + offset
+                self._copy(block.value + offset, t.data_ptr(), t.nbytes)
+            return copies[t.data_ptr()][2]
+
+        def converted(argument):
+            if isinstance(argument, list):
+                return (ctypes.c_void_p * len(argument))(*map(there, argument))
+            is_tensor = argument is None or isinstance(argument, torch.Tensor)
+            return ctypes.c_void_p(there(argument)) if is_tensor else argument
+
+        getattr(self.library, name)(*map(converted, arguments))
+        self._do("device_wait")
+        for t, block, at in copies.values():
+            self._copy(t.data_ptr(), at, t.nbytes)
+            self._do("device_free", block)
+
+    def _copy(self, to, from_, nbytes):
+        self._do("device_copy", *map(ctypes.c_void_p, (to, from_)), ctypes.c_int64(nbytes))
+
+    def _do(self, name, *arguments):
+        function = getattr(self.library, name)
+        function.restype = ctypes.c_char_p
+        error = function(*arguments)
+        assert error is None, f"{name}: {error.decode()}"
+
+
+@pytest.fixture(scope="module", params=["shim", pytest.param("gpu", marks=requires_gpu)])
+def library(request, tmp_path_factory):
+    """FUSEDCONVBN_KERNELS names a library that has been built for the GPU."""
+    path = os.environ.get("FUSEDCONVBN_KERNELS")
+    if request.param == "shim" or not path:
+        path = tmp_path_factory.mktemp(request.param) / "libkernels.so"
+        capability = (
+            ".".join(map(str, torch.cuda.get_device_capability()))
+            if request.param == "gpu"
+            else None
+        )
+        build_kernels(path, capability)
+    return Library(path)
 
 
 class Kernels:
     """The four kernels on tensors of the map's memory order: (outer, C, inner), or (outer, C) channels last."""
 
-    def __init__(self, shim, shape, dtype):
-        self.shim = shim
+    def __init__(self, library, shape, dtype):
+        self.library = library
         self.map = (ctypes.c_int64 * 5)(DTYPES.index(dtype), *shape)
         self.channels = shape[2]
         self.acc = torch.float64 if dtype == torch.float64 else torch.float32
 
-    def _scratch(self):
-        return torch.empty(self.shim.scratch_bytes(self.map), dtype=torch.uint8)
+    def _call(self, name, *arguments):
+        for vectors in (a for a in arguments if isinstance(a, list)):
+            assert all(v.dtype == self.acc and v.is_contiguous() for v in vectors)
+        self.library.call(name, self.map, *arguments)
 
-    def _vectors(self, vectors):
-        assert all(v.dtype == self.acc and v.is_contiguous() for v in vectors)
-        return (ctypes.c_void_p * len(vectors))(*(v.data_ptr() for v in vectors))
+    def _reduce(self, name, *arguments):
+        result = torch.full((2, self.channels), 7, dtype=self.acc)
+        self._call(name, *arguments, self.library.scratch(self.map), result)
+        return result
 
     def stats(self, y):
-        result, scratch = torch.empty(2, self.channels, dtype=self.acc), self._scratch()
-        self.shim.channel_stats(self.map, *map(_pointer, (y, scratch, result)))
-        return result
+        return self._reduce("channel_stats", y)
 
     def grad_stats(self, dout, y, vectors, activation, residual=None, from_result=None, du=None):
-        result, scratch = torch.empty(2, self.channels, dtype=self.acc), self._scratch()
-        self.shim.channel_grad_stats(
-            self.map,
-            *map(_pointer, (dout, y)),
-            self._vectors(vectors),
-            *_activation(activation),
-            *map(_pointer, (residual, from_result, du, scratch, result)),
-        )
-        return result
+        end = (*_activation(activation), residual, from_result, du)
+        return self._reduce("channel_grad_stats", dout, y, vectors, *end)
 
     def apply_(self, out, y, vectors, activation, residual=None):
-        self.shim.channel_apply_(
-            self.map,
-            *map(_pointer, (out, y)),
-            self._vectors(vectors),
-            *_activation(activation),
-            _pointer(residual),
-        )
+        self._call("channel_apply_", out, y, vectors, *_activation(activation), residual)
 
     def grad_apply_(self, out, dout, y, vectors, activation):
-        self.shim.channel_grad_apply_(
-            self.map,
-            *map(_pointer, (out, dout, y)),
-            self._vectors(vectors),
-            *_activation(activation),
-        )
+        self._call("channel_grad_apply_", out, dout, y, vectors, *_activation(activation))
 
 
 def _activation(name):
     parameter = PARAMETERS.get(name, 0.0)
     return ctypes.c_int64(ACTIVATIONS.index(name)), ctypes.c_double(parameter)
-
-
-def _pointer(t):
-    return ctypes.c_void_p(None if t is None else t.data_ptr())
 
 
 def _map(shape, dtype, offset=0, mean=0.3):
@@ -203,38 +228,38 @@ def _same_alignment(t, like):
 
 @pytest.mark.parametrize("name", MAPS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_kernel_is_its_formula(shim, name, dtype):
+def test_every_kernel_is_its_formula(library, name, dtype):
     torch.manual_seed(0)
     shape = MAPS[name]
     turn = DTYPES.index(dtype) + list(MAPS).index(name)
     activation = ("relu", ACTIVATIONS[turn % len(ACTIVATIONS)])[turn % 2]
-    kernels = Kernels(shim, shape, dtype)
+    kernels = Kernels(library, shape, dtype)
     _check_all(kernels, _map(shape, dtype), _map(shape, dtype), dtype, activation)
 
 
 @pytest.mark.parametrize("channels_last", (False, True))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_maps_that_start_between_vectors(shim, channels_last, dtype):
+def test_maps_that_start_between_vectors(library, channels_last, dtype):
     torch.manual_seed(0)
     shape = (True, 5, 16, 1) if channels_last else (False, 2, 3, 21)
-    kernels = Kernels(shim, shape, dtype)
+    kernels = Kernels(library, shape, dtype)
     _check_all(kernels, _map(shape, dtype, offset=1), _map(shape, dtype, offset=1), dtype, "relu")
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_every_activation(shim, activation):
+def test_every_activation(library, activation):
     shape, dtype = (True, 40, 8, 1), torch.float32
     _check_all(
-        Kernels(shim, shape, dtype), _map(shape, dtype), _map(shape, dtype), dtype, activation
+        Kernels(library, shape, dtype), _map(shape, dtype), _map(shape, dtype), dtype, activation
     )
 
 
 @pytest.mark.parametrize("shape", [(False, 2, 3, 1500), (True, 1500, 3, 1)])
-def test_statistics_far_from_zero(shim, shape):
+def test_statistics_far_from_zero(library, shape):
     torch.manual_seed(0)
     y = _map(shape, torch.float32, mean=1e4)
     y.view(-1)[0] = -3e4  # where a sum that is taken from the first value would lose the variance
-    kernels = Kernels(shim, shape, torch.float32)
+    kernels = Kernels(library, shape, torch.float32)
     var, mean = torch.var_mean(y.double(), _dims(y), correction=0)
     stats = kernels.stats(y).double()
     torch.testing.assert_close(stats[0], mean, rtol=1e-6, atol=0)
@@ -243,21 +268,21 @@ def test_statistics_far_from_zero(shim, shape):
 
 @pytest.mark.parametrize("shape", [(False, 4, 2, 1023), (True, 4092, 2, 1)])
 @pytest.mark.parametrize("mean", (1e4, 3e19))
-def test_a_large_mean_costs_the_variance_nothing(shim, shape, mean):
+def test_a_large_mean_costs_the_variance_nothing(library, shape, mean):
     y = _map(shape, torch.float64) * mean / 1e4 + mean
     y = y.float()
     var, mean = torch.var_mean(y.double(), _dims(y), correction=0)
-    stats = Kernels(shim, shape, torch.float32).stats(y).double()
+    stats = Kernels(library, shape, torch.float32).stats(y).double()
     torch.testing.assert_close(stats[0], mean, rtol=1e-6, atol=0)
     torch.testing.assert_close(stats[1], var, rtol=1e-5, atol=0)
 
 
-def test_not_finite_values_stay_in_their_channel(shim):
+def test_not_finite_values_stay_in_their_channel(library):
     torch.manual_seed(0)
     shape = (False, 2, 3, 70)
     y = _map(shape, torch.float32)
     y[0, 0, 5], y[1, 1, 0] = float("nan"), float("inf")
-    stats = Kernels(shim, shape, torch.float32).stats(y)
+    stats = Kernels(library, shape, torch.float32).stats(y)
     assert stats[:, 0].isnan().all()
     assert not stats[:, 1].isfinite().any()
     assert stats[:, 2].isfinite().all()
@@ -265,7 +290,7 @@ def test_not_finite_values_stay_in_their_channel(shim):
 
 @pytest.mark.parametrize("channels_last", (False, True))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_same_as_the_cpu_kernels(shim, channels_last, dtype):
+def test_same_as_the_cpu_kernels(library, channels_last, dtype):
     """A chain of one norm link is the four CPU kernels, one after another."""
     torch.manual_seed(0)
     n, c, h, w = 3, 16, 7, 5
@@ -283,10 +308,10 @@ def test_same_as_the_cpu_kernels(shim, channels_last, dtype):
     )
 
     shape = (True, n * h * w, c, 1) if channels_last else (False, n, c, h * w)
-    kernels = Kernels(shim, shape, dtype)
-    shim_stats = kernels.stats(y)
+    kernels = Kernels(library, shape, dtype)
+    own_stats = kernels.stats(y)
     tolerance = dict(rtol=16 * torch.finfo(acc).eps, atol=16 * torch.finfo(acc).eps)
-    torch.testing.assert_close(shim_stats, stats, **tolerance)
+    torch.testing.assert_close(own_stats, stats, **tolerance)
     r = (stats[1] + 1e-5).rsqrt()
     vectors = [stats[0].contiguous(), r * weight, bias]
     s1, s2 = kernels.grad_stats(dout, y, vectors, "relu")
@@ -305,7 +330,7 @@ def test_same_as_the_cpu_kernels(shim, channels_last, dtype):
 @pytest.mark.parametrize("arithmetic", ("batchnorm", "tutorial"))
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32))
 @pytest.mark.parametrize("channels", (1, 256, 300))
-def test_vectors(shim, channels, dtype, arithmetic, counted):
+def test_vectors(library, channels, dtype, arithmetic, counted):
     """The C-sized arithmetic against the table of docs/design.md; channel 0 is constant."""
     if counted and arithmetic == "tutorial":
         return  # is not synchronised
@@ -317,17 +342,15 @@ def test_vectors(shim, channels, dtype, arithmetic, counted):
     var[0] = sums[1, 0] = total[1, 0] = 0
 
     def run(name, *tensors):
-        pointers = (ctypes.c_void_p * len(tensors))(
-            *(t if t is None else t.data_ptr() for t in tensors)
-        )
         result = torch.empty(3, channels, dtype=dtype)
-        getattr(shim, name)(
+        library.call(
+            name,
             *map(ctypes.c_int64, (DTYPES.index(dtype), channels)),
-            pointers,
+            list(tensors),
             ctypes.c_double(eps),
             ctypes.c_bool(tutorial),
             ctypes.c_double(count),
-            _pointer(result),
+            result,
         )
         return result.double()
 
@@ -349,3 +372,24 @@ def test_vectors(shim, channels, dtype, arithmetic, counted):
     expected = torch.stack([-a / R * r * rho * S2, -a / R * S1, r * sums[1].double()])
     found = run("grad_vectors", sums, total, var, vectors, counts if counted else None)
     torch.testing.assert_close(found, expected, **close)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tool", ("memcheck", "racecheck"))
+def test_compute_sanitizer(tool):
+    """The tests above on a GPU, without PyTorch's CUDA, which would take minutes to load under the tool."""
+    sanitizer = shutil.which("compute-sanitizer")
+    if not torch.cuda.is_available() or sanitizer is None:
+        pytest.skip("needs a GPU and compute-sanitizer")
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9"]
+    if tool == "memcheck":
+        command += [
+            "--report-api-errors",
+            "no",
+        ]  # torch makes harmless ones when it looks for a GPU
+    command += [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", __file__]
+    command += ["-k", "gpu and not compute_sanitizer and not far_from_zero and not large_mean"]
+    output = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    print(output.stdout[-5000:])
+    assert output.returncode == 0
+    assert "0 errors" in output.stdout or "0 hazards" in output.stdout

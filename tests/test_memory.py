@@ -12,21 +12,13 @@ from torch.utils.checkpoint import checkpoint
 
 from fusedconvbn import track_memory
 
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-    ),
-]
 KIB = 1024
-devices = pytest.mark.parametrize("device", DEVICES)
 
 
 def block(kib, device):
     return torch.empty(kib * KIB, dtype=torch.uint8, device=device)
 
 
-@devices
 def test_known_sequence_without_backward(device):
     with track_memory(device) as memory:
         a = block(1, device)
@@ -38,7 +30,6 @@ def test_known_sequence_without_backward(device):
     del a, c
 
 
-@devices
 def test_known_sequence_with_backward(device):
     w = torch.ones(256, device=device, requires_grad=True)
     x = torch.ones(4, 256, device=device)
@@ -74,7 +65,6 @@ def test_earlier_context_leaves_no_trace():
     assert (memory.end_of_forward, memory.peak) == (0, 0)
 
 
-@devices
 def test_saved_counts_distinct_storages_without_parameters(device):
     layer = nn.Linear(256, 64, device=device)
     with track_memory(device) as memory:

@@ -46,8 +46,8 @@ def assert_no_worse(results, others, truth, case, dtype):
         assert error <= 1.1 * allowed + floor, name
 
 
-def mode(case, training, dtype):
-    return {"training": training, **({} if training else case.running(dtype))}
+def mode(case, training, dtype, device="cpu"):
+    return {"training": training, **({} if training else case.running(dtype, device))}
 
 
 @MODES
@@ -56,15 +56,15 @@ def mode(case, training, dtype):
 @HALVES
 @EVERY_ACTIVATION
 def test_half_precision_is_no_worse_than_unfused(
-    activation, dtype, channels_last, residual, training
+    activation, dtype, channels_last, residual, training, device
 ):
     case = Case((3, 4, 9, 7), (6, 4, 3, 3), bias=True, activation=activation, residual=residual)
-    tensors = case.tensors(dtype, channels_last)
+    tensors = case.tensors(dtype, channels_last, device)
     exact = {n: t.detach().double().requires_grad_() for n, t in tensors.items()}
-    dout = torch.randn(case.out_shape).to(dtype)
-    truth = run(unfused, exact, case, dout, **mode(case, training, torch.float64))
-    results = run(fused, tensors, case, dout, **mode(case, training, torch.float32))
-    others = run(unfused, tensors, case, dout, **mode(case, training, torch.float32))
+    dout = torch.randn(case.out_shape).to(device, dtype)
+    truth = run(unfused, exact, case, dout, **mode(case, training, torch.float64, device))
+    results = run(fused, tensors, case, dout, **mode(case, training, torch.float32, device))
+    others = run(unfused, tensors, case, dout, **mode(case, training, torch.float32, device))
     assert_no_worse(results, others, truth, case, dtype)
 
 
@@ -72,18 +72,18 @@ def test_half_precision_is_no_worse_than_unfused(
 @RESIDUAL
 @HALVES
 @EVERY_ACTIVATION
-def test_autocast_is_no_worse_than_unfused(activation, dtype, residual, training):
+def test_autocast_is_no_worse_than_unfused(activation, dtype, residual, training, device):
     """Parameters in float32, and their gradients. Without fusion a residual in float32 makes the sum float32; fused, it
     is lowered, as the result is."""
     case = Case((3, 4, 9, 7), (6, 4, 3, 3), bias=True, activation=activation, residual=residual)
-    tensors = case.tensors(torch.float32)
+    tensors = case.tensors(torch.float32, device=device)
     exact = {n: t.detach().double().requires_grad_() for n, t in tensors.items()}
-    dout = torch.randn(case.out_shape).to(dtype)
-    truth = run(unfused, exact, case, dout, **mode(case, training, torch.float64))
+    dout = torch.randn(case.out_shape).to(device, dtype)
+    truth = run(unfused, exact, case, dout, **mode(case, training, torch.float64, device))
     lowered = {n: t.to(dtype) if n == "residual" else t for n, t in tensors.items()}
-    with torch.autocast("cpu", dtype=dtype):
-        results = run(fused, tensors, case, dout, **mode(case, training, torch.float32))
-        out = unfused(lowered, case, **mode(case, training, torch.float32))
+    with torch.autocast(device, dtype=dtype):
+        results = run(fused, tensors, case, dout, **mode(case, training, torch.float32, device))
+        out = unfused(lowered, case, **mode(case, training, torch.float32, device))
     grads = torch.autograd.grad(out, list(tensors.values()), dout.to(out))
     others = {"output": out.detach(), **dict(zip(tensors, grads, strict=True))}
     assert results["output"].dtype == dtype

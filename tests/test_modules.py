@@ -89,8 +89,8 @@ def build(name, activation="relu"):
 
 
 @EVERY_LAYER
-def test_trains_and_evaluates_as_the_unfused_layers(name):
-    layer, unfused, x = build(name)
+def test_trains_and_evaluates_as_the_unfused_layers(name, device):
+    layer, unfused, x = (t.to(device) for t in build(name))
     for step in range(3):
         results = []
         for model in (layer, unfused):

@@ -5,6 +5,8 @@
 
 #include <barrier>
 #include <cstdint>
+#include <cstdlib>
+#include <cstring>
 #include <thread>
 #include <vector>
 
@@ -16,6 +18,18 @@
 #define __shared__ static  // of the block that runs; all its threads see it
 
 using cudaStream_t = void*;
+
+// The device's memory is the process's own; a launch is over when it returns.
+using cudaError_t = int;
+constexpr cudaError_t cudaSuccess = 0;
+constexpr int cudaMemcpyDefault = 0;
+inline cudaError_t cudaMalloc(void** at, size_t bytes) { return (*at = std::malloc(bytes)) ? cudaSuccess : 1; }
+inline cudaError_t cudaFree(void* at) { return std::free(at), cudaSuccess; }
+inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, int) {
+  return std::memcpy(to, from, bytes), cudaSuccess;
+}
+inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+inline const char* cudaGetErrorString(cudaError_t) { return "out of memory"; }
 
 struct dim3 {
   unsigned x, y, z;

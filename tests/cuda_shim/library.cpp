@@ -1,4 +1,7 @@
-// C entry points for tests/test_cuda_kernels.py: the CUDA kernels through the shim.
+// C entry points for tests/test_cuda_kernels.py: the CUDA kernels and the memory they run in, without PyTorch. By nvcc for a
+// GPU, by a C++ compiler through the shim.
+#include <cuda_runtime.h>
+
 #include "../../csrc/cuda/channel_launch.h"
 
 using namespace fusedconvbn;
@@ -7,10 +10,20 @@ namespace {
 
 cuda::Map map_of(const int64_t* m) { return {static_cast<cuda::Dtype>(m[0]), m[1] != 0, m[2], m[3], m[4]}; }
 
+const char* message(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+
 }  // namespace
 
 // map: dtype, channels_last, outer, channels, inner. vectors: mean, scale, shift, slope, offset.
 extern "C" {
+
+// Each returns null, or what went wrong.
+const char* device_allocate(void** at, int64_t bytes) { return message(cudaMalloc(at, bytes)); }
+const char* device_free(void* at) { return message(cudaFree(at)); }
+const char* device_copy(void* to, const void* from, int64_t bytes) {
+  return message(cudaMemcpy(to, from, bytes, cudaMemcpyDefault));
+}
+const char* device_wait() { return message(cudaDeviceSynchronize()); }
 
 int64_t scratch_bytes(const int64_t* map) { return cuda::scratch_bytes(map_of(map)); }
 

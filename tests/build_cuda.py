@@ -1,0 +1,171 @@
+"""Everything that compiles the CUDA sources; none of it needs a GPU.
+
+    python tests/build_cuda.py check           # the kernels and their wrapper, as objects, with the headers of any torch
+    python tests/build_cuda.py install         # the package into the environment of this Python
+    python tests/build_cuda.py bundle FOLDER   # what tests/gpu/run.sh carries to another machine, for one architecture
+
+`install` and `bundle` need a CUDA build of torch. TORCH_CUDA_ARCH_LIST chooses other architectures, CUDA_HOME the toolkit.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+CHECKED = ("8.0", "9.0", "10.0")
+CARRIED = "9.0"  # of the machines that are lent: H100 and H200
+MOST_CARRIED = 40 << 20  # bytes
+KERNELS = ("csrc/cuda/channel_launch.cu", "tests/cuda_shim/library.cpp")
+WARNINGS = ["-Wall", "-Wextra", "-Werror"]
+TORCH_HEADERS = Path(torch.__file__).parent / "include"
+
+
+def find_toolkit() -> Path | None:
+    """The folder with bin/nvcc and include/cuda_runtime.h; the nvcc on PATH may only be a wrapper."""
+    nvcc = shutil.which("nvcc")
+    candidates = [
+        os.environ.get("CUDA_HOME"),
+        nvcc and Path(nvcc).resolve().parent.parent,
+        "/usr/local/cuda",
+    ]
+    for path in (Path(c) for c in candidates if c):
+        if (path / "bin/nvcc").exists() and (path / "include/cuda_runtime.h").exists():
+            return path
+    return None
+
+
+def required_toolkit() -> Path:
+    toolkit = find_toolkit()
+    if toolkit is None:
+        sys.exit("nvcc was not found: set CUDA_HOME")
+    return toolkit
+
+
+def architecture_flags(architectures: Sequence[str]) -> list[str]:
+    numbers = [a.replace(".", "") for a in architectures]
+    return [f"-gencode=arch=compute_{n},code=sm_{n}" for n in numbers]
+
+
+def build_kernels(output: Path, architecture: str | None) -> None:
+    """The kernels alone, behind C functions: for the GPUs of an `architecture`, or None for the CPU, through cuda_shim."""
+    command: list[str | Path] = ["-std=c++20", "-shared", "-o", output, "-isystem", TORCH_HEADERS]
+    environment = dict(os.environ)
+    if architecture is None:
+        command = ["g++", *command, "-O1", "-fPIC", "-pthread", *WARNINGS, "-Wno-unknown-pragmas"]
+        command += [f"-I{ROOT}/tests/cuda_shim", "-x", "c++"]
+        if environment.pop("LD_PRELOAD", ""):  # `make sanitize`; the compiler itself runs without
+            command += ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+    else:
+        command = [required_toolkit() / "bin/nvcc", *command, "-O3", "-lineinfo", "-x", "cu"]
+        command += [*architecture_flags([architecture]), "-Xcompiler", "-fPIC,-Wall,-Wextra"]
+    subprocess.run([*command, *KERNELS], check=True, cwd=ROOT, env=environment)
+
+
+def build_package(target: Path, objects: Path, architectures: str) -> None:
+    """The package with CUDA kernels as `target`/fusedconvbn; nothing is written among the sources."""
+    subprocess.run(
+        [
+            *(sys.executable, "setup.py", "--quiet", "build"),
+            *("--build-base", objects, "--build-lib", target),
+        ],
+        check=True,
+        cwd=ROOT,
+        env=cuda_environment(architectures),
+    )
+
+
+def cuda_environment(architectures: str) -> dict[str, str]:
+    return {
+        **os.environ,
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),  # ninja
+        "CUDA_HOME": str(required_toolkit()),
+        "FORCE_CUDA": "1",
+        "TORCH_CUDA_ARCH_LIST": architectures,
+    }
+
+
+def install() -> None:
+    """From a copy of the sources: the objects and libraries of another build stay as they are."""
+    sources = Path(sys.prefix) / "sources"
+    for name in ("csrc", "fusedconvbn"):
+        shutil.rmtree(sources / name, ignore_errors=True)
+        shutil.copytree(ROOT / name, sources / name, ignore=shutil.ignore_patterns("*.so"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy2(ROOT / name, sources)
+    architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", ";".join(CHECKED))
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "pip", "install", "--quiet", "--force-reinstall"),
+            *("--no-build-isolation", "--no-deps", sources),
+        ],
+        check=True,
+        env=cuda_environment(architectures),
+    )
+
+
+def bundle(folder: Path) -> None:
+    """`_ops.so`, which any Python loads; `_C.py`, the build's facts for any Python; libkernels.so."""
+    architecture = os.environ.get("TORCH_CUDA_ARCH_LIST", CARRIED)
+    built = folder.with_name(folder.name + "-build")
+    build_package(built / "lib", built, architecture)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    shutil.copy2(built / "lib/fusedconvbn/_ops.so", folder)
+    build_kernels(folder / "libkernels.so", architecture)
+    facts = subprocess.run(
+        [sys.executable, "-c", "import _C; print(_C.build_info())"],
+        cwd=built / "lib/fusedconvbn",
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
+    (folder / "_C.py").write_text(f"def build_info():\n    return {facts}\n")
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    if size > MOST_CARRIED:
+        sys.exit(f"{folder}: {size >> 20} MiB, at most {MOST_CARRIED >> 20} can be carried")
+    print(f"{folder}: {size / 2**20:.1f} MiB for compute capability {architecture}")
+
+
+def check() -> None:
+    toolkit = find_toolkit()
+    if toolkit is None:
+        print("CUDA sources not compiled: nvcc was not found")
+        return
+    with tempfile.TemporaryDirectory() as out:
+        kernels: list[str | Path] = [toolkit / "bin/nvcc", "-c", "csrc/cuda/channel_launch.cu"]
+        kernels += ["-o", f"{out}/kernels.o", "-std=c++20", "-O3", "-Werror", "all-warnings"]
+        kernels += ["-Xcompiler", "-fPIC,-Wall,-Wextra", "-isystem", TORCH_HEADERS]
+        kernels += architecture_flags(CHECKED)
+        wrapper: list[str | Path] = ["g++", "-c", "csrc/cuda/channel_kernels.cpp"]
+        wrapper += ["-o", f"{out}/wrapper.o", "-std=c++20", "-fPIC", *WARNINGS]
+        wrapper += ["-DAT_PER_OPERATOR_HEADERS"]
+        wrapper += ["-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE"]  # a CPU build of torch lacks that file
+        torch_api = TORCH_HEADERS / "torch/csrc/api/include"
+        for path in (TORCH_HEADERS, torch_api, toolkit / "include"):
+            wrapper += ["-isystem", path]
+        for command in (kernels, wrapper):
+            if subprocess.run(command, cwd=ROOT).returncode:
+                sys.exit("CUDA sources do not compile")
+    print(f"CUDA sources compile for {', '.join(CHECKED)}")
+
+
+def main() -> None:
+    match sys.argv[1:]:
+        case ["check"]:
+            check()
+        case ["install"]:
+            install()
+        case ["bundle", folder]:
+            bundle(Path(folder).resolve())
+        case _:
+            sys.exit(__doc__)
+
+
+if __name__ == "__main__":
+    main()

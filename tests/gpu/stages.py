@@ -1,0 +1,120 @@
+"""What run.sh does: the stages, how long each may take, and with what sizes."""
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+TESTS = ROOT / "tests"
+KERNEL_TESTS = TESTS / "test_cuda_kernels.py"
+Command = list[str | Path]
+
+
+@dataclass
+class Stage:
+    name: str
+    seconds: float  # at most
+    command: Command
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is run on a device."""
+
+    device: str
+    network: str  # the one that everything is measured of
+    others: Sequence[str]
+    compiled: Sequence[str]
+    models: Sequence[str]  # options of benchmarks/models.py
+    kernels: Sequence[str]
+    profile: Sequence[str]
+    smoke: Sequence[str | Path]  # of pytest
+    tests: Sequence[str | Path]
+    sanitized: dict[str, Sequence[str]]  # which kernel tests, for each tool
+
+
+ON_GPU = Sizes(
+    device="cuda",
+    network="resnet50",
+    others=("efficientnet_b0", "mobilenet_v2", "densenet121", "resnet18"),
+    compiled=("compile", "compile, budget 0.5", "compile, budget 0.3"),
+    models=("--only", "bfloat16, channels last", "--rounds", "5"),
+    kernels=("--rounds", "7"),
+    profile=(),
+    smoke=(TESTS, "-m", "gpu and smoke"),
+    tests=(TESTS, "-m", "gpu and not smoke", "-k", "not compute_sanitizer"),
+    sanitized={
+        "memcheck": ("-k", "compute_sanitizer and memcheck"),
+        "racecheck": ("-k", "compute_sanitizer and racecheck"),
+    },
+)
+
+# Under the sanitizer this would run on the GPU.
+REHEARSAL = Sizes(
+    device="cpu",
+    network="resnet18",
+    others=("mobilenet_v2",),
+    compiled=("compile, budget 0.5",),
+    models=("--only", "bfloat16, channels last, 2 threads", "--rounds", "2", "--size", "32"),
+    kernels=("--rounds", "2", "--mebibytes", "4"),
+    profile=("--size", "32"),
+    smoke=(TESTS / "gpu", "-m", "smoke", "-k", "cpu"),
+    tests=(TESTS / "gpu", "-m", "not smoke", "-k", "cpu and not efficientnet and not densenet"),
+    sanitized={
+        "memcheck": ("-k", "shim and start_between"),
+        "racecheck": ("-k", "shim and far_from_zero"),
+    },
+)
+
+
+def pytest(*arguments: str | Path, xml: Path | None = None, seconds: int = 60) -> Command:
+    command: Command = [sys.executable, "-m", "pytest", "-c", ROOT / "pyproject.toml"]
+    command += ["--rootdir", ROOT, "-p", "no:cacheprovider", "-v", "--tb=short", "--maxfail=40"]
+    if importlib.util.find_spec("pytest_timeout"):
+        command += [f"--timeout={seconds}"]
+    if xml:
+        command += ["--junitxml", xml]
+    return [*command, *arguments]
+
+
+def stages_of(out: Path, work: Path, rehearsal: bool) -> list[list[Stage]]:
+    """What runs one after another, setup first. The stages of one list, none of which is timed, run at the same time."""
+    sizes = REHEARSAL if rehearsal else ON_GPU
+    processes = ("-n", "2" if rehearsal else "8") if importlib.util.find_spec("xdist") else ()
+    fused = ("fuse 1.0", "fuse auto", "fuse 0.55", "fuse min")
+
+    def benchmark(script: str, output: Path, *options: str) -> Command:
+        command: Command = [sys.executable, ROOT / "benchmarks" / f"{script}.py"]
+        return [*command, "--device", sizes.device, "--output", output, *options]
+
+    def models(
+        output: Path, batch: int, names: Sequence[str], variants: Sequence[str], seconds: int
+    ) -> Command:
+        options = [*sizes.models, "--batch", str(2 if rehearsal else batch), "--resume"]
+        options += ["--seconds", str(seconds), "--models", *names, "--variants", *variants]
+        return benchmark("models", output, *options)
+
+    only = (sizes.network,)
+    at_128, at_256 = out / "gpu-models-128.json", out / "gpu-models-256.json"
+    batch = ("--batch", "2" if rehearsal else "128")
+    profile = ("--models", sizes.network, *batch, *sizes.profile)
+    return [
+        [Stage("setup", 180, [sys.executable, TESTS / "gpu/prepare.py", work, sizes.device])],
+        [Stage("smoke", 45, pytest(*sizes.smoke, xml=out / "smoke.xml"))],
+        [
+            Stage("tests", 110, pytest(*sizes.tests, *processes, xml=out / "pytest.xml")),
+            *(
+                Stage(tool, 110, pytest(KERNEL_TESTS, *which, seconds=110))
+                for tool, which in sizes.sanitized.items()
+            ),
+            # What the compiler makes is kept on disk, for the stage that measures it.
+            Stage("compile", 110, models(work / "warm.json", 128, only, sizes.compiled, 90)),
+        ],
+        [Stage("kernels", 45, benchmark("kernels", out / "gpu-kernels.json", *sizes.kernels))],
+        [Stage("models", 90, models(at_128, 128, only, (*fused, *sizes.compiled), 80))],
+        [Stage("profile", 30, benchmark("profile_step", out / "profile.txt", *profile))],
+        [Stage("batch 256", 45, models(at_256, 256, only, fused, 0))],
+        [Stage("others", 90, models(at_128, 128, sizes.others, ("fuse auto", "fuse min"), 0))],
+    ]
