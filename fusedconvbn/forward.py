@@ -5,6 +5,7 @@ import copy
 import inspect
 import re
 import types
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +64,11 @@ class FusedForward:
 
     is_fused = True
 
+    def __new__(cls, *_: Any) -> "FusedForward":
+        forward = super().__new__(cls)
+        _forwards[id(forward)] = forward
+        return forward
+
     def __init__(self, module: nn.Module, variants: list[Variant]) -> None:
         self.module = module
         self.variants = variants
@@ -85,7 +91,7 @@ class FusedForward:
         return [chain for variant in self.variants for chain in variant.chains]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        index = _variant(self)
+        index = _variant(id(self))
         if index >= 0:
             variant = self.variants[index]
             tensors = args
@@ -138,8 +144,13 @@ def _without_defaults(
 _MANY = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
-def _variant(forward: FusedForward) -> int:
-    """The variant whose guards hold, -1 if none; in compiled code what it was when it was compiled."""
+_forwards: "weakref.WeakValueDictionary[int, FusedForward]" = weakref.WeakValueDictionary()
+
+
+def _variant(identity: int) -> int:
+    """The variant whose guards hold, -1 if none; in compiled code what it was when it was compiled. The forward comes as a
+    number since the compiler of torch 2.11 takes nothing but constants."""
+    forward = _forwards[identity]
     for index, variant in enumerate(forward.variants):
         if variant.guards.hold(forward.module):
             return index
