@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CPP := $(shell find csrc tests examples -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test lint check-cuda test-cuda gpu-bundle bench bench-models bench-cuda fuzz leak sanitize build format clean
+.PHONY: demo test lint check-cuda test-cuda says-what-it-needs gpu-bundle bench bench-models bench-cuda fuzz leak sanitize build format clean
 
 demo: build
 	$(BIN)/python examples/mnist.py --output output/mnist.png
@@ -35,15 +35,15 @@ bench-models: build
 	$(BIN)/python benchmarks/tables.py
 
 # On one GPU, with the CUDA build of torch.
-bench-cuda: $(CUDA_VENV)/built
+bench-cuda: says-what-it-needs $(CUDA_VENV)/built
 	$(CUDA_VENV)/bin/python benchmarks/kernels.py --device cuda
 	$(CUDA_VENV)/bin/python benchmarks/growth.py --device cuda
 	for tune in "" --cudnn-benchmark; do \
 	  $(CUDA_VENV)/bin/python benchmarks/conv_bn.py --device cuda $$tune \
-	    --output benchmarks/results/conv_bn-cuda$$tune.json || exit 1; \
+	    --output benchmarks/results/gpu-conv_bn$$tune.json || exit 1; \
 	  for batch in 128 256; do \
 	    $(CUDA_VENV)/bin/python benchmarks/models.py --device cuda --batch $$batch $$tune \
-	      --output benchmarks/results/models-cuda-$$batch$$tune.json || exit 1; done; done
+	      --output benchmarks/results/gpu-models-$$batch$$tune.json || exit 1; done; done
 	$(CUDA_VENV)/bin/python benchmarks/tables.py
 
 # 10,000 random calls, other ones each time; a failure prints how to repeat it. FUZZ_EXAMPLES=100000 for a night.
@@ -101,8 +101,12 @@ $(VENV)/built: $(VENV)/requirements $(SOURCES)
 
 # The whole suite on a CUDA build of torch, in an environment and a build folder of its own. Runs what needs a GPU where
 # there is one.
-test-cuda: $(CUDA_VENV)/built
+test-cuda: says-what-it-needs $(CUDA_VENV)/built
 	$(CUDA_VENV)/bin/pytest
+
+says-what-it-needs:
+	@echo 'test-cuda (half an hour) and bench-cuda (hours, on a GPU) need nvcc, and a network to install 5 GB from.'
+	@echo 'With a GPU for ten minutes and no network: bash tests/gpu/run.sh OUT'
 
 $(CUDA_VENV)/requirements: requirements-dev.txt Makefile
 	$(PYTHON) -m venv $(CUDA_VENV)

@@ -49,6 +49,7 @@ def begin(arguments: argparse.Namespace) -> Row:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     torch.backends.cudnn.benchmark = arguments.cudnn_benchmark
     facts = machine(arguments.device)
+    facts |= rates(arguments.device) if arguments.device.type == "cuda" else {}
     print(", ".join(f"{k} {v}" for k, v in facts.items() if v))
     return {"machine": facts, "cudnn_benchmark": arguments.cudnn_benchmark}
 
@@ -173,7 +174,7 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
         print("  " + "  ".join([first.ljust(widths[0]), *cells]))
 
 
-def machine(device: torch.device) -> dict[str, str | int]:
+def machine(device: torch.device) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return {
         "device": name,
@@ -184,7 +185,6 @@ def machine(device: torch.device) -> dict[str, str | int]:
         "torch": torch.__version__,
         "fusedconvbn": fusedconvbn.__version__,
         "commit": commit(),
-        **(rates(device) if device.type == "cuda" else {}),
     }
 
 
@@ -198,8 +198,8 @@ def rates(device: torch.device) -> dict[str, float]:
     times = time_interleaved(steps, device, 5, "rates")
     copy, multiply = (statistics.median(t) for t in times.values())
     return {
-        "copy GB/s": round(2 * nbytes / copy / 1e9),
-        "bf16 TFLOP/s": round(2 * size**3 / multiply / 1e12, 1),
+        "copy GB/s": float(f"{2 * nbytes / copy / 1e9:.3g}"),
+        "bf16 TFLOP/s": float(f"{2 * size**3 / multiply / 1e12:.3g}"),
     }
 
 

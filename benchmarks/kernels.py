@@ -111,7 +111,12 @@ def measure(y: torch.Tensor, rounds: int, label: str) -> dict[str, dict[str, flo
         name: moved * nbytes / milliseconds[name] / 1e6 for name, (_, moved) in every[0].items()
     }
     return {
-        name: {"milliseconds": milliseconds[name], "GB/s": rate, "of_copy": rate / rates["copy"]}
+        name: {
+            "milliseconds": milliseconds[name],
+            "bytes": every[0][name][1] * nbytes,
+            "GB/s": rate,
+            "of_copy": rate / rates["copy"],
+        }
         for name, rate in rates.items()
     }
 

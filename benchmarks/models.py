@@ -438,13 +438,22 @@ def reached(target: Target, rows: dict[str, Row]) -> Row | None:
     return min(fused, key=lambda row: row["ratio"], default=None)
 
 
+def time_and_bytes(row: Row) -> str:
+    of = row["of_eager"]
+    return f"{row['ratio']:.3f} at {of['saved']:.2f} (peak {of['peak']:.2f})"
+
+
+def compiled_within(rows: dict[str, Row], saved: float) -> str:
+    """The fastest compiled variant of those that save no more."""
+    compiled = [row for variant, row in rows.items() if variant in COMPILED]
+    within = [row for row in compiled if row["of_eager"]["saved"] <= saved + 0.0005]
+    if not within:
+        return "nothing as small" if compiled else "not measured"
+    return time_and_bytes(min(within, key=lambda row: row["ratio"]))
+
+
 def required_rows(models: dict[str, dict[str, dict[str, Row]]]) -> list[list[str]]:
     """What is required, reached, and compiled at most at that memory, of what has been measured."""
-
-    def at(row: Row) -> str:
-        of = row["of_eager"]
-        return f"{row['ratio']:.3f} at {of['saved']:.2f} (peak {of['peak']:.2f})"
-
     lines = []
     for target in TARGETS:
         rows = models.get(target.model, {}).get(target.configuration)
@@ -452,18 +461,36 @@ def required_rows(models: dict[str, dict[str, dict[str, Row]]]) -> list[list[str
             continue
         best = reached(target, rows)
         missed = "" if best and best["ratio"] <= target.most else " MISSED"
-        compiled = [row for variant, row in rows.items() if variant in COMPILED]
-        within = [r for r in compiled if r["of_eager"]["saved"] <= target.saved + 0.0005]
-        theirs = min(within, key=lambda row: row["ratio"], default=None)
         lines.append(
             [
                 f"{target.model}, {target.dtype}, ≤ {target.saved:.2f} saved",
                 f"≤ {target.most:.2f}",
                 f"{target.aim:.2f}",
-                (at(best) if best else "out of reach") + missed,
-                at(theirs) if theirs else "nothing as small" if compiled else "not measured",
+                (time_and_bytes(best) if best else "out of reach") + missed,
+                compiled_within(rows, target.saved),
             ]
         )
+    return lines
+
+
+def required_rows_on_gpu(results: Row) -> list[list[str]]:
+    """The same of a GPU, where it is required of variants, and torch.compile is to be no faster at the memory that each of
+    them really takes."""
+    lines = []
+    for (model, variant), (most, aim) in REQUIRED_ON_GPU.items():
+        for configuration, rows in results["models"].get(model, {}).items():
+            if variant in rows and configuration.startswith("bfloat16"):
+                row = rows[variant]
+                missed = "" if row["ratio"] <= most else " MISSED"
+                lines.append(
+                    [
+                        f"{model}, {variant}, batch {results['batch']}",
+                        f"≤ {most:.2f}",
+                        f"{aim:.2f}",
+                        time_and_bytes(row) + missed,
+                        compiled_within(rows, row["of_eager"]["saved"]),
+                    ]
+                )
     return lines
 
 

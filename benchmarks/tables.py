@@ -14,7 +14,15 @@ from pathlib import Path
 
 from common import RESULTS, ROOT, Row
 from growth import MOST
-from models import COMPILED, ON_CPU, REQUIRED_COLUMNS, faster_compiled, required_rows
+from kernels import AIM, LARGE, REQUIRED, slowest
+from models import (
+    COMPILED,
+    ON_CPU,
+    REQUIRED_COLUMNS,
+    faster_compiled,
+    required_rows,
+    required_rows_on_gpu,
+)
 
 PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
 TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -23,6 +31,7 @@ SHOWN = ["fuse auto", "fuse min", "fuse 1.0", "checkpoint", "Python reference", 
 SHOWN += ["In-Place ABN", "floor: convolutions alone"]
 WITH_RIVALS = {str(configuration) for configuration in ON_CPU if configuration.rivals}
 NOT_MEASURED = "Not measured.\n"
+STAGES = ("smoke", "tests", "memcheck", "racecheck")  # of tests/gpu/run.sh, that pass or fail
 
 
 def load(name: str) -> Row:
@@ -121,10 +130,14 @@ def models_table() -> str:
     return markdown(MODEL_COLUMNS, rows)
 
 
-def cuda_table() -> str:
+def gpu_models() -> list[Path]:
+    return sorted(RESULTS.glob("gpu-models*.json"))
+
+
+def gpu_models_table() -> str:
     """The same on a GPU, of every file: batches, with cuDNN's trials and without."""
     rows = []
-    for path in sorted(RESULTS.glob("models-cuda*.json")):
+    for path in gpu_models():
         results = load(path.stem)
         tuned = ", cuDNN benchmark" if results["cudnn_benchmark"] else ""
         for model, configurations in results["models"].items():
@@ -134,15 +147,44 @@ def cuda_table() -> str:
     return markdown(MODEL_COLUMNS, rows) if rows else NOT_MEASURED
 
 
-def kernels_table() -> str:
+def gpu_table() -> str:
+    """What tests/gpu/run.sh has found: which GPU, what passed, and what is required of speed; with the picture."""
+    summary, kernels = load("gpu-summary"), load("gpu-kernels")
+    if not summary:
+        return NOT_MEASURED
+    machine = summary["machine"]
+    facts = f"{machine['device']}, torch {machine['torch']}, commit {machine['commit']}"
+    rates = f"copy {machine['copy GB/s']} GB/s, bf16 product {machine['bf16 TFLOP/s']} TFLOP/s"
+    ended = {s["stage"]: s for s in summary["stages"]}
+    rows = [
+        [f"{name}: {ended[name]['said']}", "passed", "", ended[name]["status"], ""]
+        for name in STAGES
+        if name in ended
+    ]
+    large = [r for r in kernels.get("maps", {}).values() if r["copy"]["bytes"] >= 2 * LARGE]
+    if large:
+        kernel, row = min((slowest(r) for r in large), key=lambda item: item[1]["of_copy"])
+        missed = "" if row["of_copy"] >= REQUIRED else " MISSED"
+        reached = f"{kernel}, {row['of_copy']:.2f}{missed}"
+        what = f"bandwidth of the slowest kernel, maps ≥ {LARGE >> 20} MiB, of a copy's"
+        rows.append([what, f"≥ {REQUIRED}", f"{AIM:.2f}", reached, ""])
+    for path in gpu_models():
+        rows += required_rows_on_gpu(load(path.stem))
+    table = f"{facts}; {rates}.\n\n{markdown(REQUIRED_COLUMNS, rows)}"
+    pictures = [f"![{p.stem}](benchmarks/results/{p.stem}.png)\n" for p in gpu_models()]
+    return "\n".join([table, *pictures[:1]])
+
+
+def kernels_table(name: str = "kernels-cpu") -> str:
     """Each kernel's bandwidth, and its share of a copy's."""
-    rows, kernels = [], []
-    for device in ("cpu", "cuda"):
-        for title, found in load(f"kernels-{device}").get("maps", {}).items():
-            kernels = list(found)
-            cells = [f"{row['GB/s']:.0f} ({row['of_copy']:.2f})" for row in found.values()]
-            rows.append([f"{device}, {title}", *cells])
-    return markdown(["GB/s (of the copy)", *kernels], rows) if rows else NOT_MEASURED
+    maps = load(name).get("maps", {})
+    if not maps:
+        return NOT_MEASURED
+    rows = [
+        [title, *(f"{row['GB/s']:.0f} ({row['of_copy']:.2f})" for row in found.values())]
+        for title, found in maps.items()
+    ]
+    return markdown(["GB/s (of the copy)", *next(iter(maps.values()))], rows)
 
 
 def summary_table() -> str:
@@ -220,7 +262,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "network": network_table,
     "layers": layers_table,
     "layers-avx2": avx2_table,
-    "models-cuda": cuda_table,
+    "gpu": gpu_table,
+    "gpu-models": gpu_models_table,
+    "gpu-kernels": lambda: kernels_table("gpu-kernels"),
     "kernels": kernels_table,
     "models": models_table,
     "summary": summary_table,
@@ -310,9 +354,9 @@ def main() -> None:
     for page in PAGES:
         page.write_text(filled(page.read_text("utf-8")), "utf-8")
     plot_models(RESULTS / "models-cpu.json", FULL)
-    for path in RESULTS.glob("models-cuda*.json"):
+    for path in gpu_models():
         plot_models(path, "bfloat16, channels last")
-    for path in RESULTS.glob("growth-*.json"):
+    for path in RESULTS.glob("*growth*.json"):
         plot_growth(path)
 
 

@@ -60,6 +60,9 @@ def check_recompute(enabled: bool = True) -> None:
     when the input or the weight was written to in between, and autograd's version check does not see a write to ``.data``
     or through memory that is shared. Costs one more pass over each map; for debugging.
 
+    Rounding is allowed for, also that of another algorithm for the same convolution, which cuDNN may take in backward, and
+    of TF32 where that is allowed: a change must then be larger than 2⁻⁹ (docs/debugging.md has the bounds).
+
     What changes no mean and no variance of a channel, as a write to γ, is not found. Only calls of forward made while it
     is on know the name of their layer; a call of :func:`fusedconvbn.conv_bn` has that of the module that makes it, a
     scripted model that of the module called from Python, compiled code has none.

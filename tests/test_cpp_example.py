@@ -29,6 +29,8 @@ def built(tmp_path_factory):
         [sys.executable, EXAMPLE / "make_model.py", folder],
     ):
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        if "uses CUDA but I cannot find the CUDA" in done.stderr:
+            pytest.skip("this torch has CUDA, whose toolkit CMake did not find")
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return folder
 

@@ -82,20 +82,15 @@ def main() -> None:
         if not torch.cuda.is_available():
             sys.exit(f"torch {torch.__version__} finds no GPU")
     used = find_package(work, device)
-    facts = ["-c", "import json, sys, torch, common\n"
-             "print(json.dumps({**common.machine(torch.device(sys.argv[1])), "
-             "**common.rates(torch.device(sys.argv[1]))}))", device]  # fmt: skip
-    paths = [str(ROOT / "benchmarks"), str(work / "site")]
-    machine = subprocess.run(
-        [sys.executable, *facts],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+    facts = work / "machine.json"
+    subprocess.run(
+        [sys.executable, ROOT / "benchmarks/machine.py", "--device", device, "--output", facts],
+        env={**os.environ, "PYTHONPATH": str(work / "site")},
         cwd=work,
-        stdout=subprocess.PIPE,
         check=True,
-        text=True,
-    ).stdout
-    described = {"package": used, **json.loads(machine)}
-    (work / "machine.json").write_text(json.dumps(described), "utf-8")
+    )
+    described = {"package": used, **json.loads(facts.read_text("utf-8"))}
+    facts.write_text(json.dumps(described), "utf-8")
     rates = f"copy {described['copy GB/s']} GB/s, bf16 product {described['bf16 TFLOP/s']} TFLOP/s"
     print(f"{described['device']}, torch {torch.__version__}, {used}; {rates}")
 

@@ -46,7 +46,8 @@ class Run:
         self.out, self.work, self.start = out, work, time.monotonic()
         self.deadline = self.start + seconds - GRACE
         self.outcomes: list[Outcome] = []
-        self.environment = {**os.environ, "PYTHONUNBUFFERED": "1", "KINETO_LOG_LEVEL": "99"}
+        quiet = {"KINETO_LOG_LEVEL": "99", "TQDM_DISABLE": "1"}
+        self.environment = {**os.environ, "PYTHONUNBUFFERED": "1", **quiet}
         out.mkdir(parents=True, exist_ok=True)
         (out / "log.txt").write_text("", "utf-8")
 

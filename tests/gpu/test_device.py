@@ -79,6 +79,7 @@ def test_whole_steps_captured_in_a_graph(memory):
         torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2, msg=name)
 
 
+@pytest.mark.smoke  # where nothing else takes memory
 @pytest.mark.parametrize("channels_last", (False, True))
 def test_indices_above_32_bits(channels_last):
     if torch.cuda.mem_get_info()[0] < 24 << 30:
