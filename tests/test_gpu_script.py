@@ -49,16 +49,17 @@ def test_a_stage_that_fails_or_hangs_does_not_stop_the_next(tmp_path, monkeypatc
     work, out = tmp_path / "work", tmp_path / "out"
     work.mkdir()
     (work / "machine.json").write_text('{"device": "a GPU"}')
-    runner = run.Run(out, work, seconds=9)
+    runner = run.Run(out, work, seconds=12)
     runner.together([stage("good", 5, "print('3 passed'); print()")])
     runner.together([stage("bad", 5, "print('a line'); raise SystemExit('no such kernel')")])
     together = {"hangs": INTERRUPTED, "stubborn": STUBBORN, "beside": "print('all the same')"}
     runner.together([stage(name, 1.5, code) for name, code in together.items()])
     runner.together([stage("good again", 5, "print(1)")])
+    runner.together([stage("empty", 5, "print('== 2 skipped in 1 s ==')")])
     runner.together([stage("too long", 60, "import time; time.sleep(60)")])
     runner.together([stage("late", 5, "print(1)")])
     runner.print_table()
-    assert time.monotonic() - start < 9 + 1
+    assert time.monotonic() - start < 12 + 1
     summary = json.loads((out / "gpu-summary.json").read_text())
     ended = {s["stage"]: (s["status"], s["said"]) for s in summary["stages"]}
     child = ended.pop("stubborn")[1]
@@ -68,6 +69,7 @@ def test_a_stage_that_fails_or_hangs_does_not_stop_the_next(tmp_path, monkeypatc
         "hangs": ("out of time", "what is known so far"),
         "beside": ("passed", "all the same"),
         "good again": ("passed", "1"),
+        "empty": ("skipped", "2 skipped in 1 s"),
         "too long": ("out of time", "KeyboardInterrupt"),
         "late": ("not reached", ""),
     }
@@ -87,6 +89,21 @@ def test_the_stages_fit_their_time_and_leave_few_files(tmp_path):
     own = {"log.txt", "gpu-summary.json"}
     written = own | {a.name for a in arguments if isinstance(a, Path) and a.parent.name == "out"}
     assert len(written) <= 8
+
+
+def test_without_setup_nothing_is_reached(tmp_path):
+    """As where torch is missing."""
+    (tmp_path / "torch.py").write_text("raise ImportError('there is no torch')")
+    command = ["bash", ROOT / "tests/gpu/run.sh", "--dry-run", tmp_path / "out"]
+    environment = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(tmp_path)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 1, result.stderr
+    table = result.stdout.split("results in")[1].splitlines()[1:]
+    assert len(table) == len(
+        [s for together in stages_of(tmp_path, tmp_path, True) for s in together]
+    )
+    assert "failed" in table[0] and "there is no torch" in table[0]
+    assert all("not reached" in line for line in table[1:])
 
 
 def test_the_rehearsal_is_of_the_same_stages(tmp_path):

@@ -22,6 +22,7 @@ from stages import Stage, stages_of
 SECONDS = 510  # of everything
 LEAST = 5  # seconds that a stage is begun with
 GRACE = 8  # seconds that a stage has to write down what it knows, once it is told to stop
+KILLED = 3  # seconds that the system has to end it
 
 
 @dataclass
@@ -29,7 +30,7 @@ class Outcome:
     """How a stage ended."""
 
     stage: str
-    status: str  # passed, failed, out of time, not reached
+    status: str  # passed, skipped, failed, out of time, not reached
     seconds: float = 0.0
     said: str = ""  # its last line
 
@@ -44,7 +45,7 @@ class Run:
 
     def __init__(self, out: Path, work: Path, seconds: float = SECONDS) -> None:
         self.out, self.work, self.start = out, work, time.monotonic()
-        self.deadline = self.start + seconds - GRACE
+        self.deadline = self.start + seconds - GRACE - KILLED
         self.outcomes: list[Outcome] = []
         quiet = {"KINETO_LOG_LEVEL": "99", "TQDM_DISABLE": "1"}
         self.environment = {**os.environ, "PYTHONUNBUFFERED": "1", **quiet}
@@ -82,7 +83,10 @@ class Run:
                     del running[name]
                     stop(process)
                     text = said.read_text("utf-8", errors="replace")
-                    self._ended(Outcome(name, status, now - begin, last_line(text)), text)
+                    end = last_line(text)
+                    if status == "passed" and "skipped" in end and "passed" not in end:
+                        status = "skipped"  # all tests of it
+                    self._ended(Outcome(name, status, now - begin, end), text)
 
     def use(self, found: Path) -> None:
         """From now on, what setup has left there."""
@@ -122,7 +126,8 @@ def stop(process: subprocess.Popen) -> None:
             process.wait(GRACE)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):  # of a driver that hangs
+        process.wait(KILLED)
 
 
 def main() -> None:
@@ -136,10 +141,11 @@ def main() -> None:
         run = Run(out, work)
         setup, *others = stages_of(out, work, arguments.dry_run)
         run.together(setup)
-        if run.outcomes[0].status == "passed":
-            run.use(work)
-            for stages in others:
-                run.together([s for s in stages if s.name in (arguments.only or [s.name])])
+        run.use(work)
+        if run.outcomes[0].status != "passed":
+            run.deadline = run.start  # nothing else is reached
+        for stages in others:
+            run.together([s for s in stages if s.name in (arguments.only or [s.name])])
         run.print_table()
     sys.exit(any(o.status != "passed" for o in run.outcomes))
 

@@ -28,13 +28,13 @@ class Sizes:
     network: str  # the one that everything is measured of
     others: Sequence[str]
     compiled: Sequence[str]
-    models: Sequence[str]  # options of benchmarks/models.py
-    patience: float  # how many times the seconds that a stage has
+    models: Sequence[str]  # options of the benchmarks
     kernels: Sequence[str]
     profile: Sequence[str]
     smoke: Sequence[str | Path]  # of pytest
     tests: Sequence[str | Path]
-    sanitized: dict[str, Sequence[str]]  # which kernel tests, for each tool
+    sanitized: dict[str, Sequence[str]]  # for each tool
+    patience: float = 1  # how many times its seconds a stage has
 
 
 ON_GPU = Sizes(
@@ -43,7 +43,6 @@ ON_GPU = Sizes(
     others=("efficientnet_b0", "mobilenet_v2", "densenet121", "resnet18"),
     compiled=("compile", "compile, budget 0.5", "compile, budget 0.3"),
     models=("--only", "bfloat16, channels last", "--rounds", "5"),
-    patience=1,
     kernels=("--rounds", "7"),
     profile=(),
     smoke=(TESTS, "-m", "gpu and smoke"),
@@ -54,15 +53,13 @@ ON_GPU = Sizes(
     },
 )
 
-ON_CPU = "(cpu and (test_training or test_processes))"
-# Under the sanitizer this would run on the GPU.
+TESTS_ON_CPU = "cpu and (test_training or test_processes)"
 REHEARSAL = Sizes(
     device="cpu",
     network="resnet18",
     others=("mobilenet_v2",),
     compiled=("compile, budget 0.5",),
     models=("--only", "bfloat16, channels last, 2 threads", "--rounds", "2", "--size", "32"),
-    patience=3,  # a processor may be busy with other things
     kernels=("--rounds", "2", "--mebibytes", "4"),
     profile=("--size", "32"),
     smoke=(TESTS / "gpu", "-m", "smoke", "-k", "cpu"),
@@ -72,12 +69,13 @@ REHEARSAL = Sizes(
         "-m",
         "not smoke",
         "-k",
-        f"(gpu or {ON_CPU}) and not efficientnet and not densenet",
+        f"(gpu or {TESTS_ON_CPU}) and not efficientnet and not densenet",
     ),
-    sanitized={
+    sanitized={  # some of what runs under the tools
         "memcheck": ("-k", "shim and start_between"),
         "racecheck": ("-k", "shim and far_from_zero"),
     },
+    patience=3,  # a processor may be busy with other things
 )
 
 
