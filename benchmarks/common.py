@@ -93,14 +93,15 @@ def time_interleaved(
     times: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
     deadline = math.inf
-    for i in tqdm(range(rounds + 2), desc=label, leave=False):
-        if i == 2:
+    warm_up = 1 if device.type == "cuda" else 2  # rounds; on a GPU one has ten steps
+    for i in tqdm(range(rounds + warm_up), desc=label, leave=False):
+        if i == warm_up:
             deadline = time.perf_counter() + longest
-        if i >= 7 and time.perf_counter() > deadline:
+        if i >= warm_up + 5 and time.perf_counter() > deadline:
             break
         for name in names[i % len(names) :] + names[: i % len(names)]:
             taken = seconds(steps[name], device)
-            if i >= 2:
+            if i >= warm_up:
                 times[name].append(taken)
     return times
 

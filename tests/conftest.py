@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 
@@ -20,6 +22,16 @@ def device(request):
     return request.param
 
 
+def _leave_a_broken_gpu() -> None:
+    """After some errors a process can use the GPU no more: pytest-xdist then starts another."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(3)
+        raise
+
+
 @pytest.fixture(autouse=True)
 def seed():
     """Every test draws the same numbers and leaves the generator and the number of threads as they were. cuDNN's
@@ -32,4 +44,6 @@ def seed():
     ):
         torch.manual_seed(0)
         yield
+        if torch.cuda.is_initialized():
+            _leave_a_broken_gpu()
     torch.set_num_threads(threads)

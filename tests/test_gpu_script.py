@@ -81,10 +81,12 @@ def test_a_stage_that_fails_or_hangs_does_not_stop_the_next(tmp_path, monkeypatc
     assert [line.split("  ")[1] for line in table] == [s["stage"] for s in summary["stages"]]
 
 
-def test_the_stages_fit_their_time_and_leave_few_files(tmp_path):
+def test_the_first_stages_fit_their_time_and_all_leave_few_files(tmp_path):
     stages = stages_of(tmp_path / "out", tmp_path / "work", rehearsal=False)
-    seconds = sum(max(s.seconds for s in together) for together in stages[1:])
-    assert seconds + 25 < run.SECONDS  # and the bundle's setup
+    names = [together[0].name for together in stages]
+    first = stages[1 : names.index("models") + 1]
+    seconds = sum(max(s.seconds for s in together) for together in first)
+    assert seconds + 60 < run.SECONDS - run.GRACE  # beside the setup of a bundle
     arguments = [a for together in stages for s in together for a in s.command]
     own = {"log.txt", "gpu-summary.json"}
     written = own | {a.name for a in arguments if isinstance(a, Path) and a.parent.name == "out"}

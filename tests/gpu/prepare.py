@@ -6,6 +6,7 @@ Leaves in WORK: site/fusedconvbn, these sources with the compiled parts, unless 
 libkernels.so, the kernels alone for this GPU; and machine.json.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -34,10 +35,9 @@ def runs(site: Path | None, device: str, work: Path) -> bool:
     """Whether the package in `site`, or else the installed one, does a step on the device."""
     path = {} if site is None else {"PYTHONPATH": str(site)}
     probe = [sys.executable, "-c", PROBE, device]
-    found = subprocess.run(
-        probe, cwd=work, env={**os.environ, **path}, capture_output=True, text=True
-    )
-    print((found.stdout or found.stderr).strip().splitlines()[-1])
+    options = {"cwd": work, "env": {**os.environ, **path}, "text": True, "timeout": 60}
+    found = subprocess.run(probe, **options, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    print(found.stdout.strip() or f"no word, status {found.returncode}")
     return found.returncode == 0
 
 
@@ -78,7 +78,8 @@ def find_package(work: Path, device: str) -> str:
 def main() -> None:
     work, device = Path(sys.argv[1]), sys.argv[2]
     if device == "cuda":
-        subprocess.run(["nvidia-smi"])
+        with contextlib.suppress(FileNotFoundError):
+            subprocess.run(["nvidia-smi"])
         if not torch.cuda.is_available():
             sys.exit(f"torch {torch.__version__} finds no GPU")
     used = find_package(work, device)

@@ -21,7 +21,7 @@ from stages import Stage, stages_of
 
 SECONDS = 510  # of everything
 LEAST = 5  # seconds that a stage is begun with
-GRACE = 8  # seconds that a stage has to write down what it knows, once it is told to stop
+GRACE = 15  # seconds that a stage has to write down what it knows, once it is told to stop
 KILLED = 3  # seconds that the system has to end it
 
 
@@ -72,16 +72,25 @@ class Run:
                     start_new_session=True,
                 )
             running[stage.name] = stage, process, said
+        late: dict[str, float] = {}  # since when
         while running:
             time.sleep(0.05)
             for name, (stage, process, said) in list(running.items()):
                 now = time.monotonic()
                 status = {None: "", 0: "passed"}.get(process.poll(), "failed")
-                if not status and now > min(begin + stage.seconds, self.deadline):
-                    status = "out of time"
-                if status:
+                if (
+                    not status
+                    and name not in late
+                    and now > min(begin + stage.seconds, self.deadline)
+                ):
+                    process.send_signal(
+                        signal.SIGINT
+                    )  # pytest and the benchmarks write down what they know
+                    late[name] = now
+                if status or now > late.get(name, now) + GRACE:
+                    status = "out of time" if name in late else status
                     del running[name]
-                    stop(process)
+                    end_all(process)
                     text = said.read_text("utf-8", errors="replace")
                     end = last_line(text)
                     if status == "passed" and "skipped" in end and "passed" not in end:
@@ -118,12 +127,8 @@ class Run:
             print(f"  {o.stage.ljust(width)}  {o.status:11}  {o.seconds:4.0f} s  {o.said}")
 
 
-def stop(process: subprocess.Popen) -> None:
-    """Ends a stage and all that it has started; pytest and the benchmarks write down what they know when interrupted."""
-    if process.poll() is None:
-        process.send_signal(signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE)
+def end_all(process: subprocess.Popen) -> None:
+    """Ends a stage and all that it has started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     with contextlib.suppress(subprocess.TimeoutExpired):  # of a driver that hangs

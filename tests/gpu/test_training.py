@@ -16,7 +16,7 @@ LAYOUTS = pytest.mark.parametrize(
     "format", (torch.contiguous_format, torch.channels_last), ids=("nchw", "nhwc")
 )
 TYPES = pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
-AUTOCAST = pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+AUTOCAST = pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16), ids=str)
 
 
 def error(values, truth):
@@ -25,12 +25,16 @@ def error(values, truth):
     return ((ours - exact).norm() / exact.norm()).item()
 
 
-def assert_as_good(ours, theirs, truth, dtype, record=None):
-    """Rounding is amplified by the network, in both alike: what counts is not to be worse than eager in the same type."""
-    found, others = error(ours, truth), error(theirs, truth)
-    if record:
-        record("error, eager's", (found, others))
-    assert found <= 1.5 * others + 8 * torch.finfo(dtype).eps, (found, others)
+def assert_as_good(ours, theirs, truth, dtype, record):
+    """Results, gradients and statistics as `trained` gives them. In float64 they are eager's. Below, rounding is amplified by
+    the network, in both alike: what counts is not to be worse than eager in the same type. For gradients one ReLU
+    whose input is rounded to the other side of 0 is 2 %, and may be in either."""
+    names = ("results", "gradients", "statistics")
+    for name, *values in zip(names, ours, theirs, truth, strict=False):
+        found, others = (error(v, values[2]) for v in values[:2])
+        record(f"error of {name}, eager's", (found, others))
+        floor = 2e-2 if name == "gradients" else 8 * torch.finfo(dtype).eps
+        assert found <= (1e-8 if dtype == torch.float64 else 1.5 * others + floor), name
 
 
 def without_chance(model):
@@ -77,13 +81,13 @@ def test_maps_of_many_parts(name, dtype, format, device):
     tensors = [t.requires_grad_() for t in (y, weight, bias)]
     packed = pack(y, [Norm(weight, bias, activation="relu")])
     out = torch.ops.fusedconvbn._chain_forward(packed.tensors, *packed.options, [])[0]
-    results = (out, *torch.autograd.grad(out, tensors, dout))
     exact = [t.detach().double().requires_grad_() for t in tensors]
-    truth = F.batch_norm(exact[0], None, None, *exact[1:], training=True).relu()
-    truth = (truth, *torch.autograd.grad(truth, exact, dout.double()))
-    # A result that is rounded to 0 has another slope, so a map's error is that of a few values in a hundred thousand.
+    u = F.batch_norm(exact[0], None, None, *exact[1:], training=True)
+    dout[u.abs() < 8 * torch.finfo(dtype).eps] = 0  # where a rounding decides which slope is right
+    results = (out, *torch.autograd.grad(out, tensors, dout))
+    truth = (u.relu(), *torch.autograd.grad(u.relu(), exact, dout.double()))
     for value, expected in zip(results, truth, strict=True):
-        assert error([value], [expected]) < 1e-5 if dtype == torch.float32 else 1e-2
+        assert error([value], [expected]) < (1e-5 if dtype == torch.float32 else 1e-2)
 
 
 class Excited(nn.Module):
@@ -124,8 +128,7 @@ def test_gates_and_pools(dtype, format, memory, device, record_property):
     exact = copy.deepcopy(model).double()
     ours, theirs = (trained(net, images, dtype) for net in (fused, model))
     truth = trained(exact, images.double(), torch.float64)
-    for which in zip(ours, theirs, truth, strict=True):
-        assert_as_good(*which, dtype, record_property)
+    assert_as_good(ours, theirs, truth, dtype, record_property)
 
 
 # --------------------------------------------------------------------------------------------- networks
@@ -146,18 +149,18 @@ def network(name, device, format=torch.channels_last):
 @AUTOCAST
 def test_a_fused_network(name, dtype, memory, device, record_property):
     model, images = network(name, device)
-    exact = copy.deepcopy(model).double()
+    if dtype == torch.float64:
+        model, images = model.double(), images.double()
+    exact, wide = copy.deepcopy(model).double(), images.double()
     fused = fuse(copy.deepcopy(model), images, memory=memory)
     ours, theirs = (trained(net, images, dtype) for net in (fused, model))
-    truth = trained(exact, images.double(), torch.float64)
-    for which in zip(ours, theirs, truth, strict=True):
-        assert_as_good(*which, dtype, record_property)
-    fused.eval(), exact.eval(), model.eval()
+    truth = trained(exact, wide, torch.float64)
+    assert_as_good(ours, theirs, truth, dtype, record_property)
+    for net in (fused, model, exact):
+        net.eval()
     with torch.no_grad():
-        results = [
-            [net(t)] for net, t in ((fused, images), (model, images), (exact, images.double()))
-        ]
-    assert_as_good(*results, torch.float32, record_property)
+        results = [[[net(x)]] for net, x in ((fused, images), (model, images), (exact, wide))]
+    assert_as_good(*results, images.dtype, record_property)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -177,7 +180,9 @@ def test_bytes_of_a_fused_network(name, device):
     for which in ("auto", "min"):
         expected = explain(model, images, memory=which).saved
         assert measured[which].saved == pytest.approx(expected, rel=0.02)
-        assert measured[which].peak < measured["eager"].peak
+        # Blocks of a GPU are rounded up, by 1 MiB at most, and cuDNN's workspaces are among them.
+        slack = 0 if device == "cpu" else 4 << 20
+        assert measured[which].peak < measured["eager"].peak + slack
     assert measured["min"].saved < measured["auto"].saved < 0.65 * measured["eager"].saved
 
 
