@@ -48,6 +48,8 @@ def test_a_stage_that_fails_or_hangs_does_not_stop_the_next(tmp_path, monkeypatc
     start = time.monotonic()
     work, out = tmp_path / "work", tmp_path / "out"
     work.mkdir()
+    out.mkdir()
+    (out / "gpu-models-128.json").write_text("of another day, which would be gone on with")
     (work / "machine.json").write_text('{"device": "a GPU"}')
     runner = run.Run(out, work, seconds=12)
     runner.together([stage("good", 5, "print('3 passed'); print()")])
@@ -74,6 +76,7 @@ def test_a_stage_that_fails_or_hangs_does_not_stop_the_next(tmp_path, monkeypatc
         "late": ("not reached", ""),
     }
     assert gone(child)
+    assert {path.name for path in out.iterdir()} == {"gpu-summary.json", "log.txt"}
     assert summary["machine"] == {"device": "a GPU"}
     log = (out / "log.txt").read_text()
     assert "a line\nno such kernel" in log and "===== late: not reached" in log

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from stages import Stage, stages_of
 
+RESULTS = ("log.txt", "gpu-*.json", "*.xml", "profile.txt")  # those of an earlier run are removed
 SECONDS = 510  # of everything
 LEAST = 5  # seconds that a stage is begun with
 GRACE = 15  # seconds that a stage has to write down what it knows, once it is told to stop
@@ -50,7 +51,9 @@ class Run:
         quiet = {"KINETO_LOG_LEVEL": "99", "TQDM_DISABLE": "1"}
         self.environment = {**os.environ, "PYTHONUNBUFFERED": "1", **quiet}
         out.mkdir(parents=True, exist_ok=True)
-        (out / "log.txt").write_text("", "utf-8")
+        for pattern in RESULTS:
+            for old in out.glob(pattern):
+                old.unlink()
 
     def together(self, stages: Sequence[Stage]) -> None:
         """Runs stages at the same time, each until its own seconds or all seconds are over."""
