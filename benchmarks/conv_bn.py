@@ -4,7 +4,7 @@
 
 Every variant of a comparison does the same work on the same data. The variants take turns, step by step, and the ratio of
 their medians is what counts: on a shared machine the times themselves drift. Prints tables and writes
-benchmarks/results/conv_bn-<device>.json.
+benchmarks/results/conv_bn-cpu.json or gpu-conv_bn.json.
 """
 
 import copy

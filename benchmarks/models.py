@@ -8,7 +8,7 @@
 A step is forward, sum and backward on random images. The variants of a model take turns in one process, of which there are a few:
 where the memory of a process happens to lie makes 10 % and more, for all of its life. A compiled variant has a process of its own,
 where it takes turns with eager; of each memory budget of the compiler there is a fused variant that saves no more. Every ratio is to
-eager in the same processes. Prints tables and writes benchmarks/results/models-<device>.json after each measurement; --resume adds what
+eager in the same processes. Prints tables and writes benchmarks/results/models-cpu.json or gpu-models.json after each measurement; --resume adds what
 is missing there, and each row says of which commit it is. benchmarks/tables.py makes tables and plots of it. Needs torchvision. The tutorial's layer knows no stride and no
 groups: the Python reference has it where a pair has neither, and eager's elsewhere.
 
@@ -342,22 +342,22 @@ def measure(name: str, configuration: Configuration, arguments: argparse.Namespa
 def measure_here(
     name: str, configuration: Configuration, arguments: argparse.Namespace, have: Sequence[str]
 ) -> Iterator[dict[str, Row]]:
-    """Rows of the variants that are wanted and that we do not `have` yet, in parts, until the seconds are over."""
+    """Rows of the variants that are wanted and that we do not `have` yet, in parts, until the seconds are over. Each part has
+    turns of eager's; the first has its row too."""
     deadline = time.perf_counter() + arguments.seconds
 
     def missing(variant: str) -> bool:
         return variant not in have and variant in (arguments.variants or [variant])
 
-    def measured(nets: dict[str, nn.Module], facts: dict[str, Row]) -> dict[str, Row]:
-        rows = pooled([load.rows({"eager": load.model, **nets}, arguments.rounds)])
-        return {variant: {**row, **facts.get(variant, {})} for variant, row in rows.items()}
-
     load = Workload.of(name, arguments, configuration)
-    if "eager" not in have:
-        yield measured(*load.all_fused([m for m in QUICK if missing(f"fuse {m}")]))
+    fused, facts = load.all_fused([m for m in QUICK if missing(f"fuse {m}")])
+    if fused or "eager" not in have:
+        rows = pooled([load.rows({"eager": load.model, **fused}, arguments.rounds)])
+        yield {v: {**row, **facts.get(v, {})} for v, row in rows.items() if v not in have}
     for variant, budget in COMPILED.items():
         if missing(variant) and time.perf_counter() < deadline:
-            rows = measured({variant: compiled(load.model, budget)}, {})
+            nets = {"eager": load.model, variant: compiled(load.model, budget)}
+            rows = pooled([load.rows(nets, arguments.rounds)])
             yield {variant: {**rows[variant], "eager_milliseconds": rows["eager"]["milliseconds"]}}
 
 
