@@ -23,7 +23,10 @@ const char* device_free(void* at) { return message(cudaFree(at)); }
 const char* device_copy(void* to, const void* from, int64_t bytes) {
   return message(cudaMemcpy(to, from, bytes, cudaMemcpyDefault));
 }
-const char* device_wait() { return message(cudaDeviceSynchronize()); }
+const char* device_wait() {
+  const auto launched = cudaGetLastError();
+  return message(launched == cudaSuccess ? cudaDeviceSynchronize() : launched);
+}
 
 int64_t scratch_bytes(const int64_t* map) { return cuda::scratch_bytes(map_of(map)); }
 

@@ -36,7 +36,11 @@ def runs(site: Path | None, device: str, work: Path) -> bool:
     path = {} if site is None else {"PYTHONPATH": str(site)}
     probe = [sys.executable, "-c", PROBE, device]
     options = {"cwd": work, "env": {**os.environ, **path}, "text": True, "timeout": 60}
-    found = subprocess.run(probe, **options, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        found = subprocess.run(probe, **options, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    except subprocess.TimeoutExpired as error:
+        print(error)
+        return False
     print(found.stdout.strip() or f"no word, status {found.returncode}")
     return found.returncode == 0
 
