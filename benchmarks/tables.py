@@ -150,9 +150,9 @@ def gpu_models_table() -> str:
 def gpu_table() -> str:
     """What tests/gpu/run.sh has found: which GPU, what passed, and what is required of speed; with the picture."""
     summary, kernels = load("gpu-summary"), load("gpu-kernels")
-    if not summary:
+    machine = summary.get("machine")
+    if not machine:  # what setup finds
         return NOT_MEASURED
-    machine = summary["machine"]
     facts = f"{machine['device']}, torch {machine['torch']}, commit {machine['commit']}"
     rates = f"copy {machine['copy GB/s']} GB/s, bf16 product {machine['bf16 TFLOP/s']} TFLOP/s"
     ended = {s["stage"]: s for s in summary["stages"]}

@@ -155,6 +155,8 @@ def test_the_table_of_a_gpu_says_what_is_missed(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     assert tables.gpu_table() == tables.gpu_models_table() == "Not measured.\n"
     assert tables.TABLES["gpu-kernels"]() == "Not measured.\n"
+    (tmp_path / "gpu-summary.json").write_text('{"machine": {}, "stages": []}')
+    assert tables.gpu_table() == "Not measured.\n"  # setup failed
     rows = {"fuse 1.0": row(0.9, 0.95), "fuse min": row(1.0, 0.25), "compile": row(0.8, 0.94)}
     rows |= {"compile, budget 0.3": row(1.2, 0.2)}
     models = {"resnet50": {"bfloat16, channels last": rows}}
