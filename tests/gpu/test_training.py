@@ -225,8 +225,8 @@ def test_what_is_recomputed_is_what_forward_had(dtype, format, tf32, device):
 
 
 @pytest.mark.parametrize("memory", ("auto", "min"))
-def test_compiled(memory, device):
-    """By Inductor, with the fused model's operators in the graph."""
+def test_compiled_by_inductor(memory, device):
+    """With the fused model's operators in the graph."""
     torch._dynamo.reset()
     model = Excited().to(device, memory_format=torch.channels_last)
     images = torch.randn(6, 3, 36, 44).to(device, memory_format=torch.channels_last)
