@@ -25,9 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import fusedconvbn
-from fusedconvbn import (
-    _torchvision,  # `torchvision.models`, whichever torch torchvision was built for
-)
+from fusedconvbn import _torchvision
 
 MIB = 2**20
 PROCESSES = 2

@@ -81,14 +81,10 @@ class Run:
             for name, (stage, process, said) in list(running.items()):
                 now = time.monotonic()
                 status = {None: "", 0: "passed"}.get(process.poll(), "failed")
-                if (
-                    not status
-                    and name not in late
-                    and now > min(begin + stage.seconds, self.deadline)
-                ):
-                    process.send_signal(
-                        signal.SIGINT
-                    )  # pytest and the benchmarks write down what they know
+                over = now > min(begin + stage.seconds, self.deadline)
+                if not status and over and name not in late:
+                    # pytest and the benchmarks write down what they know
+                    process.send_signal(signal.SIGINT)
                     late[name] = now
                 if status or now > late.get(name, now) + GRACE:
                     status = "out of time" if name in late else status
