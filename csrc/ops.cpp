@@ -36,29 +36,44 @@ TORCH_LIBRARY(fusedconvbn, m) {
   m.impl("conv_bn_chain", c10::DispatchKey::CompositeImplicitAutograd, TORCH_FN(conv_bn_chain));
 }
 
+namespace {
+
+// Looked up when the library is loaded: a static of a function may be half made when another thread forks.
+template <typename F>
+auto handle(const char* name, F*) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<F>();
+}
+
+const auto chain_forward_op = handle("fusedconvbn::_chain_forward", chain_forward);
+const auto chain_backward_op = handle("fusedconvbn::_chain_backward", chain_backward);
+const auto channel_stats_op = handle("fusedconvbn::_channel_stats", channel_stats);
+const auto places_in_window_op = handle("fusedconvbn::_places_in_window", places_in_window);
+const auto places_in_map_op = handle("fusedconvbn::_places_in_map", places_in_map);
+
+}  // namespace
+
 ChainResult chain_forward(at::TensorList tensors, at::IntArrayRef links, at::ArrayRef<double> scalars,
                           std::string_view process_group, at::IntArrayRef kept,
                           const std::optional<Tensor>& input_statistics) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("fusedconvbn::_chain_forward", "")
-                             .typed<decltype(chain_forward)>();
-  return op.call(tensors, links, scalars, process_group, kept, input_statistics);
+  return chain_forward_op.call(tensors, links, scalars, process_group, kept, input_statistics);
 }
 
 Tensor channel_stats(const Tensor& input, std::string_view process_group) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("fusedconvbn::_channel_stats", "")
-                             .typed<decltype(channel_stats)>();
-  return op.call(input, process_group);
+  return channel_stats_op.call(input, process_group);
 }
 
 std::vector<Tensor> chain_backward(const Tensor& dout, at::TensorList tensors, at::TensorList kept_maps,
                                    at::TensorList statistics, at::IntArrayRef links, at::ArrayRef<double> scalars,
                                    std::string_view process_group, at::IntArrayRef kept, at::IntArrayRef wanted) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("fusedconvbn::_chain_backward", "")
-                             .typed<decltype(chain_backward)>();
-  return op.call(dout, tensors, kept_maps, statistics, links, scalars, process_group, kept, wanted);
+  return chain_backward_op.call(dout, tensors, kept_maps, statistics, links, scalars, process_group, kept, wanted);
+}
+
+Tensor places_in_window(const Tensor& indices, at::IntArrayRef window, c10::SymInt width) {
+  return places_in_window_op.call(indices, window, width);
+}
+
+Tensor places_in_map(const Tensor& places, at::IntArrayRef window, c10::SymInt width) {
+  return places_in_map_op.call(places, window, width);
 }
 
 }  // namespace fusedconvbn

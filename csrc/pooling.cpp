@@ -2,7 +2,6 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/div.h>
 #include <ATen/ops/empty_like.h>
@@ -28,20 +27,6 @@ PoolWindow PoolWindow::unpack(at::IntArrayRef v) {
 
 std::vector<int64_t> PoolWindow::packed() const {
   return {kernel[0], kernel[1], stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1]};
-}
-
-Tensor places_in_window(const Tensor& indices, at::IntArrayRef window, c10::SymInt width) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("fusedconvbn::_places_in_window", "")
-                             .typed<decltype(places_in_window)>();
-  return op.call(indices, window, width);
-}
-
-Tensor places_in_map(const Tensor& places, at::IntArrayRef window, c10::SymInt width) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("fusedconvbn::_places_in_map", "")
-                             .typed<decltype(places_in_map)>();
-  return op.call(places, window, width);
 }
 
 namespace {

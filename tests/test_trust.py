@@ -5,6 +5,7 @@ import copy
 import ctypes
 import os
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -122,6 +123,48 @@ def test_a_forked_worker_after_the_parent_used_the_layers():
     )
     assert torch.equal(torch.stack(list(loader)), expected)
     step(steps.model, steps.x)  # and the parent goes on
+
+
+# Runs in a process of its own: it may hang.
+FORKS = """
+import os, signal, sys, threading, time, torch
+from fusedconvbn import conv_bn, empty_cache
+
+torch.set_num_threads(1)
+x, w = torch.randn(1, 1, 512, 513), torch.randn(1, 1, 1, 1)
+inherited = [conv_bn(x, w)]
+stop = False
+
+def work():
+    while not stop:
+        conv_bn(x, w)
+        empty_cache()
+
+threads = [threading.Thread(target=work, daemon=True) for _ in range(2)]
+for thread in threads:
+    thread.start()
+end = time.time() + 5
+while time.time() < end:
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        inherited.clear()
+        mine = conv_bn(x, w)
+        empty_cache()
+        os._exit(0 if torch.isfinite(mine).all() else 1)
+    _, status = os.waitpid(child, 0)
+    if status != 0:
+        print("a child ended with", status)
+        os._exit(1)
+os._exit(0)
+"""
+
+
+def test_forks_beside_a_thread_that_allocates():
+    result = subprocess.run(
+        [sys.executable, "-c", FORKS], capture_output=True, text=True, timeout=100
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 # ------------------------------------------------------------------------------------------- allocation failures

@@ -10,6 +10,7 @@
 
 // Its maps would hide what the sanitizer looks for.
 #if defined(__linux__) && !defined(__SANITIZE_ADDRESS__)
+#include <pthread.h>
 #include <sys/mman.h>
 #include <unistd.h>
 #define FUSEDCONVBN_ARENA 1
@@ -78,6 +79,8 @@ class Arena {
     free_[at] = bytes;
   }
 
+  std::mutex& mutex() { return mutex_; }
+
   size_t empty() {
     const std::lock_guard lock(mutex_);
     size_t given_back = 0;
@@ -99,14 +102,11 @@ class Arena {
   std::map<char*, size_t> free_, used_;  // bytes at an address; neighbours in free_ are joined
 };
 
-Arena& arena() {
-  static Arena& instance = *new Arena;  // outlives every tensor
-  return instance;
-}
+Arena& arena = *new Arena;  // outlives every tensor
 
 void give_back(void* block) {
   c10::profiledCPUMemoryReporter().Delete(block);
-  arena().give_back(block);
+  arena.give_back(block);
 }
 
 // In front of the allocator that was there before; passes on what is small or asked for outside of a scope.
@@ -118,7 +118,7 @@ class ArenaAllocator final : public c10::Allocator {
   }
 
   c10::DataPtr allocate(size_t bytes) override {
-    void* const block = in_scope && bytes >= smallest ? arena().take(bytes) : nullptr;
+    void* const block = in_scope && bytes >= smallest ? arena.take(bytes) : nullptr;
     if (!block) return before()->allocate(bytes);
     c10::profiledCPUMemoryReporter().New(block, bytes);
     return {block, block, &give_back, c10::Device(c10::kCPU)};
@@ -126,7 +126,7 @@ class ArenaAllocator final : public c10::Allocator {
 
   c10::DeleterFnPtr raw_deleter() const override {
     if (!before()->raw_deleter()) return nullptr;
-    return [](void* block) { arena().owns(block) ? give_back(block) : before()->raw_deleter()(block); };
+    return [](void* block) { arena.owns(block) ? give_back(block) : before()->raw_deleter()(block); };
   }
 
   void copy_data(void* to, const void* from, size_t bytes) const override { before()->copy_data(to, from, bytes); }
@@ -135,6 +135,8 @@ class ArenaAllocator final : public c10::Allocator {
 [[maybe_unused]] const bool installed = [] {
   ArenaAllocator::before() = c10::GetCPUAllocator();
   c10::SetCPUAllocator(new ArenaAllocator, /*priority=*/1);
+  // A forked process has the thread that forked and no other: what another one holds then would stay locked for ever.
+  pthread_atfork([] { arena.mutex().lock(); }, [] { arena.mutex().unlock(); }, [] { arena.mutex().unlock(); });
   return true;
 }();
 
@@ -149,7 +151,7 @@ ArenaScope::~ArenaScope() { in_scope = outer_; }
 TORCH_LIBRARY_FRAGMENT(fusedconvbn, m) {
   m.def("_empty_cache() -> int", [] {
 #ifdef FUSEDCONVBN_ARENA
-    return int64_t(arena().empty());
+    return int64_t(arena.empty());
 #else
     return int64_t(0);
 #endif

@@ -22,9 +22,10 @@ constexpr auto channels_last = at::MemoryFormat::ChannelsLast;
 constexpr int64_t grain = 1 << 15;   // products that are worth a thread
 constexpr int64_t most_slices = 16;  // of a weight gradient, which are added up in order
 
-std::optional<cpu::DepthwiseLoops> loops(int64_t kernel, int64_t stride) {
+const std::string capability = at::get_cpu_capability();
+
+std::optional<cpu::DepthwiseLoops> loops([[maybe_unused]] int64_t kernel, [[maybe_unused]] int64_t stride) {
 #if defined(__x86_64__)
-  static const std::string capability = at::get_cpu_capability();
   if (capability == "AVX2") return cpu::depthwise_loops_avx2(kernel, stride);
   if (capability.find("AVX") == 0) return cpu::depthwise_loops_avx512(kernel, stride);
 #endif
@@ -69,10 +70,11 @@ bool depthwise_applies(const Conv& conv, const Tensor& input, const Tensor& weig
 bool is_depthwise(const Conv& conv, const Tensor& input, const Tensor& weight) {
   if (!input.is_cpu() || input.dim() != 4 || conv.transposed) return false;
   const int64_t channels = input.size(1), kernel = weight.size(2), stride = conv.stride[0];
-  return conv.groups == channels && weight.size(0) == channels && channels >= 16 && channels <= cpu::most_channels &&
-         (kernel == 3 || kernel == 5) && weight.size(3) == kernel && (stride == 1 || stride == 2) &&
-         conv.stride[1] == stride && conv.dilation[0] == 1 && conv.dilation[1] == 1 && conv.padding[0] < kernel &&
-         conv.padding[1] < kernel && input.is_contiguous(channels_last) && input.numel() > 0 && loops(kernel, stride);
+  return conv.groups == channels && weight.size(0) == channels && weight.size(1) == 1 && channels >= 16 &&
+         channels <= cpu::most_channels && (kernel == 3 || kernel == 5) && weight.size(3) == kernel &&
+         (stride == 1 || stride == 2) && conv.stride[1] == stride && conv.dilation[0] == 1 && conv.dilation[1] == 1 &&
+         conv.padding[0] < kernel && conv.padding[1] < kernel && input.is_contiguous(channels_last) &&
+         input.numel() > 0 && loops(kernel, stride);
 }
 
 Tensor depthwise(const Conv& conv, const Tensor& input, const Tensor& weight) {
