@@ -47,4 +47,10 @@ std::optional<ChannelLayout> channel_layout(const at::Tensor& y) {
   return std::nullopt;
 }
 
+ChannelLayout dense_layout(const at::Tensor& y) {
+  const auto layout = channel_layout(y);
+  TORCH_INTERNAL_ASSERT(layout, "a map of strides ", y.strides(), " reached a kernel");
+  return *layout;
+}
+
 }  // namespace fusedconvbn

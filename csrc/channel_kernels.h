@@ -74,4 +74,7 @@ struct ChannelLayout {
 // The layout of y, or nothing when y is neither dense form.
 std::optional<ChannelLayout> channel_layout(const at::Tensor& y);
 
+// The same of a map that is dense.
+ChannelLayout dense_layout(const at::Tensor& y);
+
 }  // namespace fusedconvbn

@@ -17,7 +17,6 @@
 #include "channel_kernels.h"
 #include "cpu/arena.h"
 #include "ops.h"
-#include "pointwise.h"
 #include "process_group.h"
 #include "recompute_check.h"
 
@@ -59,7 +58,7 @@ class Execution {
     if (chain_.parts == 1) maps_[0] = tensors[0];
     kept_[0] = chain_.parts == 1;
     if (input_statistics.defined() && chain_[0].norm() && chain_[0].norm()->batch_statistics())
-      statistics_[0] = input_statistics.clone();
+      statistics_[0] = input_statistics.clone(at::MemoryFormat::Contiguous);
     check_places("kept", kept, 1, int64_t(chain_.size()));
     for (const auto i : kept) kept_[i] = true;
   }
@@ -84,18 +83,14 @@ class Execution {
     for (const auto& link : chain_) norms += link.normalises();
     TORCH_CHECK_VALUE(statistics.size() == norms, "got ", statistics.size(), " statistics for ", norms, " norm links");
     for (size_t i = chain_.size(); i-- > 0;)
-      if (chain_[i].normalises()) statistics_[i] = statistics[--norms];
+      if (chain_[i].normalises()) statistics_[i] = statistics[--norms].contiguous();
+    check_maps(dout);
     plan_gradients(wanted);
     remade_.assign(maps_.size(), false);
 
     grad_owned_ = nobody_else_has(dout);
     grad_ = std::move(dout);
     for (size_t i = chain_.size(); i-- > 0 && reached_[i + 1];) {
-      if (goes_around(i)) {
-        if (!maps_[i - 1].defined()) remake(i - 1);
-        pointwise_backward(i--);
-        continue;
-      }
       if (read_[i] && !maps_[i].defined()) remake(i);
       if (const auto* conv = chain_[i].conv())
         conv_backward(*conv, i);
@@ -121,6 +116,25 @@ class Execution {
     return place < 0 ? std::nullopt : std::optional<Tensor>(tensors_[place]);
   }
   bool wanted(int64_t place) const { return place >= 0 && wanted_[place]; }
+
+  // What backward is given went through the hands of autograd's hooks, or is a caller's. The maps must be those of
+  // forward, but for their layout: each link makes sure of that where it reads one.
+  void check_maps(const Tensor& dout) const {
+    auto sizes = tensors_[0].sym_sizes().vec();
+    for (int64_t p = 1; p < chain_.parts; ++p) sizes[1] = sizes[1] + tensors_[p].sym_size(1);
+    const auto check = [&](const char* name, size_t i, const Tensor& t) {
+      TORCH_CHECK_VALUE(
+          t.sym_sizes() == sizes && t.scalar_type() == tensors_[0].scalar_type() && t.device() == tensors_[0].device(),
+          "expected the ", name, " of map ", i, " to be of shape ", c10::SymIntArrayRef(sizes), ", ",
+          tensors_[0].scalar_type(), " and on ", tensors_[0].device(), ", got ", t.sym_sizes(), ", ", t.scalar_type(),
+          " and ", t.device());
+    };
+    for (size_t i = 0; i < chain_.size(); ++i) {
+      if (const auto* conv = chain_[i].conv()) sizes = conv->output_sizes(sizes, tensor(chain_[i].weight).sym_sizes());
+      if (maps_[i + 1].defined()) check("values", i + 1, maps_[i + 1]);
+    }
+    check("gradient", chain_.size(), dout);
+  }
 
   // A virtual concatenation exists while a link reads it.
   void make_input() {
@@ -191,7 +205,7 @@ class Execution {
                       t.sizes());
     if (t.numel() == 0) return t;
     const auto layout = channel_layout(t);
-    if (layout && layout->channels_last == channel_layout(like)->channels_last) return t;
+    if (layout && layout->channels_last == dense_layout(like).channels_last) return t;
     return at::empty_like(like).copy_(t);
   }
 
@@ -213,7 +227,8 @@ class Execution {
   Tensor statistics(const Norm& norm, size_t i, const Tensor& y) const {
     // An operator's results are its own.
     if (norm.arithmetic == Arithmetic::running)
-      return tensor(chain_[i].statistics).to(statistics_dtype(y), /*non_blocking=*/false, /*copy=*/true);
+      return tensor(chain_[i].statistics)
+          .to(statistics_dtype(y), /*non_blocking=*/false, /*copy=*/true, at::MemoryFormat::Contiguous);
     // A process without samples takes part in a synchronised batch.
     TORCH_CHECK_VALUE(y.numel() > 0 || !process_group_.empty(), "a norm link needs values, got shape ", y.sizes());
     return map_statistics(y, process_group_);
@@ -256,10 +271,11 @@ class Execution {
     if (!norm.normalises()) return plain(y);
     const auto& statistics = statistics_[i];
     const int64_t rows = synchronised(norm) ? 5 : 2;
-    TORCH_CHECK_VALUE(statistics.sizes() == at::IntArrayRef({rows, y.size(1)}) && statistics.is_contiguous() &&
+    TORCH_CHECK_VALUE(statistics.sizes() == at::IntArrayRef({rows, y.size(1)}) &&
                           statistics.scalar_type() == statistics_dtype(y) && statistics.device() == y.device(),
-                      "expected the statistics of a map of shape ", y.sizes(), ", got ", statistics.toString(),
-                      statistics.sizes());
+                      "expected the statistics of a map of shape ", y.sizes(), " to be of shape [", rows, ", ",
+                      y.size(1), "], ", statistics_dtype(y), " and on ", y.device(), ", got ", statistics.sizes(), ", ",
+                      statistics.scalar_type(), " and ", statistics.device());
     TORCH_CHECK_VALUE(norm.arithmetic != Arithmetic::tutorial || process_group_.empty(),
                       "the tutorial's arithmetic is not synchronised");
     return {statistics, channel_kernels(y).affine_vectors(statistics, channel_vector(chain_[i].weight, y),
@@ -279,17 +295,6 @@ class Execution {
     const auto& link = chain_[i];
     const bool others = reached_[i] || wanted(link.weight) || wanted(link.bias);
     return !others && (link.norm()->activation.none() || result(i).defined());
-  }
-
-  // Whether backward goes from T_{i+1} to T_{i−1} without T_i: it is not at hand, and act' of link i does not need it.
-  // (A check of what is remade wants it remade.)
-  bool goes_around(size_t i) const {
-    const auto* norm = chain_[i].norm();
-    if (i == 0 || !norm || !chain_[i - 1].conv() || maps_[i].defined() || !reached_[i] || recompute_is_checked())
-      return false;
-    const bool slope_at_hand = norm->activation.none() || result(i).defined();
-    return norm->batch_statistics() && process_group_.empty() && slope_at_hand && grad_.numel() > 0 &&
-           pointwise_applies(*chain_[i - 1].conv(), grad_, tensor(chain_[i - 1].weight));
   }
 
   // reached: the gradient of T_i is needed. read: a backward that will run reads T_i.
@@ -343,7 +348,7 @@ class Execution {
       return channel_sums(a, b, plain(b), {}, {}).select(0, 1).clone();
     };
     if (b.numel() == 0) return at::zeros({samples, channels}, b.options().memory_format(std::nullopt));
-    if (!channel_layout(b)->channels_last) {  // then samples are as good as channels
+    if (!dense_layout(b).channels_last) {  // then samples are as good as channels
       auto flat = b.sizes().vec();
       flat[0] = 1, flat[1] = samples * channels;
       return dots(a.view(flat), b.view(flat)).view({samples, channels});
@@ -451,38 +456,6 @@ class Execution {
     Tensor out = y_owned ? y : grad_owned_ ? dout : at::empty_like(y);
     if (y.numel()) kernels.grad_apply_(out, dout, y, affine, linear, activation);
     grad_ = std::move(out);
-    grad_owned_ = true;
-  }
-
-  // Of norm link i and the 1×1 convolution in front of it, without the map between them (pointwise.h).
-  void pointwise_backward(size_t i) {
-    const auto &link = chain_[i], &conv = chain_[i - 1];
-    const auto& norm = *link.norm();
-    const Tensor in = std::move(maps_[i - 1]);
-    const auto& kernels = channel_kernels(in);
-    const auto x = dense(in, i - 1), out = result(i);
-    auto dout = out.defined() ? dense_like("gradient", grad_, out) : dense(grad_);
-    grad_owned_ |= !dout.is_same(grad_);
-    Joined joined;
-    if (out.defined()) joined = {.residual = {}, .result = out, .du = grad_owned_ ? dout : at::empty_like(out)};
-    const auto s1 = channel_sums(dout, dout, plain(dout), norm.activation, joined).select(0, 0);
-    grad_owned_ |= joined.du.defined();
-    grad_ = joined.du.defined() ? joined.du : dout;
-    share_with_residual(i);
-
-    auto centred = remade_[i - 1] || !x.is_same(in) ? x : at::empty_like(x);
-    kernels.apply_(centred, x, {kernels.stats(x), plain(x).vectors}, Activation{}, {});
-    const Pointwise pointwise(*conv.conv(), grad_, centred, tensor(conv.weight));
-    const auto affine = this->affine(norm, i, grad_);
-    const auto sums = at::stack({s1, pointwise.dots()});
-    const auto vectors = kernels.grad_vectors(sums, sums, affine, false, normalisation(norm, grad_));
-    const auto scale = affine.vectors.select(0, 0), slope = vectors.select(0, 0);
-    give(link.weight, vectors.select(0, 2));
-    give(link.bias, s1);
-    if (wanted(conv.weight))
-      grads_[conv.weight] = pointwise.grad_weight(scale, slope).to(tensor(conv.weight).scalar_type());
-    if (!reached_[i - 1]) return grad_.reset();
-    grad_ = pointwise.grad_input(scale, slope, vectors.select(0, 1));
     grad_owned_ = true;
   }
 

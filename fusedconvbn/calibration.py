@@ -28,7 +28,7 @@ def measured_seconds(maps: list[InnerMap], model: nn.Module, eager: Profile) -> 
             key = (shape, str(module), eager.inputs[m.path])
         if key not in known:
             known[key] = _seconds(module, shape, eager.inputs.get(m.path), model, m)
-        result.append(replace(m, seconds=m.share * known[key]))
+        result.append(replace(m, seconds=known[key]))
     return result
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from .calibration import measured_seconds
 from .forward import fused_forward
-from .links import BATCH_NORMS, Chain, ConvOptions
+from .links import BATCH_NORMS, Chain, ConvOptions, refuse_lazy
 from .matching import reason_against
 from .planning import (
     AUTO_FRACTION,
@@ -22,7 +22,6 @@ from .planning import (
     parse_memory,
     price_per_byte,
     seconds_per_value,
-    share_of_going_around,
 )
 from .profiling import Profile, device_of, profile
 from .tracing import Untraceable, is_leaf
@@ -129,6 +128,8 @@ def fused_with_findings(
         raise TypeError(
             f"fuse: expected model to be an nn.Module that is not scripted, got {type(model).__name__}"
         )
+    for name, module in model.named_modules():
+        refuse_lazy("fuse", f"{name or 'model'!r}", module)
     memory = parse_memory(memory)
     if example_inputs is None and (calibrate or not isinstance(memory, str)):
         what = "calibrate=True" if calibrate else f"memory={memory!r}"
@@ -290,15 +291,11 @@ def _inner_maps(
             if eager is not None:
                 values, nbytes = eager.values.get(path, 0), eager.nbytes.get(path, 0)
             itemsize = nbytes // values if values else 4
-            share = 1.0
-            if local == chain.around and eager is not None:
-                share = share_of_going_around(module, values, itemsize, device)
             maps[path] = InnerMap(
                 path,
                 nbytes,
-                int(share * flops_per_value(module) * values),
-                share * seconds_per_value(module, itemsize, device) * values,
-                share,
+                int(flops_per_value(module) * values),
+                seconds_per_value(module, itemsize, device) * values,
             )
     return list(maps.values())
 

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
+from .batch_norm import batch_norm_attributes, batch_norm_link
 from .chain import ACTIVATIONS, PARAMETERS, parse_activation
 from .synchronised import Synchronised
 
@@ -56,6 +58,14 @@ class ConvOptions(NamedTuple):
             list(conv.output_padding),
             pad if any(pad) else [],
             mode,
+        )
+
+
+def refuse_lazy(where: str, name: str, module: Any) -> None:
+    """A lazy module has no parameters, and what it becomes is not known, before its first call."""
+    if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+        raise TypeError(
+            f"{where}: expected {name} with parameters, got a lazy {type(module).__name__}: call it, or its model, once"
         )
 
 
@@ -130,21 +140,11 @@ class Call:
         self.links += link.packed(bn.weight is not None, bn.bias is not None, residual is not None)
         self.scalars += [bn.eps, link.parameter]
 
-        has_running = bn.running_mean is not None
-        training = bn.training or not has_running
-        counts = bn.training and bn.track_running_stats and has_running
-        momentum = bn.momentum
-        buffers = []
-        if counts or not training:
-            buffers = [bn.running_mean, bn.running_var]
-        if counts and bn.num_batches_tracked is not None:
-            buffers.append(bn.num_batches_tracked)
-        elif momentum is None:
-            momentum = 0.0
+        buffers, count, momentum, training = batch_norm_link(*batch_norm_attributes(bn))
         self.buffers += buffers
-        self.buffer_counts.append(len(buffers))
-        self.momenta.append(float("nan") if momentum is None else momentum)
-        self.training.append(int(training))
+        self.buffer_counts.append(count)
+        self.momenta.append(momentum)
+        self.training.append(training)
         if training:
             synchronised = isinstance(bn, nn.SyncBatchNorm) and bn.training
             name = Synchronised(True, bn.process_group).group_name() if synchronised else ""
@@ -176,16 +176,6 @@ class Chain:
     def maps(self) -> list[tuple[str, ...]]:
         """The inner maps, by the path of the module whose result they are; the place of the first one is 1 + gated."""
         return [link.path for link in self.links[:-1]]
-
-    @property
-    def around(self) -> tuple[str, ...] | None:
-        """The map that backward need not remake, if a 1×1 convolution makes it (csrc/pointwise.h): the one in front of a
-        last link whose slope is at hand."""
-        if len(self.links) < 2 or not isinstance(self.links[-1], NormLink):
-            return None
-        activation = self.links[-1].activation
-        at_hand = activation == "none" or (activation == "relu" and self.joined)
-        return self.links[-2].path if at_hand else None
 
     def plan(self, kept: Any) -> None:
         """Keeps those of the maps whose path is in `kept`, joined by dots."""

@@ -37,14 +37,12 @@ class InnerMap:
         nbytes: its size.
         flops: of remaking it.
         seconds: the time of remaking it.
-        share: the part of its convolution's work that this is.
     """
 
     path: str
     nbytes: int
     flops: int
     seconds: float
-    share: float = 1.0
 
 
 def flops_per_value(module: nn.Module) -> float:
@@ -74,24 +72,6 @@ def seconds_per_value(module: nn.Module, itemsize: int, device: str) -> float:
     if device == "cpu" and itemsize == 4 and _is_winograd(module):
         speed *= _WINOGRAD
     return flops_per_value(module) / speed + moved
-
-
-def share_of_going_around(module: nn.Module, values: int, itemsize: int, device: str) -> float:
-    """The part of a 1×1 convolution's work that backward does where it goes around its result, of so many values, instead
-    of remaking it; 1 where it does not (``pointwise_applies`` in csrc/pointwise.cpp)."""
-    if (
-        device != "cpu"
-        or itemsize < 4
-        or not isinstance(module, CONVOLUTIONS)
-        or module.transposed
-        or module.groups != 1
-        or any(size != 1 for size in (*module.kernel_size, *module.stride))
-        or (module.padding not in ("same", "valid") and any(module.padding))
-    ):
-        return 1.0
-    positions = max(values // module.out_channels, 1)
-    share = 2 * module.in_channels / module.out_channels + 2 * module.in_channels / positions
-    return share if share < 0.9 else 1.0
 
 
 def _is_winograd(module: nn.Module) -> bool:

@@ -37,9 +37,11 @@ cpu::ChannelLoopsPair<T> choose_loops() {
 }
 
 template <typename T>
+const auto chosen_loops = choose_loops<T>();
+
+template <typename T>
 const ChannelLoops<T>& loops(const ChannelLayout& layout) {
-  static const auto pair = choose_loops<T>();
-  return layout.channels_last ? pair.channels_last : pair.contiguous;
+  return layout.channels_last ? chosen_loops<T>.channels_last : chosen_loops<T>.contiguous;
 }
 
 Shape shape_of(const ChannelLayout& layout) { return {layout.outer, layout.channels, layout.inner}; }
@@ -93,7 +95,7 @@ void dispatch(const Tensor& y, const F& f) {
 }
 
 Tensor channel_stats(const Tensor& y) {
-  const auto layout = *channel_layout(y);
+  const auto layout = dense_layout(y);
   const int64_t C = layout.channels, count = layout.count();
   auto result = at::empty({2, C}, y.options().dtype(statistics_dtype(y)).memory_format(std::nullopt));
   dispatch(y, [&]<typename T>(T) {
@@ -122,7 +124,7 @@ Tensor channel_stats(const Tensor& y) {
 
 void channel_apply_(Tensor& out, const Tensor& y, const Affine& a, const Activation& activation,
                     const Tensor& residual) {
-  const auto layout = *channel_layout(y);
+  const auto layout = dense_layout(y);
   dispatch(y, [&]<typename T>(T) {
     auto* to = out.mutable_data_ptr<T>();
     const auto* from = y.const_data_ptr<T>();
@@ -135,7 +137,7 @@ void channel_apply_(Tensor& out, const Tensor& y, const Affine& a, const Activat
 
 Tensor channel_grad_stats(const Tensor& dout, const Tensor& y, const Affine& a, const Activation& activation,
                           const Joined& joined) {
-  const auto layout = *channel_layout(y);
+  const auto layout = dense_layout(y);
   auto result = at::empty({2, layout.channels}, a.vectors.options());
   dispatch(y, [&]<typename T>(T) {
     const cpu::Joined<T> with{data_or_null<T>(joined.residual), data_or_null<T>(joined.result),
@@ -151,7 +153,7 @@ Tensor channel_grad_stats(const Tensor& dout, const Tensor& y, const Affine& a, 
 
 void channel_grad_apply_(Tensor& out, const Tensor& dout, const Tensor& y, const Affine& a, const Tensor& linear,
                          const Activation& activation) {
-  const auto layout = *channel_layout(y);
+  const auto layout = dense_layout(y);
   dispatch(y, [&]<typename T>(T) {
     auto* to = out.mutable_data_ptr<T>();
     for_slices(layout, [&](int64_t begin, int64_t end) {

@@ -14,7 +14,7 @@ namespace {
 using at::Tensor;
 
 cuda::Map map_of(const Tensor& y) {
-  const auto layout = *channel_layout(y);
+  const auto layout = dense_layout(y);
   const auto dtype = [&] {
     switch (y.scalar_type()) {
       case at::kDouble:
