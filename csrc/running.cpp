@@ -1,8 +1,10 @@
 #include "running.h"
 
 #include <ATen/Dispatch.h>
+#include <ATen/SavedTensorHooks.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/where.h>
+#include <torch/csrc/autograd/function.h>
 
 #include "composite.h"
 
@@ -32,11 +34,23 @@ std::pair<Tensor, Tensor> fold(const ConvArguments& conv, const NormArguments& n
 
 namespace {
 
-// running = (1 − momentum)·running + momentum·batch, where no momentum stands for 1/n of the n-th batch
+// running = (1 − momentum)·running + momentum·batch, where no momentum stands for 1/n of the n-th batch. (Not
+// running + momentum·(batch − running): that of an infinite one is NaN.)
 Tensor moved(const Tensor& running, const Tensor& batch, const std::optional<double>& momentum, const Tensor& count) {
   const auto wide = running.to(batch.scalar_type());
-  return momentum ? wide.lerp(batch, *momentum) : wide.lerp(batch, count.to(batch.scalar_type()).reciprocal());
+  if (momentum) return wide * (1 - *momentum) + batch * *momentum;
+  const auto part = count.to(batch.scalar_type()).reciprocal();
+  return wide * (1 - part) + batch * part;
 }
+
+// torch.utils.checkpoint, but for its reentrant form, makes a forward again inside of backward, under hooks that take
+// what is saved, and stops it by an error as soon as it has all: behind most chains, in the middle of the last one.
+// That is no other batch.
+bool is_recomputation() {
+  return at::SavedTensorDefaultHooks::get_hooks() && torch::autograd::get_current_node() != nullptr;
+}
+
+bool is_batched(const Tensor& t) { return t.key_set().has(c10::DispatchKey::FuncTorchBatched); }
 
 // Whether t is a few values in memory, for which a dozen operators would take longer than the layer.
 bool in_memory(const Tensor& t, at::ScalarType dtype) {
@@ -49,15 +63,18 @@ void move(const Tensor& running, const T* statistics, double factor, const Optio
   auto* value = running.mutable_data_ptr<T>();
   const auto* shift = bias ? bias->const_data_ptr<T>() : nullptr;
   for (int64_t c = 0; c < running.numel(); ++c) {
-    const T batch = statistics[c] * T(factor) + (shift ? shift[c] : T(0)), step = batch - value[c];
-    value[c] = momentum < 0.5 ? value[c] + T(momentum) * step : batch - T(1 - momentum) * step;  // exact at 1
+    const T batch = statistics[c] * T(factor) + (shift ? shift[c] : T(0));
+    value[c] = T((1 - momentum) * value[c] + momentum * batch);
   }
   running.unsafeGetTensorImpl()->bump_version();
 }
 
 }  // namespace
 
+RunningUpdates::RunningUpdates() : counted_(!is_recomputation()) {}
+
 void RunningUpdates::count(const NormArguments& norm) {
+  if (!counted_) return;
   count_ = norm.num_batches_tracked ? *norm.num_batches_tracked + 1 : Tensor();
   if (count_.defined())
     writes_.push_back([counter = *norm.num_batches_tracked, count = count_] { counter.copy_(count); });
@@ -65,13 +82,17 @@ void RunningUpdates::count(const NormArguments& norm) {
 
 void RunningUpdates::add(const NormArguments& norm, const Tensor& statistics, c10::SymIntArrayRef sizes,
                          const Optional& bias, bool synchronised) {
-  if (!norm.running_mean) return;
+  if (!counted_ || !norm.running_mean) return;
   const auto &running_mean = *norm.running_mean, &running_var = *norm.running_var;
+  TORCH_CHECK_VALUE(!is_batched(statistics) || (is_batched(running_mean) && is_batched(running_var)),
+                    "conv_bn: expected running_mean and running_var that vmap maps over, as the statistics of each of "
+                    "its calls are others, got one for all; map over them too, or give none "
+                    "(torch.func.replace_all_batch_norm_modules_ takes them away)");
   c10::SymInt values = sizes[0];
   for (const auto& size : sizes.slice(2)) values = values * size;
   const auto unbiased = c10::SymFloat(values) / c10::SymFloat(values - 1);
   const auto dtype = statistics.scalar_type();
-  if (!synchronised && norm.momentum && is_plain(statistics) && in_memory(running_mean, dtype) &&
+  if (!synchronised && norm.momentum && in_memory(statistics, dtype) && in_memory(running_mean, dtype) &&
       in_memory(running_var, dtype) && (!bias || (is_plain(*bias) && in_memory(bias->detach(), dtype)))) {
     writes_.push_back([=, momentum = *norm.momentum, factor = unbiased.expect_float()] {
       AT_DISPATCH_FLOATING_TYPES(dtype, "running statistics", [&] {

@@ -13,9 +13,11 @@ namespace fusedconvbn {
 std::pair<at::Tensor, at::Tensor> fold(const ConvArguments& conv, const NormArguments& norm);
 
 // The running statistics of any number of norms, written together: what allocates, and so may fail, comes before the
-// first write.
+// first write. Of a forward that torch.utils.checkpoint makes again they are left alone.
 class RunningUpdates {
  public:
+  RunningUpdates();
+
   // One more batch in the counter of `norm`; comes before `add`.
   void count(const NormArguments& norm);
 
@@ -26,6 +28,7 @@ class RunningUpdates {
   void write() const;
 
  private:
+  const bool counted_;
   std::vector<std::function<void()>> writes_;
   at::Tensor count_;
 };

@@ -9,7 +9,25 @@ from torch import Tensor
 from fusedconvbn import reference
 
 FORMATS = {3: torch.contiguous_format, 4: torch.channels_last, 5: torch.channels_last_3d}
+LAYOUTS = ("contiguous", "channels_last", "offset", "sliced", "reversed", "expanded")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def lay(t: Tensor, layout: str) -> Tensor:
+    """The values of `t` in another memory order; "expanded" repeats its first entry in place of all."""
+    if t.dim() == 0:
+        return t
+    if layout == "channels_last":
+        return t.movedim(1, -1).contiguous().movedim(-1, 1) if t.dim() > 2 else t
+    if layout == "offset":
+        return t.new_empty(t.numel() + 1)[1:].view(t.shape).copy_(t)
+    if layout == "sliced":
+        return t.new_empty(*t.shape, 2)[..., 1].copy_(t)
+    if layout == "reversed":
+        return t.permute(*range(t.dim())[::-1]).contiguous().permute(*range(t.dim())[::-1])
+    if layout == "expanded":
+        return t[:1].expand(t.shape) if t.dim() > 0 and t.size(0) > 0 else t
+    return t
 
 
 @dataclass(frozen=True)
@@ -151,7 +169,7 @@ CASES = {
     "mish, residual": Case((3, 2, 7, 5), (35, 2, 2, 3), residual=True, activation="mish"),
     "sigmoid": Case((3, 2, 7, 5), (4, 2, 2, 3), activation="sigmoid"),
     "tanh, residual": Case((3, 2, 7, 5), (4, 2, 2, 3), residual=True, activation="tanh"),
-    # 1×1 and wide: backward goes around the convolution's result
+    # 1×1 and wide
     "pointwise": Case((3, 2, 7, 5), (8, 2, 1, 1), bias=True, activation="none"),
     "pointwise, residual": Case((2, 3, 5, 6), (10, 3, 1, 1), residual=True),
     "pointwise 1d": Case((3, 2, 17), (6, 2, 1), activation="none", residual=True),

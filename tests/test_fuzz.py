@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import LAYOUTS, lay
 from hypothesis import HealthCheck, assume, event, given, reject, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -39,23 +40,7 @@ def examples(share: float) -> settings:
 # ------------------------------------------------------------------------------------------------ what is drawn
 
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
-LAYOUTS = ("contiguous", "channels_last", "offset", "sliced", "reversed", "expanded")
 KINKS = {"relu": (0,), "relu6": (0, 6), "leaky_relu": (0,), "elu": (0,), "hardswish": (-3, 3)}
-
-
-def lay(t: Tensor, layout: str) -> Tensor:
-    """The values of `t` in another memory order; "expanded" repeats its first entry in place of all."""
-    if layout == "channels_last":
-        return t.movedim(1, -1).contiguous().movedim(-1, 1) if t.dim() > 2 else t
-    if layout == "offset":
-        return t.new_empty(t.numel() + 1)[1:].view(t.shape).copy_(t)
-    if layout == "sliced":
-        return t.new_empty(*t.shape, 2)[..., 1].copy_(t)
-    if layout == "reversed":
-        return t.permute(*range(t.dim())[::-1]).contiguous().permute(*range(t.dim())[::-1])
-    if layout == "expanded":
-        return t[:1].expand(t.shape) if t.dim() > 0 and t.size(0) > 0 else t
-    return t
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,9 @@ struct ChainFunction : torch::autograd::Function<ChainFunction> {
       if (chain.back().norm()->activation.none()) facts.plain_residual = place;
     }
     saved.insert(saved.end(), kept_maps.begin(), kept_maps.end());
-    if (result_is_kept(kept, chain.size())) saved.push_back(output);
+    // Without the graph: were the result itself what waits to be saved, a hook that raises then, as the early stop of
+    // torch.utils.checkpoint, would leave it and its node to each other for ever.
+    if (result_is_kept(kept, chain.size())) saved.push_back(output.tensor_data());
     saved.insert(saved.end(), statistics.begin(), statistics.end());
     ctx->save_for_backward(std::move(saved));
     // Each entry is a string that is hashed and a value on the heap.
