@@ -77,8 +77,15 @@ std::vector<int64_t> spatial(const char* name, at::OptionalIntArrayRef given, si
 Tensor plain_convolution(const ConvArguments& arguments, const Tensor& input) {
   const auto& [conv, weight, bias] = arguments;
   const auto dtype = conv_dtype(input);
-  return at::convolution(input.to(dtype), weight.to(dtype), bias ? Optional(bias->to(dtype)) : bias, conv.stride,
-                         conv.padding, conv.dilation, conv.transposed, conv.output_padding, conv.groups);
+  const auto run = [&](const Optional& bias) {
+    return at::convolution(input.to(dtype), weight.to(dtype), bias, conv.stride, conv.padding, conv.dilation,
+                           conv.transposed, conv.output_padding, conv.groups);
+  };
+  if (!bias) return run({});
+  if (!reads_padding_alone(conv, input, weight)) return run(bias->to(dtype));
+  std::vector<int64_t> per_channel(weight.dim(), 1);
+  per_channel[1] = -1;
+  return run({}) + bias->to(dtype).reshape(per_channel);
 }
 
 // In eval mode: the chain conv → activation with the folded weight.

@@ -4,6 +4,7 @@
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 
@@ -17,6 +18,9 @@ using at::Tensor;
 std::vector<c10::SymInt> Conv::output_sizes(c10::SymIntArrayRef input, c10::SymIntArrayRef weight) const {
   TORCH_CHECK_VALUE(input.size() == stride.size() + 2 && weight.size() == input.size(),
                     "expected a map and a weight of ", stride.size() + 2, " dimensions, got ", input, " and ", weight);
+  TORCH_CHECK_VALUE(input[1] == (transposed ? weight[0] : weight[1] * groups) && weight[0] % groups == 0,
+                    "expected a weight for the channels of the map and groups=", groups, ", got ", input, " and ",
+                    weight);
   std::vector<c10::SymInt> sizes{input[0], transposed ? weight[1] * groups : weight[0]};
   for (size_t d = 0; d < stride.size(); ++d) {
     const auto reach = (weight[d + 2] - 1) * dilation[d] + 1;  // of the kernel, in input values
@@ -35,6 +39,19 @@ at::MemoryFormat conv_memory_format(const Tensor& input, const Tensor& weight) {
   return format == at::MemoryFormat::Contiguous ? weight.suggest_memory_format() : format;
 }
 
+bool reads_padding_alone(const Conv& conv, const Tensor& input, const Tensor& weight) {
+  const auto width = input.sym_size(-1).maybe_as_int(), places = weight.sym_size(-1).maybe_as_int();
+  if (!input.is_cpu() || conv.transposed || !width || !places) return false;
+  const size_t last = conv.stride.size() - 1;
+  const auto columns = conv.output_sizes(input.sym_sizes(), weight.sym_sizes()).back().maybe_as_int();
+  for (int64_t column = 0; column < columns; ++column)
+    for (int64_t place = 0; place < places; ++place) {
+      const int64_t at = column * conv.stride[last] - conv.padding[last] + place * conv.dilation[last];
+      if (at >= 0 && at < width) return false;
+    }
+  return true;
+}
+
 namespace {
 
 bool cpu_has(const char* check) {
@@ -42,12 +59,13 @@ bool cpu_has(const char* check) {
   return op && op->typed<bool()>().call();
 }
 
+const bool cpu_has_bfloat16 = cpu_has("mkldnn::_is_mkldnn_bf16_supported");
+const bool cpu_has_half = cpu_has("mkldnn::_is_mkldnn_fp16_supported");
+
 // Where oneDNN has no fast path for a dtype on this CPU, ATen's own takes ten times as long as one in float.
 bool runs_in_float(const Tensor& t) {
   if (!t.is_cpu()) return false;
-  static const bool bfloat16 = cpu_has("mkldnn::_is_mkldnn_bf16_supported");
-  static const bool half = cpu_has("mkldnn::_is_mkldnn_fp16_supported");
-  return (t.scalar_type() == at::kBFloat16 && !bfloat16) || (t.scalar_type() == at::kHalf && !half);
+  return (t.scalar_type() == at::kBFloat16 && !cpu_has_bfloat16) || (t.scalar_type() == at::kHalf && !cpu_has_half);
 }
 
 // f(first, count) for slices of samples, so small that their maps in float are no more memory than caches hold
@@ -60,6 +78,20 @@ void for_sample_slices(const Tensor& input, const Tensor& output, const F& f) {
   for (int64_t first = 0; first < samples; first += count) f(first, std::min(count, samples - first));
 }
 
+// oneDNN's weight gradient of a strided 1×1 convolution writes behind its workspace where the map that is stepped over
+// has few channels (oneDNN#6035).
+bool steps_over_few_channels(const Conv& conv, const Tensor& stepped_over, const Tensor& weight) {
+  constexpr int64_t enough = 16;
+  return stepped_over.is_cpu() && stepped_over.dim() == 4 && stepped_over.size(1) < enough && !all(conv.stride, 1) &&
+         all(conv.padding, 0) && all(weight.sizes().slice(2), 1);
+}
+
+// The values of a map that a strided 1×1 convolution reads: a convolution of stride 1 has the same weight gradient.
+Tensor every(at::IntArrayRef stride, Tensor map) {
+  for (size_t d = 0; d < stride.size(); ++d) map = map.slice(int64_t(d) + 2, 0, std::nullopt, stride[d]);
+  return map.contiguous(map.suggest_memory_format());
+}
+
 }  // namespace
 
 Tensor convolution(const Conv& conv, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {
@@ -69,6 +101,12 @@ Tensor convolution(const Conv& conv, const Tensor& input, const Tensor& weight, 
   };
   const auto format = conv_memory_format(input, weight);
   const auto cast = [&](at::ScalarType dtype) { return bias ? std::optional<Tensor>(bias->to(dtype)) : bias; };
+  if (reads_padding_alone(conv, input, weight)) {
+    auto output = at::zeros_symint(conv.output_sizes(input.sym_sizes(), weight.sym_sizes()),
+                                   input.options().memory_format(format));
+    if (bias) output.movedim(1, -1).copy_(*bias);
+    return output;
+  }
   if (!bias && winograd_applies(conv, input, weight)) return winograd(conv, input, weight);
   if (!bias && depthwise_applies(conv, input, weight)) return depthwise(conv, input, weight);
   if (!runs_in_float(input) || input.numel() == 0) {
@@ -103,6 +141,18 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Conv& conv, const 
   if (!wanted[2] && depthwise_applies(conv, input, weight))
     return {wanted[0] ? depthwise_grad_input(conv, dout, input, weight) : Tensor(),
             wanted[1] ? depthwise_grad_weight(conv, dout, input, weight) : Tensor(), Tensor()};
+  if (const auto& stepped_over = conv.transposed ? dout : input;
+      wanted[1] && steps_over_few_channels(conv, stepped_over, weight)) {
+    Conv dense = conv;
+    for (auto* list : {&dense.stride, &dense.dilation}) std::fill(list->begin(), list->end(), 1);
+    std::fill(dense.output_padding.begin(), dense.output_padding.end(), 0);
+    const auto part = every(conv.stride, stepped_over);
+    auto dweight = std::get<1>(convolution_backward(dense, conv.transposed ? part : dout,
+                                                    conv.transposed ? input : part, weight, {false, true, false}));
+    if (!wanted[0] && !wanted[2]) return {Tensor(), dweight.contiguous(format), Tensor()};
+    auto [din, none, dbias] = convolution_backward(conv, dout, input, weight, {wanted[0], false, wanted[2]});
+    return {din, dweight.contiguous(format), dbias};
+  }
   const bool half = input.scalar_type() == at::kBFloat16 || input.scalar_type() == at::kHalf;
   if ((!runs_in_float(input) && !(half && is_depthwise(conv, input, weight))) || input.numel() == 0)
     return run(dout, input, weight.to(input.scalar_type()));

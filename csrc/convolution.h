@@ -25,6 +25,10 @@ inline bool all(at::IntArrayRef values, int64_t value) {
 // The memory format in which a convolution returns its result and its gradients.
 at::MemoryFormat conv_memory_format(const at::Tensor& input, const at::Tensor& weight);
 
+// Whether every column of the result reads padding alone. oneDNN's float forward with a bias ends the process there
+// (oneDNN#5942), and half types and a folded batch norm reach it because we send them.
+bool reads_padding_alone(const Conv& conv, const at::Tensor& input, const at::Tensor& weight);
+
 // Weight and bias may be wider than the input, and are cast to its dtype.
 at::Tensor convolution(const Conv& conv, const at::Tensor& input, const at::Tensor& weight,
                        const std::optional<at::Tensor>& bias);

@@ -1,5 +1,9 @@
 """The convolutions of our own on CPU against float64, beside ATen's."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +21,8 @@ WINOGRAD = {
     "more padding": (3, 64, 96, 13, 11, (2, 1)),
     "one row": (40, 32, 32, 1, 9, (1, 1)),
     "many tiles": (2, 32, 32, 62, 60, (1, 1)),
+    "many channels": (2, 2048, 64, 16, 15, (1, 1)),
+    "many filters": (2, 64, 2048, 16, 15, (1, 1)),
     "filters in parts": (2, 512, 320, 16, 17, (1, 1)),
 }
 
@@ -149,3 +155,57 @@ def test_other_convolutions_are_left_to_aten(change):
     options = (conv.stride, conv.padding, conv.dilation, conv.transposed, conv.output_padding)
     expected = torch.ops.aten.convolution(x, conv.weight, conv.bias, *options, conv.groups)
     torch.testing.assert_close(out, expected, rtol=0, atol=0)
+
+
+# Runs in a process of its own: oneDNN reads its environment once, and what it writes past its memory ends the process late.
+ENDS_THE_PROCESS = """
+import torch
+from fusedconvbn import conv_bn
+
+torch.set_num_threads(1)
+last = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+def check(dtype, x, weight, bias=None, **options):
+    leaves = [t.to(dtype) for t in (x, weight)]
+    leaves[0] = leaves[0].contiguous(memory_format=last[x.dim()])
+    results = []
+    for kind in (dtype, torch.float64):
+        a, w = (t.to(kind).requires_grad_() for t in leaves)
+        vector = torch.float32 if kind != torch.float64 else kind
+        c = w.size(1) if options.get("transposed") else w.size(0)
+        running = {"running_mean": torch.zeros(c, dtype=vector), "running_var": torch.ones(c, dtype=vector)}
+        b = None if bias is None else bias.to(kind)
+        out = conv_bn(a, w, b, **running, **options)
+        dout = torch.sin(torch.arange(out.numel()) + 1.0).view(out.shape).to(kind)
+        results.append([out, *torch.autograd.grad(out, (a, w), dout)])
+    for got, due in zip(*results):
+        error = (got.double() - due).norm() / due.norm().clamp_min(1e-3)
+        assert error < {torch.float32: 1e-3}.get(dtype, 5e-2), (dtype, options, error)
+
+for dtype in (torch.float16, torch.bfloat16, torch.float32):
+    for channels in (3, 7, 12, 15):
+        for size in (8, 64):
+            torch.manual_seed(0)
+            x, w = torch.randn(4, channels, size, size), torch.randn(8, channels, 1, 1)
+            for _ in range(5):
+                check(dtype, x, w, stride=2)
+            check(dtype, x[..., :-1, :-2], w, torch.randn(8), stride=[2, 3])
+            small = torch.randn(4, 8, size // 2, size // 2)
+            check(dtype, small, w, stride=2, output_padding=1, transposed=True, activation="silu")
+    blind = dict(stride=2, padding=[0, 3, 3], dilation=2)
+    for _ in range(5):
+        x, w = torch.randn(5, 16, 5, 5, 1), torch.randn(2, 16, 1, 1, 1)
+        for activation in ("none", "silu"):
+            check(dtype, x, w, torch.randn(2), training=False, activation=activation, **blind)
+            check(dtype, x, w, training=False, activation=activation, **blind)
+    check(dtype, torch.randn(2, 16, 9, 1), torch.randn(4, 16, 3, 2), training=False, stride=2, padding=[6, 7], dilation=6)
+"""
+
+
+@pytest.mark.parametrize("isa", ("DEFAULT", "AVX2"))
+def test_where_onednn_ends_the_process(isa):
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": isa, "MALLOC_CHECK_": "3"}
+    result = subprocess.run(
+        [sys.executable, "-c", ENDS_THE_PROCESS], env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr

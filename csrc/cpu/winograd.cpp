@@ -22,17 +22,16 @@ constexpr int64_t unit = 32;                       // channels, of which both ma
 constexpr int64_t least_tiles = 64;                // of a thread, or the filters cost more than they save
 constexpr int64_t most_values = int64_t(1) << 20;  // of a scratch buffer that is for filters, or tiles, of all threads
 
-const std::optional<cpu::WinogradLoops>& loops() {
-  static const auto chosen = []() -> std::optional<cpu::WinogradLoops> {
+std::optional<cpu::WinogradLoops> choose_loops() {
 #if defined(__x86_64__)
-    const auto capability = at::get_cpu_capability();
-    if (capability == "AVX2") return cpu::winograd_loops_avx2();
-    if (capability.find("AVX") == 0) return cpu::winograd_loops_avx512();
+  const auto capability = at::get_cpu_capability();
+  if (capability == "AVX2") return cpu::winograd_loops_avx2();
+  if (capability.find("AVX") == 0) return cpu::winograd_loops_avx512();
 #endif
-    return std::nullopt;
-  }();
-  return chosen;
+  return std::nullopt;
 }
+
+const auto loops = choose_loops();
 
 // f(begin, end) for parts of `count` in multiples of `unit`
 template <typename F>
@@ -76,15 +75,15 @@ Tensor convolve(const WinogradShape& all, const Tensor& in, const Tensor& weight
   const int64_t own_values = cpu::winograd_places * (block * (all.channels + filters_at_a_time(all)) + 2 * unit);
   const auto own = scratch(threads * own_values, in);
   for_filters(all, [&](const WinogradShape& s, int64_t k) {
-    for_units(s.filters, loops()->panel, [&](int64_t begin, int64_t end) {
-      loops()->filters(w, k, s.filters, begin, end, u.mutable_data_ptr<float>());
+    for_units(s.filters, loops->panel, [&](int64_t begin, int64_t end) {
+      loops->filters(w, k, s.filters, begin, end, u.mutable_data_ptr<float>());
     });
     at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
       for (int64_t t = first; t < last; ++t)
         for (int64_t b = t * blocks / threads; b < (t + 1) * blocks / threads; ++b)
-          loops()->outputs(s, b * block, std::min(s.tiles(), (b + 1) * block), in.const_data_ptr<float>(),
-                           u.const_data_ptr<float>(), own.mutable_data_ptr<float>() + t * own_values,
-                           out.mutable_data_ptr<float>() + k);
+          loops->outputs(s, b * block, std::min(s.tiles(), (b + 1) * block), in.const_data_ptr<float>(),
+                         u.const_data_ptr<float>(), own.mutable_data_ptr<float>() + t * own_values,
+                         out.mutable_data_ptr<float>() + k);
     });
   });
   return out;
@@ -100,12 +99,12 @@ WinogradShape shape_of(const Conv& conv, const Tensor& input, const Tensor& weig
 bool winograd_applies(const Conv& conv, const Tensor& input, const Tensor& weight) {
   if (!input.is_cpu() || input.scalar_type() != at::kFloat || weight.scalar_type() != at::kFloat || input.dim() != 4 ||
       conv.transposed || conv.groups != 1 || !all(conv.stride, 1) || !all(conv.dilation, 1) || weight.size(2) != 3 ||
-      weight.size(3) != 3 || !loops())
+      weight.size(3) != 3 || !loops)
     return false;
   const auto wide = [](int64_t channels) { return channels % unit == 0 && channels <= cpu::most_channels; };
   const auto padded = [](int64_t padding) { return padding <= 2; };
-  if (!wide(input.size(1)) || !wide(weight.size(0)) || !std::all_of(conv.padding.begin(), conv.padding.end(), padded) ||
-      !input.is_contiguous(channels_last))
+  if (weight.size(1) != input.size(1) || !wide(input.size(1)) || !wide(weight.size(0)) ||
+      !std::all_of(conv.padding.begin(), conv.padding.end(), padded) || !input.is_contiguous(channels_last))
     return false;
   const int64_t tiles = input.size(0) * at::divup(input.size(2) + 2 * conv.padding[0] - 2, 2) *
                         at::divup(input.size(3) + 2 * conv.padding[1] - 2, 2);
@@ -142,12 +141,12 @@ Tensor winograd_grad_weight(const Conv& conv, const Tensor& dout, const Tensor& 
       for (int64_t first = slice * length; first < end; first += count) {
         const int64_t now = std::min(count, end - first);
         for_each(now, 16, [&](int64_t begin, int64_t end) {
-          loops()->spread(s, first, begin, end, count, input.const_data_ptr<float>(),
-                          gradient.const_data_ptr<float>() + k, v, z);
+          loops->spread(s, first, begin, end, count, input.const_data_ptr<float>(),
+                        gradient.const_data_ptr<float>() + k, v, z);
         });
         for_each(cpu::winograd_places * s.filters, unit, [&](int64_t begin, int64_t end) {
           const int64_t p = begin / s.filters, of = p * s.filters;
-          loops()->products(s, p, begin - of, end - of, now, count, v, z, du);
+          loops->products(s, p, begin - of, end - of, now, count, v, z, du);
         });
       }
     };
@@ -161,8 +160,8 @@ Tensor winograd_grad_weight(const Conv& conv, const Tensor& dout, const Tensor& 
           });
       });
     for_units(s.filters, unit, [&](int64_t begin, int64_t end) {
-      loops()->filter_gradients(s, begin, end, slices, size, sums.mutable_data_ptr<float>(),
-                                dweight.mutable_data_ptr<float>() + k * 9 * C);
+      loops->filter_gradients(s, begin, end, slices, size, sums.mutable_data_ptr<float>(),
+                              dweight.mutable_data_ptr<float>() + k * 9 * C);
     });
   });
   return dweight;

@@ -131,13 +131,18 @@ void outputs(const WinogradShape& s, int64_t begin, int64_t end, const float* in
              float* out) {
   const int64_t count = end - begin, C = s.channels, K = s.filters;
   const int64_t rows = (count + rows_at_a_time - 1) / rows_at_a_time * rows_at_a_time;  // the last ones may be anything
+  constexpr int64_t most = 256;                                          // channels added up in a row, as in `products`
   const int64_t v_plane = rows * C + lanes, m_plane = rows * K + lanes;  // planes not all at the same place of a cache
   float *const v = scratch, *const m = scratch + winograd_places * v_plane;
   for (int64_t t = 0; t < count; ++t) spread_input(s, begin + t, in, v + t * C, v_plane);
   for (int64_t p = 0; p < winograd_places; ++p)
     for (int64_t k = 0; k < K; k += panel)
       for (int64_t t = 0; t < count; t += rows_at_a_time)
-        multiply<false>(C, v + p * v_plane + t * C, C, 1, u + (p * K + k) * C, panel, m + p * m_plane + t * K + k, K);
+        for (int64_t c = 0; c < C; c += most) {
+          const auto add_up = c == 0 ? multiply<false> : multiply<true>;
+          add_up(C - c < most ? C - c : most, v + p * v_plane + t * C + c, C, 1, u + (p * K + k) * C + c * panel, panel,
+                 m + p * m_plane + t * K + k, K);
+        }
   for (int64_t t = 0; t < count; ++t) gather_output(s, begin + t, m + t * K, m_plane, out);
 }
 
