@@ -12,6 +12,7 @@ using at::Tensor;
 
 void check_tensor(const std::string& op, const char* name, const Tensor& t, const Tensor& input) {
   TORCH_CHECK_VALUE(t.defined(), op, ": expected ", name, " to be a tensor, got an undefined one");
+  TORCH_CHECK_TYPE(!t.is_nested(), op, ": expected ", name, " to be dense, got a nested tensor");
   TORCH_CHECK_TYPE(!t.is_quantized(), op, ": expected ", name, " to be dense, got a quantised tensor");
   TORCH_CHECK_TYPE(t.layout() == at::kStrided, op, ": expected ", name, " to be dense, got layout ", t.layout());
   const auto dtype = t.scalar_type();
@@ -96,6 +97,10 @@ std::vector<c10::SymInt> check_conv(const std::string& op, const Tensor& input, 
   for (size_t d = 0; d < n; ++d)
     TORCH_CHECK_VALUE(out[d + 2] > 0, op, ": expected an output size above 0, got ", c10::SymIntArrayRef(out),
                       " from input shape ", sizes, " and weight shape ", weight.sym_sizes());
+  double values = 1;
+  for (const auto& size : out) values *= size.maybe_as_int().value_or(1);
+  TORCH_CHECK_VALUE(values < 0x1p59, op, ": expected an output of less than 2**59 values, got shape ",
+                    c10::SymIntArrayRef(out));
   check_vector(op, "bias", bias, input, out[1], autocast && bias && casts(*bias, input), /*convolution=*/true);
   return out;
 }
@@ -104,7 +109,9 @@ void check_norm(const std::string& op, const std::string& prefix, const Tensor& 
                 const NormArguments& arguments, bool synchronised) {
   const auto& [norm, weight, bias, running_mean, running_var, num_batches_tracked, residual, training, momentum] =
       arguments;
-  TORCH_CHECK_VALUE(norm.eps >= 0, op, ": expected eps of at least 0, got ", norm.eps);
+  const bool above = training && norm.arithmetic != Arithmetic::tutorial;
+  TORCH_CHECK_VALUE(above ? norm.eps > 0 : norm.eps >= 0, op, ": expected eps ",
+                    above ? "above 0 when training" : "of at least 0", ", got ", norm.eps);
   TORCH_CHECK_VALUE(!momentum || std::isfinite(*momentum), op, ": expected momentum that is a number or None, got ",
                     momentum.value_or(0));
   const bool autocast = autocast_enabled(input);

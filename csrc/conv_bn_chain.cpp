@@ -2,10 +2,9 @@
 // as conv_bn is.
 //
 //   tensors, links, scalars   the packed form of chain.h, its norm links of arithmetic batchnorm; the result of the
-//   last
-//                             convolution or norm may have a residual that is broadcast
-//   buffers                   of each norm link in turn running_mean, running_var and num_batches_tracked, the first
-//   buffer_counts             so many of them: 0, 2 or 3
+//                             last convolution or norm may have a residual that is broadcast
+//   buffers                   of each norm link in turn running_mean, running_var and num_batches_tracked
+//   buffer_counts             how many of them: 0, the last alone, the first two, or 3
 //   momenta                   of each norm link; NaN for none
 //   training                  of each norm link: 1 for the statistics of the batch, 0 for the running ones
 //   process_group, kept, input_statistics   as for _chain_forward
@@ -128,10 +127,10 @@ Model checked(at::TensorList tensors, at::TensorList buffers, const Chain& chain
       TORCH_CHECK_VALUE(link.residual < 0 || i + 1 == chain.size(), op, ": expected a residual at the last link alone");
       NormArguments norm{*link.norm(), optional(link.weight), optional(link.bias), {}, {}, {}, {}, train, {}};
       if (!std::isnan(momenta[n])) norm.momentum = momenta[n];
-      Optional* const targets[] = {&norm.running_mean, &norm.running_var, &norm.num_batches_tracked};
-      TORCH_CHECK_VALUE(buffer_counts[n] >= 0 && buffer_counts[n] <= 3, op, ": expected 0 to 3 buffers, got ",
-                        buffer_counts[n]);
-      for (int64_t b = 0; b < buffer_counts[n]; ++b) *targets[b] = buffers[buffer++];
+      const auto given = buffer_counts[n];
+      TORCH_CHECK_VALUE(given >= 0 && given <= 3, op, ": expected 0 to 3 buffers, got ", given);
+      if (given >= 2) norm.running_mean = buffers[buffer++], norm.running_var = buffers[buffer++];
+      if (given % 2 == 1) norm.num_batches_tracked = buffers[buffer++];
       if (const auto residual = optional(link.residual)) {
         // Of the map; eager's sum has the wider dtype of the two.
         const auto dtype = convolved ? conv_dtype(input) : input.scalar_type();

@@ -83,6 +83,8 @@ def fold(module: nn.Module) -> nn.Module:
     # parametrized weight may be another one then.
     original = copy.deepcopy(module).eval()
     layers = [child for child in original.modules() if isinstance(child, _ConvBN)]
+    for layer in layers:
+        layer._make_parameters()
     # deepcopy takes what its memo has for an object as its copy
     memo: dict[int, Any] = {id(t): t for t in (*original.parameters(), *original.buffers())}
     memo.update({id(layer): _folded(layer, alone=layer is original) for layer in layers})

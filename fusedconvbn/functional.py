@@ -3,7 +3,8 @@
 TorchScript reads the signature: it takes no `X | None`, and for a list no default but None.
 """
 
-from typing import Optional
+from numbers import Integral
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -12,6 +13,16 @@ from torch._jit_internal import BroadcastingList1  # an int, or one for each spa
 _operator = (
     torch.ops.fusedconvbn.conv_bn
 )  # looked up once: that takes as long as a small layer's statistics
+
+
+def _spatial(name: str, value: Any) -> Any:
+    """NumPy's integers too, which the dispatcher takes in a list alone."""
+    if isinstance(value, str):
+        raise TypeError(
+            f"conv_bn: expected {name} to be an int, or one for each spatial dimension, got {value!r}. (A layer, as "
+            "FusedConvBN2d, takes padding by name.)"
+        )
+    return int(value) if isinstance(value, Integral) else value
 
 
 def conv_bn(
@@ -66,9 +77,9 @@ def conv_bn(
         running_var: likewise. These four may be float32 when ``input`` is bfloat16 or float16.
         training: normalise by the statistics of this batch, else by the running ones.
         momentum: :math:`m` above; None for the average over all batches, :math:`m = 1 / \mathrm{num\_batches\_tracked}`.
-        eps: added to the variance, at least 0.
+        eps: added to the variance; above 0 in training, else at least 0, as in ``torch.nn.functional.batch_norm``.
         stride, padding, dilation, groups: as in ``torch.nn.functional.conv2d``; an int, or one for each spatial
-            dimension. None stands for 1, 0 and 1.
+            dimension. None stands for 1, 0 and 1. Padding by name (``"same"``) is what the layers take.
         transposed: run ``conv_transpose*d`` instead, which also takes ``output_padding`` (None: 0).
         activation: ``"none"``, ``"relu"``, ``"relu6"``, ``"leaky_relu"``, ``"elu"``, ``"silu"``, ``"hardswish"``,
             ``"gelu"``, ``"gelu_tanh"``, ``"mish"``, ``"sigmoid"`` or ``"tanh"``; a slope and an α
@@ -101,6 +112,10 @@ def conv_bn(
         >>> conv_bn(x, w, padding=1, activation="relu").shape
         torch.Size([8, 16, 32, 32])
     """
+    if not torch.jit.is_scripting():
+        stride, padding = _spatial("stride", stride), _spatial("padding", padding)
+        dilation = _spatial("dilation", dilation)
+        output_padding = _spatial("output_padding", output_padding)
     return _operator(
         input,
         weight,

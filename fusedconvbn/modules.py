@@ -1,5 +1,6 @@
 """The operator as layers. They own real `conv` and `bn` children, so that initialisation, `state_dict`, parameter groups
-and conversion are those of `torch.nn`; only the children's `forward`, and hooks on it, are not run."""
+and conversion are those of `torch.nn`; of a call of the children only their hooks in front of it are run, which may
+make their parameters."""
 
 import inspect
 import math
@@ -8,11 +9,18 @@ from typing import Any, ClassVar, Optional
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from .activations import activation_name
+from .batch_norm import batch_norm_call
 from .functional import conv_bn
-from .links import ConvOptions
+from .links import ConvOptions, refuse_lazy
 from .synchronised import NOT_SYNCHRONISED, Synchronised, plain_batch_norm
+
+# Hooks that make a parameter of their module, of which they read nothing else.
+_PARAMETER_HOOKS = (prune.BasePruningMethod, WeightNorm, SpectralNorm)
 
 
 class _ConvBN(nn.Module):
@@ -52,6 +60,7 @@ class _ConvBN(nn.Module):
         if name not in ("conv", "bn"):
             return module
         layer, expected = type(self).__name__, self.conv_class if name == "conv" else self.bn_class
+        refuse_lazy(layer, name, module)
         synchronised = name == "bn" and isinstance(module, nn.SyncBatchNorm)
         if not (isinstance(module, expected) or synchronised):
             raise TypeError(
@@ -94,8 +103,47 @@ class _ConvBN(nn.Module):
         _ConvBN.__init__(layer, conv, bn, activation)
         return layer
 
+    @torch.jit.unused
+    def _has_pre_hooks(self) -> bool:
+        return bool(self.conv._forward_pre_hooks or self.bn._forward_pre_hooks)
+
+    @torch.jit.unused
+    def _make_parameters(self) -> None:
+        for child in (self.conv, self.bn):
+            for hook in child._forward_pre_hooks.values():
+                if isinstance(hook, _PARAMETER_HOOKS):
+                    hook(child, ())
+
+    @torch.jit.unused
+    def _before_forward(self, input: Tensor) -> Tensor:
+        """Runs what a call of the children would have run first, and returns the convolution's input."""
+        for hook in self.bn._forward_pre_hooks.values():
+            if not isinstance(hook, _PARAMETER_HOOKS):
+                raise TypeError(
+                    f"{type(self).__name__}: expected bn without forward_pre_hooks, as the input of bn is not made; got "
+                    f"{hook}. Register it on the layer, or use the modules unfused"
+                )
+        self._make_parameters()
+        conv = self.conv
+        for key, hook in conv._forward_pre_hooks.items():
+            if isinstance(hook, _PARAMETER_HOOKS):
+                continue
+            if key in conv._forward_pre_hooks_with_kwargs:
+                changed = hook(conv, (input,), {})
+                (input,) = (input,) if changed is None else changed[0]
+            else:
+                changed = hook(conv, (input,))
+                input = input if changed is None else changed
+                (input,) = input if isinstance(input, tuple) else (input,)
+        return input
+
     def __prepare_scriptable__(self) -> "_ConvBN":
-        """TorchScript takes a group by its name."""
+        """TorchScript takes a group by its name. It has no hooks."""
+        if self._has_pre_hooks():
+            raise TypeError(
+                f"{type(self).__name__}: expected conv and bn without forward_pre_hooks to be scripted; "
+                "make what they compute permanent first, as torch.nn.utils.prune.remove does"
+            )
         self.process_group = self._synchronised.group_name()
         return self
 
@@ -107,13 +155,18 @@ class _ConvBN(nn.Module):
     ) -> Tensor:
         conv = self.conv  # each time that a child is asked for takes a search
         bn = self.bn
-        running_mean, num_batches_tracked = bn.running_mean, bn.num_batches_tracked
-        counts = (
-            bn.training and bn.track_running_stats and running_mean is not None
-        )  # this batch, into the running statistics
-        momentum = bn.momentum
-        if num_batches_tracked is None and momentum is None:
-            momentum = 0.0
+        if not torch.jit.is_scripting() and self._has_pre_hooks():
+            input = self._before_forward(input)
+        batch_statistics, momentum, running_mean, running_var, num_batches_tracked = (
+            batch_norm_call(
+                bn.training,
+                bn.track_running_stats,
+                bn.momentum,
+                bn.running_mean,
+                bn.running_var,
+                bn.num_batches_tracked,
+            )
+        )
         process_group = self.process_group
         if not torch.jit.is_scripting():
             process_group = self._synchronised.group_name()
@@ -125,9 +178,9 @@ class _ConvBN(nn.Module):
             conv.bias,
             bn.weight,
             bn.bias,
-            running_mean if counts or not bn.training else None,
-            bn.running_var if counts or not bn.training else None,
-            training=bn.training or running_mean is None,
+            running_mean,
+            running_var,
+            training=batch_statistics,
             momentum=momentum,
             eps=bn.eps,
             stride=self._stride,
@@ -138,7 +191,7 @@ class _ConvBN(nn.Module):
             groups=conv.groups,
             activation=self.activation,
             residual=residual,
-            num_batches_tracked=num_batches_tracked if counts else None,
+            num_batches_tracked=num_batches_tracked,
             process_group=process_group if bn.training else "",
         )
 

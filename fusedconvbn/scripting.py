@@ -1,11 +1,13 @@
 """Fused forwards for TorchScript: the same graph, with each chain written out as a call of the operator."""
 
+import operator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from .batch_norm import ATTRIBUTES, batch_norm_link
 from .links import Chain, ConvLink, submodule
 from .synchronised import Synchronised
 
@@ -50,9 +52,9 @@ def _written_out(graph: fx.Graph, node: fx.Node, owner: nn.Module, chain: Chain)
     def attribute(path: tuple[str, ...], name: str) -> fx.Node:
         return graph.get_attr(".".join((*path, name)))
 
-    buffers: list[fx.Node] = []
+    buffers: Any = []
     scalars: list[float] = []
-    counts: list[int] = []
+    counts: list[Any] = []
     momenta: list[Any] = []
     training: list[Any] = []
     group = ""
@@ -68,17 +70,13 @@ def _written_out(graph: fx.Graph, node: fx.Node, owner: nn.Module, chain: Chain)
             tensors.append(last)
         links += link.packed("weight" in given, "bias" in given, last is not None)
         scalars += [module.eps, link.parameter]
-        names = [
-            n
-            for n in ("running_mean", "running_var", "num_batches_tracked")
-            if getattr(module, n) is not None
-        ]
-        buffers += [attribute(link.path, name) for name in names]
-        counts.append(len(names))
-        nan = graph.call_function(float, ("nan",)) if module.momentum is None and names else None
-        momenta.append(nan if nan is not None else module.momentum or 0.0)
-        mode = graph.call_function(int, (attribute(link.path, "training"),)) if names else 1
-        training.append(mode)
+        own = graph.call_function(
+            batch_norm_link, tuple(attribute(link.path, name) for name in ATTRIBUTES)
+        )
+        found = [graph.call_function(operator.getitem, (own, i)) for i in range(4)]
+        buffers = graph.call_function(operator.add, (buffers, found[0])) if counts else found[0]
+        for values, value in zip((counts, momenta, training), found[1:], strict=True):
+            values.append(value)
         if isinstance(module, nn.SyncBatchNorm):
             group = Synchronised(True, module.process_group).group_name()
     arguments = (tensors, buffers, links, scalars, counts, momenta, training, group)

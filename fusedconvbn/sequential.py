@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .activations import activation_name
-from .links import BATCH_NORMS, CONVOLUTIONS, Chain, ConvLink, NormLink
+from .links import BATCH_NORMS, CONVOLUTIONS, Chain, ConvLink, NormLink, refuse_lazy
 from .planning import price_per_byte, seconds_per_value
 from .scripting import scriptable
 
@@ -57,6 +57,7 @@ class FusedConvBNSequential(nn.Sequential):
         for name, module in self._modules.items():
             where = f"FusedConvBNSequential: expected module {name!r}"
             last = links[-1] if links else None
+            refuse_lazy("FusedConvBNSequential", f"module {name!r}", module)
             if isinstance(module, CONVOLUTIONS):
                 links.append(ConvLink.of((name,), module))
                 if last is not None and links[-1].options.pad:

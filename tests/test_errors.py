@@ -1,5 +1,6 @@
 """Every bad argument is named, with the rule and what was found, before anything is computed."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -216,8 +217,16 @@ BAD = {
         ValueError,
         "arithmetic 'batchnorm' or 'tutorial', got 'exact'",
     ),
-    "negative eps": (dict(eps=-1e-5), ValueError, "eps of at least 0, got -1e-05"),
-    "eps not a number": (dict(eps=float("nan")), ValueError, "eps of at least 0, got nan"),
+    "negative eps": (
+        dict(eps=-1e-5),
+        ValueError,
+        "eps (of at least 0|above 0 when training), got -1e-05",
+    ),
+    "eps not a number": (
+        dict(eps=float("nan")),
+        ValueError,
+        "eps (of at least 0|above 0 when training), got nan",
+    ),
     "momentum not a number": (
         dict(momentum=float("nan")),
         ValueError,
@@ -229,6 +238,32 @@ BAD = {
         "expected input to be dense, got layout Sparse",
     ),
     "sparse weight": (dict(weight=W.to_sparse()), TypeError, "expected weight to be dense"),
+    "nested input": (
+        dict(input=torch.nested.nested_tensor([X[0], X[1]])),
+        TypeError,
+        "expected input to be dense, got a nested tensor",
+    ),
+    "nested residual": (
+        dict(residual=torch.nested.nested_tensor([torch.randn(6, 4, 4)] * 2)),
+        TypeError,
+        "expected residual to be dense, got a nested tensor",
+    ),
+    "padding without end": (
+        dict(padding=2**31 - 1),
+        ValueError,
+        r"expected an output of less than 2\*\*59 values, got shape \[2, 6, 4294967298, 4294967298\]",
+    ),
+    "stride without end": (
+        dict(weight=torch.randn(4, 6, 3, 2), transposed=True, stride=2**31 - 1),
+        ValueError,
+        r"expected an output of less than 2\*\*59 values",
+    ),
+    "padding by name": (
+        dict(padding="same"),
+        TypeError,
+        "expected padding to be an int, or one for each spatial dimension, got 'same'.*FusedConvBN2d",
+    ),
+    "eps of 0": (dict(eps=0), ValueError, "expected eps above 0 when training, got 0"),
     "huge stride": (
         dict(stride=2**62, padding=2**62),
         ValueError,
@@ -246,6 +281,7 @@ TRAINING_ONLY = (
     "counter's shape",
     "no counter",
     "synchronised tutorial",
+    "eps of 0",
 )
 
 
@@ -276,10 +312,18 @@ def test_quantised_input():
 
 
 def test_wrong_python_types():
-    with pytest.raises((TypeError, RuntimeError), match="stride"):
+    with pytest.raises(TypeError, match=r"expected stride to be an int, or .*got 'two'"):
         conv_bn(X, W, stride="two")
     with pytest.raises(ValueError, match="weight to be a tensor, got an undefined one"):
         conv_bn(X, None)
+
+
+def test_numpy_integers():
+    """Alone and in a list, as arithmetic on shapes makes them."""
+    two, one = np.int64(2), np.int32(1)
+    expected = conv_bn(X, W, stride=2, padding=[1, 2], dilation=1, groups=1)
+    got = conv_bn(X, W, stride=two, padding=[one, two], dilation=one, groups=np.int64(1))
+    assert torch.equal(got, expected)
 
 
 LAYER = {

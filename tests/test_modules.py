@@ -8,9 +8,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 
 import fusedconvbn
-from fusedconvbn import FusedConvBN, FusedConvBN2d, reference
+from fusedconvbn import (
+    FusedConvBN,
+    FusedConvBN2d,
+    FusedConvBNSequential,
+    fold,
+    fuse,
+    reference,
+)
 
 # layer, arguments of the convolution, of the batch norm, the input's shape
 LAYERS = {
@@ -227,3 +235,94 @@ class TestTutorialLayer:
             reference.FusedConvBN2DFunction.apply(x, layer.conv_weight, 1e-3).square().sum(), x
         )
         torch.testing.assert_close(grad, expected)
+
+
+# ------------------------------------------------------------------------------------------- hooks on the children
+
+
+def pruned(child):
+    prune.l1_unstructured(child, "weight", 0.5)
+
+
+def weight_normed(conv):
+    nn.utils.weight_norm(conv)
+
+
+def spectrally_normed(conv):
+    nn.utils.spectral_norm(conv)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("child", "change"),
+    (("conv", pruned), ("conv", weight_normed), ("conv", spectrally_normed), ("bn", pruned)),
+)
+def test_utilities_that_make_a_parameter_before_a_call(child, change):
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 6, 5)
+    fused = FusedConvBN2d(3, 8, 3, activation="relu")
+    nn.init.normal_(fused.bn.weight)
+    eager = nn.ModuleDict({"conv": copy.deepcopy(fused.conv), "bn": copy.deepcopy(fused.bn)})
+    for model in (fused, eager):
+        torch.manual_seed(1)
+        change(getattr(model, child))
+    calls = {fused: fused, eager: lambda x: eager["bn"](eager["conv"](x)).relu()}
+    for training in (True, True, False):
+        results = []
+        for model, call in calls.items():
+            model.train(training)
+            optimiser = torch.optim.SGD(model.parameters(), 0.5)
+            optimiser.zero_grad()
+            out = call(x)
+            out.square().mul(torch.arange(12.0).view(4, 3)).mean().backward()
+            optimiser.step()
+            results.append([out, *(p.grad for p in model.parameters())])
+        for got, due in zip(*results, strict=True):
+            torch.testing.assert_close(got, due)
+    for (name, t), (_, due) in zip(
+        fused.state_dict().items(), eager.state_dict().items(), strict=True
+    ):
+        torch.testing.assert_close(t, due, msg=name)
+
+
+def test_folding_makes_the_parameters_anew():
+    layer = FusedConvBN2d(3, 4, 3).eval()
+    with torch.no_grad():
+        prune.l1_unstructured(layer.conv, "weight", 0.5)
+        layer.conv.weight_orig.mul_(2)
+        x = torch.randn(2, 3, 6, 5)
+        layer.conv.weight = layer.conv.weight.detach()
+        torch.testing.assert_close(fold(layer)(x), layer(x))
+
+
+def test_other_hooks_in_front_of_the_children():
+    layer, x = FusedConvBN2d(3, 4, 3), torch.randn(2, 3, 6, 5)
+    expected = layer(2 * x + 1)
+    layer.conv.register_forward_pre_hook(lambda module, args: args[0] + 1)
+    layer.conv.register_forward_pre_hook(
+        lambda module, args, kwargs: ((2 * args[0],), kwargs), prepend=True, with_kwargs=True
+    )
+    torch.testing.assert_close(layer(x), expected)
+    with pytest.raises(TypeError, match="without forward_pre_hooks to be scripted"):
+        torch.jit.script(layer)
+    before = copy.deepcopy(layer.state_dict())
+    layer.bn.register_forward_pre_hook(lambda module, args: None)
+    with pytest.raises(TypeError, match=r"FusedConvBN2d: expected bn without forward_pre_hooks"):
+        layer(x)
+    for name, t in layer.state_dict().items():
+        torch.testing.assert_close(t, before[name])
+
+
+def test_lazy_modules_are_refused_where_they_are_given():
+    conv, bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+    lazy_conv, lazy_bn = nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d()
+    for given in ((lazy_conv, bn), (conv, lazy_bn)):
+        with pytest.raises(TypeError, match=r"expected (conv|bn) with parameters, got a lazy Lazy"):
+            FusedConvBN2d.from_modules(*given)
+        with pytest.raises(TypeError, match=r"expected module '[01]' with parameters, got a lazy"):
+            FusedConvBNSequential(*given)
+        with pytest.raises(TypeError, match=r"fuse: expected '[01]' with parameters, got a lazy"):
+            fuse(nn.Sequential(*given), torch.randn(2, 3, 6, 5))
+    both = nn.Sequential(lazy_conv, lazy_bn)
+    both(torch.randn(2, 3, 6, 5))
+    assert FusedConvBN2d.from_modules(*both)(torch.randn(2, 3, 6, 5)).shape == (2, 4, 4, 3)

@@ -2,6 +2,7 @@
 wrong third derivatives, and wrong ones of a forward-mode derivative; F.conv2d with a bias is wrong under vmap of the weight.)
 """
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -222,6 +223,26 @@ def test_functional_call_and_ensembles():
     torch.testing.assert_close(
         torch.vmap(call)(stacked, buffers), torch.stack([each(x) for each in layers])
     )
+
+
+def test_vmap_over_running_statistics():
+    """Each of the mapped calls has statistics of its own: it needs buffers of its own."""
+    layer, x = FusedConvBN2d(2, 3, 3), torch.randn(5, 4, 2, 5, 6)
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(
+        ValueError, match="expected running_mean and running_var that vmap maps over"
+    ):
+        torch.vmap(layer)(x)
+    assert all(torch.equal(t, before[name]) for name, t in layer.state_dict().items())
+    mean, var = torch.zeros(5, 3), torch.ones(5, 3)
+    torch.vmap(
+        lambda x, mean, var: conv_bn(x, layer.conv.weight, running_mean=mean, running_var=var)
+    )(x, mean, var)
+    for i in range(5):
+        one = FusedConvBN2d.from_modules(layer.conv, torch.nn.BatchNorm2d(3))
+        one(x[i])
+        torch.testing.assert_close(mean[i], one.bn.running_mean)
+        torch.testing.assert_close(var[i], one.bn.running_var)
 
 
 def test_functional_call_in_training_updates_the_buffers_given():
