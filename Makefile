@@ -46,10 +46,16 @@ bench-cuda: says-what-it-needs $(CUDA_VENV)/built
 	      --output benchmarks/results/gpu-models-$$batch$$tune.json || exit 1; done; done
 	$(CUDA_VENV)/bin/python benchmarks/tables.py
 
-# 10,000 random calls, other ones each time; a failure prints how to repeat it. FUZZ_EXAMPLES=100000 for a night.
+# 10,000 random calls, other ones each time; a failure prints how to repeat it. FUZZ_EXAMPLES=100000 for a night, with
+# -j2 on two cores.
 FUZZ_EXAMPLES ?= 10000
-fuzz: build
-	OMP_NUM_THREADS=1 FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/pytest tests/test_fuzz.py --hypothesis-show-statistics
+fuzz: fuzz-DEFAULT fuzz-AVX2
+
+# With oneDNN's kernels for one instruction set; half of the examples. The last one is written down before it is run.
+fuzz-%: build
+	mkdir -p build
+	OMP_NUM_THREADS=1 ONEDNN_MAX_CPU_ISA=$* FUZZ_LAST=build/fuzz-$*.txt FUZZ_EXAMPLES=$$(($(FUZZ_EXAMPLES) / 2)) \
+	  $(BIN)/pytest -p no:cacheprovider tests/test_fuzz.py --hypothesis-show-statistics
 
 leak: build
 	$(BIN)/python tests/leak.py

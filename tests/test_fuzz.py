@@ -4,9 +4,15 @@ FUZZ_EXAMPLES is the number of examples of all tests together. Without it there 
 they are drawn anew.
 """
 
+import contextlib
 import copy
+import gc
 import os
+import signal
+import threading
+import weakref
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +21,8 @@ from cases import LAYOUTS, lay
 from hypothesis import HealthCheck, assume, event, given, reject, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.utils.checkpoint import checkpoint
 
 import fusedconvbn
 from fusedconvbn import chain, reference
@@ -22,6 +30,12 @@ from fusedconvbn.activations import activation_module
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ops = torch.ops.fusedconvbn
+
+
+def remember(example: object) -> None:
+    """Writes an example down before it is run: what ends the process is not reported by it."""
+    if path := os.environ.get("FUZZ_LAST"):
+        Path(path).write_text(f"{example!r}\n")
 
 
 def examples(share: float) -> settings:
@@ -142,6 +156,7 @@ class Call:
     momentum: float | None
     eps: float
     dtype: torch.dtype
+    own: float  # of the input's channels, beside what they have in common
     seed: int
 
     @property
@@ -157,13 +172,14 @@ class Call:
         shapes = {"input": self.geometry.input, "weight": self.geometry.weight}
         shapes |= {name: vector for name in ("bias", "bn_weight", "bn_bias")}
         shapes |= {"residual": out_shape, "dout": out_shape}
-        tensors = {
-            name: lay(
-                torch.randn(shape, generator=generator, dtype=torch.float64), self.layouts[name]
-            )
+        drawn = {
+            name: torch.randn(shape, generator=generator, dtype=torch.float64)
             for name, shape in shapes.items()
             if name in self.given or name in ("input", "weight", "dout")
         }
+        x = drawn["input"]
+        drawn["input"] = (1 - self.own) * x[:, :1] + self.own * x
+        tensors = {name: lay(t, self.layouts[name]) for name, t in drawn.items()}
         running = {}
         if "running" in self.given:
             running["running_mean"] = lay(
@@ -201,6 +217,7 @@ def calls(draw):
         momentum=momentum,
         eps=draw(st.sampled_from((1e-5, 1e-3, 0.7, 1e-12))),
         dtype=draw(st.sampled_from((torch.float64, torch.float64, torch.float32))),
+        own=draw(st.sampled_from((1.0, 1.0, 0.3, 0.1))),
         seed=draw(st.integers(0, 2**16)),
     )
 
@@ -329,7 +346,204 @@ def check_call(call: Call) -> None:
 @given(calls())
 def test_conv_bn_is_the_unfused_pair(call):
     event(f"training={call.training}")
+    remember(call)
     check_call(call)
+
+
+# ------------------------------------------------------------------------------------------------------- half types
+
+
+@st.composite
+def half_calls(draw):
+    """Channels last, odd channels, strides and padding beyond the kernel: where oneDNN's float kernels were found to end the
+    process."""
+    d = draw(st.integers(2, 3))
+
+    def lists(*values):
+        return tuple(draw(st.sampled_from(values)) for _ in range(d))
+
+    channels, filters = draw(st.integers(1, 20)), draw(st.integers(1, 20))
+    kernel = draw(st.sampled_from(((1,) * d, lists(1, 2, 3))))
+    stride, dilation = lists(1, 2, 3), lists(1, 1, 2, 5)
+    padding = draw(st.sampled_from(((0,) * d, lists(0, 1, 3, 7))))
+    transposed = draw(st.sampled_from((False, False, True)))
+    output_padding = (
+        tuple(s - 1 for s in stride) if transposed and draw(st.booleans()) else (0,) * d
+    )
+    sizes = tuple(draw(st.integers(1, 12 if d == 3 else 40)) for _ in range(d))
+    shape = (channels, filters) if transposed else (filters, channels)
+    geometry = Geometry(
+        (draw(st.integers(1, 5)), channels, *sizes),
+        (*shape, *kernel),
+        stride,
+        padding,
+        dilation,
+        transposed,
+        output_padding,
+        1,
+    )
+    assume(min(geometry.out_shape[2:]) > 0 and max(geometry.out_shape[2:]) < 100)
+    dtype = draw(st.sampled_from((torch.float16, torch.bfloat16, torch.float32)))
+    return geometry, dtype, draw(st.booleans()), draw(st.booleans()), draw(st.integers(0, 2**16))
+
+
+@examples(0.1)
+@given(half_calls())
+def test_half_types_on_odd_shapes(call):
+    geometry, dtype, training, has_bias, seed = call
+    remember(call)
+    generator = torch.Generator().manual_seed(seed)
+    format = FORMATS[len(geometry.input)]
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    x = draw(*geometry.input).contiguous(memory_format=format)
+    weight, c = draw(*geometry.weight), geometry.out_channels
+    bias = draw(c) if has_bias else None
+    y = convolution(x.double(), weight.double(), None, geometry.options)
+    assume(not training or (y.numel() > c and well_conditioned(y, y, "none", 1e-2)))
+    dout = draw(*y.shape)
+    results = []
+    for kind in (dtype, torch.float64):
+        wide = torch.float32 if kind != torch.float64 else kind
+        leaves = [t.detach().to(kind).requires_grad_() for t in (x, weight)]
+        running = {
+            "running_mean": torch.zeros(c, dtype=wide),
+            "running_var": torch.ones(c, dtype=wide),
+        }
+        b = bias if bias is None else bias.to(kind)
+        out = fusedconvbn.conv_bn(*leaves, b, **running, training=training, **geometry.options)
+        results.append([out, *torch.autograd.grad(out, leaves, dout.to(kind))])
+    r = y.std((0, *range(2, y.dim())), correction=0).reciprocal().max().item() if training else 1.0
+    size = (weight.numel() // c) ** 0.5 * max(r, 1.0) ** 2
+    eps = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float32: 1e-5}[dtype]
+    for name, got, due in zip(("output", "input", "weight"), *results, strict=True):
+        bound = eps * (10 * due.abs().max().clamp_min(1) + size * y.abs().max().item())
+        assert ((got.double() - due).abs() <= bound).all(), name
+
+
+# -------------------------------------------------------------------------------------------------- what is saved
+
+
+class Stop(Exception):
+    pass
+
+
+def check_saved(make, draw, count):
+    """`make` gives tensors and a function of them. What is saved comes back in other layouts; a hook raises at one of the first
+    `count` tensors, and nothing stays behind; the function is checkpointed."""
+
+    def run(pack=lambda t: t, unpack=lambda t: t, through=lambda function: function()):
+        leaves, buffers, function, dout = make()
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            out = through(function)
+            if not out.requires_grad:
+                return None, buffers
+            wanted = [t for t in leaves if t.requires_grad]
+            return torch.autograd.grad(out, wanted, dout, materialize_grads=True), buffers
+
+    expected, buffers = run()
+    if expected is None:
+        return
+    layout = draw(st.sampled_from([name for name in LAYOUTS if name != "expanded"]))
+    relaid, _ = run(unpack=lambda t: lay(t, layout))
+    through, again = run(through=lambda function: checkpoint(function, use_reentrant=False))
+    for got in (relaid, through):
+        for grad, due in zip(got, expected, strict=True):
+            scale = max(1.0, due.abs().max().item()) if due.numel() else 1.0
+            torch.testing.assert_close(grad, due, rtol=0, atol=1e-9 * scale)
+    assert all(torch.equal(again[n], t) for n, t in buffers.items())
+
+    at, when = draw(st.integers(1, count)), draw(st.sampled_from(("pack", "unpack")))
+    calls = 0
+
+    def hook(t):
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            raise Stop
+        return t
+
+    def attempt():
+        leaves, buffers, function, dout = make()
+        before = {name: t.clone() for name, t in buffers.items()}
+        alive = [weakref.ref(t) for t in leaves]
+        hooks = (hook, lambda t: t) if when == "pack" else (lambda t: t, hook)
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(*hooks):
+                function().backward(dout)
+        except Stop:
+            event(f"raised in {when}")
+            if when == "pack":
+                assert all(torch.equal(before[n], t) for n, t in buffers.items())
+        return alive
+
+    alive = attempt()
+    if any(ref() is not None for ref in alive):  # or where the engine has it, until its next run
+        torch.ones(1, requires_grad=True).sum().backward()
+        gc.collect()
+    assert all(ref() is None for ref in alive)
+
+
+@examples(0.1)
+@given(calls(), st.data())
+def test_what_a_call_saves(call, data):
+    remember(call)
+    values = call.geometry.out_shape[0]
+    for size in call.geometry.out_shape[2:]:
+        values *= size
+    assume(values > 1)
+
+    def make():
+        tensors, running, dout = call.tensors()
+        leaves = {
+            name: t.clone(memory_format=torch.preserve_format).requires_grad_(
+                name in call.requires_grad
+            )
+            for name, t in tensors.items()
+        }
+        running = {
+            name: t.clone(memory_format=torch.preserve_format) for name, t in running.items()
+        }
+
+        def function():
+            return fusedconvbn.conv_bn(**leaves, **running, **call.options, momentum=call.momentum)
+
+        return list(leaves.values()), running, function, dout.clone()
+
+    check_saved(make, data.draw, 6)
+
+
+@examples(0.02)
+@given(calls())
+def test_forks_beside_a_thread(call):
+    """A child of a process in which another thread runs large maps runs the call too."""
+    remember(call)
+    tensors, running, _ = call.tensors()
+    x, w = torch.randn(1, 1, 512, 513), torch.randn(1, 1, 1, 1)
+    stop = threading.Event()
+
+    def work():
+        while not stop.is_set():
+            fusedconvbn.conv_bn(x, w)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        child = os.fork()
+        if child == 0:
+            signal.alarm(30)
+            torch.set_num_threads(1)
+            fusedconvbn.conv_bn(x, w)
+            with contextlib.suppress(ValueError):
+                fusedconvbn.conv_bn(**tensors, **running, **call.options, momentum=call.momentum)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+    finally:
+        stop.set()
+        thread.join()
+    assert status == 0
 
 
 # ------------------------------------------------------------------------------------------------------- layers
@@ -349,6 +563,7 @@ class LayerCall:
     residual: bool
     eps: float
     layout: str
+    hook: str  # that makes the convolution's weight
     seed: int
 
 
@@ -372,8 +587,15 @@ def layer_calls(draw):
         residual=draw(st.booleans()),
         eps=draw(st.sampled_from((1e-5, 0.3))),
         layout=draw(st.sampled_from(LAYOUTS)),
+        hook=draw(st.sampled_from(("", "", "", *HOOKS))),
         seed=draw(st.integers(0, 2**16)),
     )
+
+
+HOOKS = {
+    "pruned": lambda conv: prune.l1_unstructured(conv, "weight", 0.3),
+    "weight norm": nn.utils.weight_norm,
+}
 
 
 def modules_of(call: LayerCall) -> tuple[type[nn.Module], nn.Module, nn.Module]:
@@ -409,9 +631,14 @@ def train_or_freeze(conv: nn.Module, bn: nn.Module, mode: str) -> None:
 @examples(0.2)
 @given(layer_calls())
 def test_layers_are_the_unfused_layers(call):
+    remember(call)
     torch.manual_seed(call.seed)
     layer_class, conv, bn = modules_of(call)
     layer = layer_class.from_modules(copy.deepcopy(conv), copy.deepcopy(bn), call.activation)
+    if call.hook:
+        for module in (conv, layer.conv):
+            torch.manual_seed(call.seed)
+            HOOKS[call.hook](module)
     act = activation_module(call.activation)
     train_or_freeze(conv, bn, call.mode)
     train_or_freeze(layer.conv, layer.bn, call.mode)
@@ -596,6 +823,7 @@ def unfused_chain(
 @examples(0.2)
 @given(chain_calls())
 def test_chains_are_their_unfused_links(call):
+    remember(call)
     input, links = call.build()
     packed = chain.pack(input, links)
     given = {id(getattr(link, "statistics", None)) for link in links}  # no gradient reaches them
@@ -630,6 +858,29 @@ def test_chains_are_their_unfused_links(call):
     )  # each of up to six links may magnify what is rounded in the one behind it
     for name, grad in got.items():
         assert torch.equal(grad, again[name])
+
+
+@examples(0.1)
+@given(chain_calls(), st.data())
+def test_what_a_chain_saves(call, data):
+    remember(call)
+
+    def make():
+        packed = chain.pack(*call.build())
+        tensors = [t.detach().clone(memory_format=torch.preserve_format) for t in packed.tensors]
+        for i, t in enumerate(tensors):
+            t.requires_grad_(bool(call.requires_grad >> i & 1))
+
+        def function():
+            return ops._chain_forward(tensors, *packed.options, call.kept)[0]
+
+        shape = function().shape
+        return tensors, {}, function, torch.ones(shape, dtype=torch.float64)
+
+    try:
+        check_saved(make, data.draw, 10)
+    except ValueError:  # one value per channel
+        reject()
 
 
 def test_the_gradient_of_a_shift_alone_in_front_of_a_norm_link():
