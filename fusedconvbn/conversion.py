@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .activations import activation_module
+from .hooks import make_parameters
 from .modules import FusedConvBN, _ConvBN, _FusedConvBN, _FusedConvTransposeBN
 from .synchronised import NOT_SYNCHRONISED
 
@@ -84,7 +85,7 @@ def fold(module: nn.Module) -> nn.Module:
     original = copy.deepcopy(module).eval()
     layers = [child for child in original.modules() if isinstance(child, _ConvBN)]
     for layer in layers:
-        layer._make_parameters()
+        make_parameters((layer.conv, layer.bn))
     # deepcopy takes what its memo has for an object as its copy
     memo: dict[int, Any] = {id(t): t for t in (*original.parameters(), *original.buffers())}
     memo.update({id(layer): _folded(layer, alone=layer is original) for layer in layers})

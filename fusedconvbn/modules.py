@@ -9,18 +9,18 @@ from typing import Any, ClassVar, Optional
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import prune
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 
 from .activations import activation_name
 from .batch_norm import batch_norm_call
 from .functional import conv_bn
+from .hooks import (
+    PARAMETER_HOOKS,
+    make_parameters,
+    refuse_hooks_in_script,
+    refuse_other_hooks,
+)
 from .links import ConvOptions, refuse_lazy
 from .synchronised import NOT_SYNCHRONISED, Synchronised, plain_batch_norm
-
-# Hooks that make a parameter of their module, of which they read nothing else.
-_PARAMETER_HOOKS = (prune.BasePruningMethod, WeightNorm, SpectralNorm)
 
 
 class _ConvBN(nn.Module):
@@ -108,25 +108,13 @@ class _ConvBN(nn.Module):
         return bool(self.conv._forward_pre_hooks or self.bn._forward_pre_hooks)
 
     @torch.jit.unused
-    def _make_parameters(self) -> None:
-        for child in (self.conv, self.bn):
-            for hook in child._forward_pre_hooks.values():
-                if isinstance(hook, _PARAMETER_HOOKS):
-                    hook(child, ())
-
-    @torch.jit.unused
     def _before_forward(self, input: Tensor) -> Tensor:
         """Runs what a call of the children would have run first, and returns the convolution's input."""
-        for hook in self.bn._forward_pre_hooks.values():
-            if not isinstance(hook, _PARAMETER_HOOKS):
-                raise TypeError(
-                    f"{type(self).__name__}: expected bn without forward_pre_hooks, as the input of bn is not made; got "
-                    f"{hook}. Register it on the layer, or use the modules unfused"
-                )
-        self._make_parameters()
+        refuse_other_hooks(type(self).__name__, "bn", self.bn)
+        make_parameters((self.conv, self.bn))
         conv = self.conv
         for key, hook in conv._forward_pre_hooks.items():
-            if isinstance(hook, _PARAMETER_HOOKS):
+            if isinstance(hook, PARAMETER_HOOKS):
                 continue
             if key in conv._forward_pre_hooks_with_kwargs:
                 changed = hook(conv, (input,), {})
@@ -139,11 +127,7 @@ class _ConvBN(nn.Module):
 
     def __prepare_scriptable__(self) -> "_ConvBN":
         """TorchScript takes a group by its name. It has no hooks."""
-        if self._has_pre_hooks():
-            raise TypeError(
-                f"{type(self).__name__}: expected conv and bn without forward_pre_hooks to be scripted; "
-                "make what they compute permanent first, as torch.nn.utils.prune.remove does"
-            )
+        refuse_hooks_in_script(type(self).__name__, (self.conv, self.bn))
         self.process_group = self._synchronised.group_name()
         return self
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .activations import activation_name
+from .hooks import make_parameters, refuse_hooks_in_script, refuse_other_hooks
 from .links import BATCH_NORMS, CONVOLUTIONS, Chain, ConvLink, NormLink, refuse_lazy
 from .planning import price_per_byte, seconds_per_value
 from .scripting import scriptable
@@ -98,6 +99,9 @@ class FusedConvBNSequential(nn.Sequential):
 
     def forward(self, input: Tensor | Sequence[Tensor], residual: Tensor | None = None) -> Tensor:
         chain = self._chain()
+        for name, module in self._modules.items():
+            refuse_other_hooks("FusedConvBNSequential", f"module {name!r}", module)
+        make_parameters(self)
         if residual is not None and not isinstance(chain.links[-1], NormLink):
             raise ValueError(
                 "FusedConvBNSequential: expected no residual, as the last module is a convolution"
@@ -106,6 +110,7 @@ class FusedConvBNSequential(nn.Sequential):
 
     def __prepare_scriptable__(self) -> nn.Module:
         """TorchScript takes one tensor and no residual."""
+        refuse_hooks_in_script("FusedConvBNSequential", self)
         graph = fx.Graph()
         x = graph.placeholder("input", type_expr=torch.Tensor)
         graph.output(graph.create_node("call_module", "chain", (x,)))

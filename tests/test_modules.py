@@ -285,6 +285,31 @@ def test_utilities_that_make_a_parameter_before_a_call(child, change):
         torch.testing.assert_close(t, due, msg=name)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("change", (pruned, weight_normed))
+def test_utilities_on_modules_of_a_sequential(change):
+    x, block = torch.randn(4, 3, 6, 5), nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    fused = FusedConvBNSequential(*copy.deepcopy(block))
+    for model in (block, fused):
+        change(model[0])
+    results = []
+    for model in (block, fused):
+        optimiser = torch.optim.SGD(model.parameters(), 0.5)
+        for _ in range(3):
+            optimiser.zero_grad()
+            model(x).square().mul(torch.arange(12.0).view(4, 3)).mean().backward()
+            optimiser.step()
+        results.append(model.eval()(x))
+    torch.testing.assert_close(*results)
+    with pytest.raises(TypeError, match="without forward_pre_hooks to be scripted"):
+        torch.jit.script(fused)
+    fused[1].register_forward_pre_hook(lambda module, args: None)
+    with pytest.raises(
+        TypeError, match="FusedConvBNSequential: expected module '1' without forward"
+    ):
+        fused(x)
+
+
 def test_folding_makes_the_parameters_anew():
     layer = FusedConvBN2d(3, 4, 3).eval()
     with torch.no_grad():
