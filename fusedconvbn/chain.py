@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
 
 from torch import Tensor
 
@@ -94,3 +96,34 @@ def pack(input: Tensor | Sequence[Tensor], chain: Sequence[Conv | Norm | Gate]) 
             parameter = PARAMETERS.get(link.activation, 0.0)
             packed.scalars += [link.eps, parameter if link.parameter is None else link.parameter]
     return packed
+
+
+def unpack(
+    tensors: Sequence[Any], links: Sequence[int], scalars: Sequence[float]
+) -> tuple[list[Any], list[Conv | Norm | Gate]]:
+    """The way back, for a chain that is well formed: the inputs and the links, with what `tensors` has for their tensors."""
+    numbers, values, given = iter(links), iter(scalars), iter(tensors)
+    parts = 1
+    if links[0] == 3:
+        _, parts = next(numbers), next(numbers)
+    input = list(islice(given, parts))
+    chain: list[Conv | Norm | Gate] = []
+    for kind in numbers:
+        if kind == 2:
+            chain.append(Gate(next(given)))
+        elif kind == 0:
+            has_bias, transposed, groups, dims = islice(numbers, 4)
+            weight, bias = next(given), next(given) if has_bias else None
+            lists = [list(islice(numbers, dims)) for _ in range(4)]
+            chain.append(Conv(weight, bias, *lists[:3], bool(transposed), lists[3], groups))
+        else:
+            weight, bias, residual = (
+                next(given) if there else None for there in islice(numbers, 3)
+            )
+            arithmetic, activation = ARITHMETICS[next(numbers)], ACTIVATIONS[next(numbers)]
+            statistics = next(given) if arithmetic == "running" else None
+            eps, parameter = islice(values, 2)
+            chain.append(
+                Norm(weight, bias, residual, eps, arithmetic, activation, parameter, statistics)
+            )
+    return input, chain

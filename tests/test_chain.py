@@ -17,7 +17,7 @@ def draw(*shape):
 
 
 def links(pattern, channels=3):
-    """`pattern` has a letter for each link: c, d (depthwise), t (transposed), n, f (frozen norm) or g (gate)."""
+    """`pattern` has a letter for each link: c, d (depthwise), t (transposed), p (wide and 1×1), n, f (frozen norm) or g (gate)."""
     made = []
     for letter in pattern:
         if letter == "g":
@@ -41,6 +41,9 @@ def links(pattern, channels=3):
         elif letter == "t":
             made.append(Conv(draw(channels, 2, 2, 1), draw(2), transposed=True, stride=(2, 1)))
             channels = 2
+        elif letter == "p":
+            made.append(Conv(draw(4 * channels, channels, 1, 1)))
+            channels *= 4
         else:
             made.append(
                 Conv(draw(channels + 1, channels, 2, 1), draw(channels + 1), padding=(1, 0))
@@ -101,6 +104,7 @@ PATTERNS = (
     "fcn",
     "ncfg",
     "cfgdn",
+    "npnc",
 )
 
 
