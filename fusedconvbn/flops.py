@@ -1,0 +1,212 @@
+"""Floating point operations of the chain operators, for `torch.utils.flop_counter`, which knows PyTorch's alone."""
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import recompute_check
+from ._imports import when_imported
+from .chain import Conv, Gate, Norm, unpack
+from .planning import share_of_products
+
+RECOMPUTED = "fusedconvbn.recomputed"  # the counter's row for what backward does beyond eager's
+
+
+class _Chain:
+    """A packed chain, the shapes of its maps, and what each link takes. What has a place in `tensors` has that here."""
+
+    def __init__(
+        self, tensors: Sequence[Tensor], links: Sequence[int], scalars: Sequence[float]
+    ) -> None:
+        places, self.links = unpack(range(len(tensors)), links, scalars)
+        self.whole = len(places) == 1
+        shapes = [tensors[place].shape for place in places]
+        self.maps = [[shapes[0][0], sum(s[1] for s in shapes), *shapes[0][2:]]]
+        self.weights = [
+            list(tensors[link.weight].shape) if isinstance(link, Conv) else []
+            for link in self.links
+        ]
+        for link, weight in zip(self.links, self.weights, strict=True):
+            t = self.maps[-1]
+            self.maps.append(_result(link, t, weight) if isinstance(link, Conv) else t)
+
+    def forward(self, i: int) -> int:
+        """Of link i."""
+        from torch.utils.flop_counter import conv_flop_count
+
+        link = self.links[i]
+        if not isinstance(link, Conv):
+            return 0
+        return conv_flop_count(self.maps[i], self.weights[i], self.maps[i + 1], link.transposed)
+
+    def gradients(self, i: int, input: bool, weight: bool) -> int:
+        """Of the convolution's gradients that are asked for."""
+        from torch.utils.flop_counter import conv_backward_flop
+
+        link, x, w = self.links[i], self.maps[i], self.weights[i]
+        options = (None, link.stride, link.padding, link.dilation, link.transposed)
+        options += (link.output_padding, link.groups, [input, weight, False])
+        return conv_backward_flop(self.maps[i + 1], x, w, *options, out_val=(x, w, None))
+
+    def batch_statistics(self, i: int) -> bool:
+        return (
+            i < len(self.links)
+            and isinstance(self.links[i], Norm)
+            and self.links[i].arithmetic in ("batchnorm", "tutorial")
+        )
+
+
+def _result(conv: Conv, t: Sequence[int], weight: Sequence[int]) -> list[int]:
+    """The shape of a convolution's result."""
+    shape = [t[0], weight[1] * conv.groups if conv.transposed else weight[0]]
+    for d, stride in enumerate(conv.stride):
+        size, padding = t[d + 2], 2 * conv.padding[d]
+        reach = (weight[d + 2] - 1) * conv.dilation[d] + 1
+        if conv.transposed:
+            shape.append((size - 1) * stride - padding + reach + conv.output_padding[d])
+        else:
+            shape.append((size + padding - reach) // stride + 1)
+    return shape
+
+
+def forward_flops(
+    tensors: Sequence[Tensor], links: Sequence[int], scalars: Sequence[float], *_: Any, **__: Any
+) -> int:
+    chain = _Chain(tensors, links, scalars)
+    return sum(chain.forward(i) for i in range(len(chain.links)))
+
+
+def backward_flops(
+    dout: Tensor,
+    tensors: Sequence[Tensor],
+    kept_maps: Sequence[Tensor],
+    statistics: Sequence[Tensor],
+    links: Sequence[int],
+    scalars: Sequence[float],
+    process_group: str,
+    kept: Sequence[int],
+    wanted: Sequence[int],
+) -> tuple[int, int]:
+    """Of the gradients, as eager counts them, and of all else that backward does: `Execution::backward` in
+    csrc/execution.cpp without the tensors."""
+    chain = _Chain(tensors, links, scalars)
+    count = len(chain.links)
+    at_hand = {*kept, *([0] if chain.whole else [])}
+
+    def result(i: int) -> bool:
+        """Whether the slope of norm link i shows in its result, which is kept."""
+        return i + 1 == count and count in at_hand and chain.links[i].activation == "relu"
+
+    reached, read = [0 in wanted], []
+    for i, link in enumerate(chain.links):
+        given: list[int | None] = [link.weight, getattr(link, "residual", None)]
+        if isinstance(link, Norm) or (isinstance(link, Conv) and not chain.batch_statistics(i + 1)):
+            given.append(link.bias)  # one that cancels is not reached
+        reached.append(reached[i] or any(place in wanted for place in given))
+        reads = isinstance(link, Conv) or (isinstance(link, Gate) and link.weight in wanted)
+        if isinstance(link, Norm):
+            slope_at_hand = link.activation == "none" or result(i)
+            others = reached[i] or link.weight in wanted or link.bias in wanted
+            reads = not slope_at_hand or (link.arithmetic != "none" and others)
+        read.append(reached[i + 1] and reads)
+
+    def goes_around(i: int) -> bool:
+        link, before = chain.links[i], chain.links[i - 1]
+        return (
+            i > 0
+            and isinstance(before, Conv)
+            and chain.batch_statistics(i)
+            and i not in at_hand
+            and reached[i]
+            and not process_group
+            and (link.activation == "none" or result(i))
+            and not recompute_check.is_enabled()
+            and _share(before, chain.weights[i - 1], chain.maps[i], dout) < 1
+        )
+
+    gradients = remade = 0
+
+    def remake(i: int) -> None:
+        nonlocal remade
+        first = max((m for m in at_hand if m < i), default=0)
+        remade += sum(chain.forward(m) for m in range(first, i))
+        conv = [m for m in range(first + 1, i - 1) if isinstance(chain.links[m - 1], Conv)]
+        at_hand.update(m for m in (*conv, i - 1) if m > first and read[m])
+        at_hand.add(i)
+        if first > 0 and first not in kept and not read[first]:
+            at_hand.discard(first)
+
+    i = count - 1
+    while i >= 0 and reached[i + 1]:
+        around = goes_around(i)
+        i -= around
+        if (read[i] or around) and i not in at_hand:
+            remake(i)
+        if isinstance(chain.links[i], Conv):
+            asked = reached[i], chain.links[i].weight in wanted
+            own = chain.gradients(i, *asked)
+            gradients += own
+            if around:
+                remade += _around(chain, i, *asked) - own
+        i -= 1
+    return gradients, remade
+
+
+def _share(conv: Conv, weight: Sequence[int], result: Sequence[int], dout: Tensor) -> float:
+    """Of its convolution's work that going around its result takes (`pointwise_applies` in csrc/pointwise.cpp)."""
+    ones = all(size == 1 for size in (*weight[2:], *conv.stride, conv.groups))
+    plain = ones and not any(conv.padding) and not conv.transposed
+    exact = dout.device.type == "cpu" and dout.dtype in (torch.float32, torch.float64)
+    positions = prod(result) // result[1]
+    if not plain or not exact or not positions:
+        return 1.0
+    return share_of_products(weight[1], weight[0], positions)
+
+
+def _around(chain: _Chain, i: int, input: bool, weight: bool) -> int:
+    """The products of csrc/pointwise.h: G, K and W·K, the gradient of the input, Wᵀ·W and its product with the map."""
+    c_out, c_in = chain.weights[i][:2]
+    positions = prod(chain.maps[i]) // c_in
+    large, square, small = c_out * c_in * positions, c_in * c_in * positions, c_out * c_in * c_in
+    return 2 * (large + weight * (square + small) + input * (large + square + small))
+
+
+def _register() -> None:
+    from torch.utils import flop_counter
+
+    operators = torch.ops.fusedconvbn
+    if operators._chain_forward in flop_counter.flop_registry:
+        return
+    register = flop_counter.register_flop_formula
+
+    @register(operators._chain_forward, get_raw=True)
+    def forward(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
+        return forward_flops(*args, **kwargs)
+
+    @register(operators._chain_backward, get_raw=True)
+    def backward(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
+        return sum(backward_flops(*args, **kwargs))
+
+    mode = getattr(flop_counter, "_FlopCounterMode", None)
+    if mode is not None:  # else both are in one row
+        torch.library.register_torch_dispatch("fusedconvbn::_chain_backward", mode, _count_apart)
+
+
+def _count_apart(mode: Any, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+    """A `FlopCounterMode` counts by operator; this makes two rows of one."""
+    out = func(*args, **kwargs)
+    gradients, remade = backward_flops(*args, **kwargs)
+    counter = mode.counter
+    for module in set(counter.mod_tracker.parents):
+        counts = counter.flop_counts[module]
+        counts[func.overloadpacket] += gradients
+        if remade:
+            counts[RECOMPUTED] += remade
+    return out
+
+
+def register() -> None:
+    when_imported("torch.utils.flop_counter", _register)
