@@ -111,7 +111,10 @@ class Guards:
 
 
 def _interchangeable(a: type, b: type) -> bool:
-    """A batch norm may become a synchronised one, or the other way round."""
+    """A batch norm may become a synchronised one, or the other way round; and `fully_shard` exchanges a module's class for
+    one that has the same forward."""
+    if len(a.__bases__) == 2 and a.__bases__[1] is b:
+        return a.__bases__[0].__module__.startswith("torch.distributed.")
     norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
     return a in norms and b in norms and nn.SyncBatchNorm in (a, b)
 

@@ -645,3 +645,54 @@ def check_fsdp(synchronised: bool, whole: bool) -> None:
             optimizer.step()
         torch.testing.assert_close(state(fused), state(unfused), **exact)
     assert fused.stem.conv.weight.to_local().numel() < unfused.stem.conv.weight.numel()
+
+
+# -------------------------------------------------------------------------------------- fused models
+
+
+class Residual(nn.Module):
+    """Two convolutions, and two such in a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.conv2, self.bn2 = nn.Conv2d(4, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3)
+        self.act = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.bn2(self.conv2(self.act(self.bn1(self.conv1(x))))) + x)
+
+
+def fused_pair() -> tuple[nn.Module, nn.Module, Tensor]:
+    x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    unfused = nn.Sequential(Residual(), Residual()).double()
+    return fusedconvbn.fuse(copy.deepcopy(unfused), x, memory="min"), unfused, x
+
+
+def operators(run: Callable[[], Any]) -> set[str]:
+    """Those with FLOPs."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return {str(name) for name in counter.get_flop_counts()["Global"]}
+
+
+def check_fsdp_fused_model(inner: bool) -> None:
+    """It stays fused where its modules get the class of `fully_shard`."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    fused, unfused, x = fused_pair()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for module in [*(fused if inner else ()), fused]:
+        fully_shard(module, mesh=mesh)
+    names = operators(lambda: fused(x).square().sum().backward())
+    assert names == {
+        "fusedconvbn._chain_forward",
+        "fusedconvbn._chain_backward",
+        "fusedconvbn.recomputed",
+    }
+    unfused(x).square().sum().backward()
+    for ours, theirs in zip(fused.parameters(), unfused.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad.full_tensor(), theirs.grad, **exact)

@@ -97,6 +97,11 @@ def test_fully_shard(pool, synchronised, whole):
     pool(2).run(worker.check_fsdp, synchronised, whole)
 
 
+@pytest.mark.parametrize("inner", [False, True])
+def test_fully_shard_on_a_fused_model(pool, inner):
+    pool(2).run(worker.check_fsdp_fused_model, inner)
+
+
 # ---------------------------------------------------------------------------------------- one process
 
 
