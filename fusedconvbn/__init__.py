@@ -5,7 +5,7 @@ from . import _library
 build_info = _library.build_info
 _library.load()
 
-from . import flops
+from . import dtensor, flops
 from .conversion import fold, revert_sync_batchnorm
 from .functional import conv_bn
 from .fusion import fuse, unfuse
@@ -23,6 +23,7 @@ from .recompute_check import check_recompute
 from .report import explain
 from .sequential import FusedConvBNSequential
 
+dtensor.register()
 flops.register()
 
 __version__ = "0.1.0"

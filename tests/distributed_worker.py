@@ -647,7 +647,7 @@ def check_fsdp(synchronised: bool, whole: bool) -> None:
     assert fused.stem.conv.weight.to_local().numel() < unfused.stem.conv.weight.numel()
 
 
-# -------------------------------------------------------------------------------------- fused models
+# ------------------------------------------------------------------------------- DTensor, fused models
 
 
 class Residual(nn.Module):
@@ -696,3 +696,76 @@ def check_fsdp_fused_model(inner: bool) -> None:
     unfused(x).square().sum().backward()
     for ours, theirs in zip(fused.parameters(), unfused.parameters(), strict=True):
         torch.testing.assert_close(ours.grad.full_tensor(), theirs.grad, **exact)
+
+
+def check_dtensor(after: str) -> None:
+    """Replicated ones, where what comes after distributes its result, so that the gradient comes in parts."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import (
+        DTensor,
+        Partial,
+        Replicate,
+        Shard,
+        distribute_module,
+        distribute_tensor,
+    )
+
+    fused, unfused, x = fused_pair()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    distribute_module(fused, mesh)
+    for training in (True, False):
+        fused.train(training), unfused.train(training)
+        given = distribute_tensor(x, mesh, [Replicate()]).requires_grad_()
+        plain = x.clone().requires_grad_()
+        out, expected = fused(given), unfused(plain)
+        assert isinstance(out, DTensor)
+        torch.testing.assert_close(out.full_tensor(), expected, **exact)
+        result = out.redistribute(placements=[Shard(0)]) if after == "sharded" else out
+        if after == "local":  # each process has a part of the loss
+            part = result.to_local(grad_placements=[Partial()])
+            (part.square().sum() / dist.get_world_size()).backward()
+        else:
+            result.square().sum().backward()
+        expected.square().sum().backward()
+        for ours, theirs in zip(
+            (given, *fused.parameters()), (plain, *unfused.parameters()), strict=True
+        ):
+            torch.testing.assert_close(ours.grad.full_tensor(), theirs.grad, **exact)
+        for ours, theirs in zip(fused.buffers(), unfused.buffers(), strict=True):
+            torch.testing.assert_close(ours.full_tensor(), theirs, **exact)
+    assert "fusedconvbn._chain_forward" in operators(lambda: fused(given).sum())
+
+
+def check_dtensor_refusals() -> None:
+    """Nothing but replicated ones, before a running statistic has moved."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    x, weight, bias = torch.randn(4, 2, 6, 6), torch.randn(4, 2, 3, 3), torch.randn(4)
+    names = {
+        "input": "input",
+        "weight": r"the convolution's weight \(link 0\)",
+        "bn_bias": r"the batch norm's bias \(link 1\)",
+    }
+    running = {
+        name: distribute_tensor(torch.ones(4), mesh) for name in ("running_mean", "running_var")
+    }
+
+    def call(name: str, other: Callable[[Tensor], Tensor]) -> None:
+        tensors = {"input": x, "weight": weight, "bn_bias": bias}
+        replicated = {n: distribute_tensor(t, mesh, [Replicate()]) for n, t in tensors.items()}
+        fusedconvbn.conv_bn(**replicated | {name: other(tensors[name])}, **running)
+
+    for name, said in names.items():
+        with pytest.raises(
+            NotImplementedError, match=rf"replicated DTensors, got {said} placed \(Shard"
+        ):
+            call(name, lambda t: distribute_tensor(t, mesh, [Shard(0)]))
+        with pytest.raises(TypeError, match=f"DTensors where one is, got {said} that is not"):
+            call(name, lambda t: t)
+    other = init_device_mesh("cpu", (1, dist.get_world_size()))
+    with pytest.raises(ValueError, match="on one mesh"):
+        call("weight", lambda t: distribute_tensor(t, other, [Replicate(), Replicate()]))
+    for statistic in running.values():
+        assert torch.equal(statistic.full_tensor(), torch.ones(4))

@@ -2,6 +2,8 @@
 of distributed_worker.py."""
 
 import copy
+import subprocess
+import sys
 
 import distributed_worker as worker
 import pytest
@@ -100,6 +102,20 @@ def test_fully_shard(pool, synchronised, whole):
 @pytest.mark.parametrize("inner", [False, True])
 def test_fully_shard_on_a_fused_model(pool, inner):
     pool(2).run(worker.check_fsdp_fused_model, inner)
+
+
+@pytest.mark.parametrize("after", ["", "sharded", "local"])
+def test_replicated_dtensors(pool, after):
+    pool(2).run(worker.check_dtensor, after)
+
+
+def test_other_dtensors_are_refused(pool):
+    pool(2).run(worker.check_dtensor_refusals)
+
+
+def test_dtensor_is_imported_by_who_wants_it():
+    code = "import sys, fusedconvbn; assert 'torch.distributed.tensor' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # ---------------------------------------------------------------------------------------- one process
