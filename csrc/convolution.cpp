@@ -86,9 +86,11 @@ bool steps_over_few_channels(const Conv& conv, const Tensor& stepped_over, const
          all(conv.padding, 0) && all(weight.sizes().slice(2), 1);
 }
 
-// The values of a map that a strided 1×1 convolution reads: a convolution of stride 1 has the same weight gradient.
-Tensor every(at::IntArrayRef stride, Tensor map) {
-  for (size_t d = 0; d < stride.size(); ++d) map = map.slice(int64_t(d) + 2, 0, std::nullopt, stride[d]);
+// The values of a map that a strided 1×1 convolution reads, one for each of the other map: a convolution of stride 1
+// has the same weight gradient.
+Tensor every(at::IntArrayRef stride, Tensor map, const Tensor& other) {
+  for (size_t d = 0; d < stride.size(); ++d)
+    map = map.slice(int64_t(d) + 2, 0, (other.size(int64_t(d) + 2) - 1) * stride[d] + 1, stride[d]);
   return map.contiguous(map.suggest_memory_format());
 }
 
@@ -146,7 +148,7 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Conv& conv, const 
     Conv dense = conv;
     for (auto* list : {&dense.stride, &dense.dilation}) std::fill(list->begin(), list->end(), 1);
     std::fill(dense.output_padding.begin(), dense.output_padding.end(), 0);
-    const auto part = every(conv.stride, stepped_over);
+    const auto part = every(conv.stride, stepped_over, conv.transposed ? input : dout);
     auto dweight = std::get<1>(convolution_backward(dense, conv.transposed ? part : dout,
                                                     conv.transposed ? input : part, weight, {false, true, false}));
     if (!wanted[0] && !wanted[2]) return {Tensor(), dweight.contiguous(format), Tensor()};

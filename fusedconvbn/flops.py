@@ -1,16 +1,13 @@
 """Floating point operations of the chain operators, for `torch.utils.flop_counter`, which knows PyTorch's alone."""
 
 from collections.abc import Sequence
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import recompute_check
 from ._imports import when_imported
 from .chain import Conv, Gate, Norm, unpack
-from .planning import share_of_products
 
 RECOMPUTED = "fusedconvbn.recomputed"  # the counter's row for what backward does beyond eager's
 
@@ -113,20 +110,6 @@ def backward_flops(
             reads = not slope_at_hand or (link.arithmetic != "none" and others)
         read.append(reached[i + 1] and reads)
 
-    def goes_around(i: int) -> bool:
-        link, before = chain.links[i], chain.links[i - 1]
-        return (
-            i > 0
-            and isinstance(before, Conv)
-            and chain.batch_statistics(i)
-            and i not in at_hand
-            and reached[i]
-            and not process_group
-            and (link.activation == "none" or result(i))
-            and not recompute_check.is_enabled()
-            and _share(before, chain.weights[i - 1], chain.maps[i], dout) < 1
-        )
-
     gradients = remade = 0
 
     def remake(i: int) -> None:
@@ -141,37 +124,12 @@ def backward_flops(
 
     i = count - 1
     while i >= 0 and reached[i + 1]:
-        around = goes_around(i)
-        i -= around
-        if (read[i] or around) and i not in at_hand:
+        if read[i] and i not in at_hand:
             remake(i)
         if isinstance(chain.links[i], Conv):
-            asked = reached[i], chain.links[i].weight in wanted
-            own = chain.gradients(i, *asked)
-            gradients += own
-            if around:
-                remade += _around(chain, i, *asked) - own
+            gradients += chain.gradients(i, reached[i], chain.links[i].weight in wanted)
         i -= 1
     return gradients, remade
-
-
-def _share(conv: Conv, weight: Sequence[int], result: Sequence[int], dout: Tensor) -> float:
-    """Of its convolution's work that going around its result takes (`pointwise_applies` in csrc/pointwise.cpp)."""
-    ones = all(size == 1 for size in (*weight[2:], *conv.stride, conv.groups))
-    plain = ones and not any(conv.padding) and not conv.transposed
-    exact = dout.device.type == "cpu" and dout.dtype in (torch.float32, torch.float64)
-    positions = prod(result) // result[1]
-    if not plain or not exact or not positions:
-        return 1.0
-    return share_of_products(weight[1], weight[0], positions)
-
-
-def _around(chain: _Chain, i: int, input: bool, weight: bool) -> int:
-    """The products of csrc/pointwise.h: G, K and W·K, the gradient of the input, Wᵀ·W and its product with the map."""
-    c_out, c_in = chain.weights[i][:2]
-    positions = prod(chain.maps[i]) // c_in
-    large, square, small = c_out * c_in * positions, c_in * c_in * positions, c_out * c_in * c_in
-    return 2 * (large + weight * (square + small) + input * (large + square + small))
 
 
 def _register() -> None:

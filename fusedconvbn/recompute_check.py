@@ -53,10 +53,6 @@ def _leave(module: nn.Module, *_: Any) -> None:
     _announce()
 
 
-def is_enabled() -> bool:
-    return bool(_hooks)
-
-
 def check_recompute(enabled: bool = True) -> None:
     """Checks in every backward from now on that what is remade there is what forward had.
 

@@ -192,6 +192,7 @@ for dtype in (torch.float16, torch.bfloat16, torch.float32):
             check(dtype, x[..., :-1, :-2], w, torch.randn(8), stride=[2, 3])
             small = torch.randn(4, 8, size // 2, size // 2)
             check(dtype, small, w, stride=2, output_padding=1, transposed=True, activation="silu")
+            check(dtype, small, w, stride=[2, 1], dilation=[1, 3], output_padding=[0, 2], transposed=True)
     blind = dict(stride=2, padding=[0, 3, 3], dilation=2)
     for _ in range(5):
         x, w = torch.randn(5, 16, 5, 5, 1), torch.randn(2, 16, 1, 1, 1)

@@ -90,7 +90,7 @@ def test_unpacking(pattern):
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_layer(name):
-    """In training its convolution is remade, or gone around for less."""
+    """In training its convolution is remade."""
     case = CASES[name]
     tensors = case.tensors()
 
@@ -102,8 +102,7 @@ def test_a_layer(name):
 
     ours = counted_step(lambda t: conv_bn(**t, **case.options))
     theirs = counted_step(lambda t: unfused(t, case))
-    remade, whole = assert_eager(ours, theirs), theirs[aten.convolution]
-    assert 0 < remade < whole if name.startswith("pointwise") else remade == whole
+    assert assert_eager(ours, theirs) == theirs[aten.convolution]
 
 
 @pytest.mark.parametrize("pattern", (*PATTERNS, "npn", "pn", "cnpnd"))
@@ -212,15 +211,6 @@ def test_compiled_and_traced():
     traced = make_fx(step)(x, *fused.parameters())
     with torch.no_grad():
         assert counted(lambda: traced(x, *fused.parameters())) == expected
-
-
-def test_a_check_of_what_is_remade_wants_it_remade():
-    x, w = draw(2, 3, 4, 3), draw(12, 3, 1, 1)
-    before = counted(lambda: grad(conv_bn(x, w), [x, w]))
-    fusedconvbn.check_recompute(True)
-    checked = counted(lambda: grad(conv_bn(x, w), [x, w]))
-    fusedconvbn.check_recompute(False)
-    assert checked[RECOMPUTED] == checked[ops._chain_forward] > before[RECOMPUTED]
 
 
 def test_modules_have_their_own():
