@@ -75,8 +75,8 @@ def _forward(cls: Any, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
     return _run(func, args, kwargs, args[0][0].device_mesh)
 
 
-def _backward(cls: Any, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-    """Forward has checked the tensors; the gradient may be a sum in parts, and a residual that is not read is a plain 0."""
+def _whole(cls: Any, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+    """Of a backward, whose tensors forward has checked and whose gradient may be a sum in parts; of a pool's places."""
     return _run(func, args, kwargs, args[0].device_mesh)
 
 
@@ -90,8 +90,10 @@ def _register() -> None:
 
     rules = {
         "_chain_forward": _forward,
-        "_chain_backward": _backward,
+        "_chain_backward": _whole,
         "_channel_stats": _statistics,
+        "_places_in_window": _whole,
+        "_places_in_map": _whole,
     }
     for name, rule in rules.items():
         with contextlib.suppress(RuntimeError):  # this package was imported before, and deleted

@@ -1,10 +1,9 @@
 #include "../pooling.h"
 
-#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/max_pool2d.h>
 #include <ATen/ops/max_pool2d_with_indices.h>
 #include <ATen/ops/max_pool2d_with_indices_backward.h>
-#include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "../composite.h"
@@ -26,7 +25,7 @@ struct MaxPool : torch::autograd::Function<MaxPool> {
     const auto [output, indices] =
         at::max_pool2d_with_indices(input, window.kernel, window.stride, window.padding, window.dilation, ceil_mode);
     // What backward asks of the input is its sizes.
-    const auto like = at::zeros({}, input.options().memory_format(std::nullopt)).expand_symint(input.sym_sizes());
+    const auto like = input.new_zeros({}).expand_symint(input.sym_sizes());
     ctx->save_for_backward({like, places_in_window(indices, window.packed(), input.sym_size(3))});
     ctx->saved_data["window"] = window.packed();
     ctx->saved_data["ceil_mode"] = ceil_mode;
@@ -43,7 +42,7 @@ struct MaxPool : torch::autograd::Function<MaxPool> {
         ctx->saved_data["channels_last"].toBool() ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
     const ArenaScope scope;
     const auto indices = places_in_map(places, packed, like.sym_size(3));
-    const auto input = at::empty_symint(like.sym_sizes(), like.options().memory_format(format));  // not read
+    const auto input = at::empty_like(like, like.options(), format);  // not read
     return {at::max_pool2d_with_indices_backward(grads[0], input, window.kernel, window.stride, window.padding,
                                                  window.dilation, ctx->saved_data["ceil_mode"].toBool(), indices),
             Tensor(), Tensor()};
