@@ -122,18 +122,17 @@ class Execution {
   void check_maps(const Tensor& dout) const {
     auto sizes = tensors_[0].sym_sizes().vec();
     for (int64_t p = 1; p < chain_.parts; ++p) sizes[1] = sizes[1] + tensors_[p].sym_size(1);
-    const auto check = [&](const char* name, size_t i, const Tensor& t) {
+    const auto check = [&](const std::string& name, const Tensor& t) {
       TORCH_CHECK_VALUE(
           t.sym_sizes() == sizes && t.scalar_type() == tensors_[0].scalar_type() && t.device() == tensors_[0].device(),
-          "expected the ", name, " of map ", i, " to be of shape ", c10::SymIntArrayRef(sizes), ", ",
-          tensors_[0].scalar_type(), " and on ", tensors_[0].device(), ", got ", t.sym_sizes(), ", ", t.scalar_type(),
-          " and ", t.device());
+          "expected ", name, " of shape ", c10::SymIntArrayRef(sizes), ", ", tensors_[0].scalar_type(), " and on ",
+          tensors_[0].device(), ", got ", t.sym_sizes(), ", ", t.scalar_type(), " and ", t.device());
     };
     for (size_t i = 0; i < chain_.size(); ++i) {
       if (const auto* conv = chain_[i].conv()) sizes = conv->output_sizes(sizes, tensor(chain_[i].weight).sym_sizes());
-      if (maps_[i + 1].defined()) check("values", i + 1, maps_[i + 1]);
+      if (maps_[i + 1].defined()) check("the kept map " + std::to_string(i + 1), maps_[i + 1]);
     }
-    check("gradient", chain_.size(), dout);
+    check("a gradient like the output,", dout);
   }
 
   // A virtual concatenation exists while a link reads it.

@@ -106,18 +106,16 @@ void RunningUpdates::add(const NormArguments& norm, const Tensor& statistics, c1
   const auto batch = statistics.detach();
   auto mean = batch.select(0, 0), var = batch.select(0, 1);
   if (bias) mean = mean + bias->detach();
-  if (synchronised) {
-    const auto counts = batch.select(0, 2);
-    var = var * (counts / (counts - 1).clamp_min(1));
-    mean = at::where(counts > 0, mean, running_mean.to(mean.scalar_type()));  // no process has a sample
-    var = at::where(counts > 0, var, running_var.to(var.scalar_type()));
-  } else {
-    var = var * at::Scalar(unbiased);
-  }
-  writes_.push_back(
-      [running_mean, value = moved(running_mean, mean, norm.momentum, count_)] { running_mean.copy_(value); });
-  writes_.push_back(
-      [running_var, value = moved(running_var, var, norm.momentum, count_)] { running_var.copy_(value); });
+  const auto counts = synchronised ? batch.select(0, 2) : Tensor();
+  var = synchronised ? var * (counts / (counts - 1).clamp_min(1)) : var * at::Scalar(unbiased);
+  const auto write = [&](const Tensor& running, const Tensor& batch) {
+    auto value = moved(running, batch, norm.momentum, count_);
+    if (synchronised)
+      value = at::where(counts > 0, value, running.to(value.scalar_type()));  // else nobody has a sample
+    writes_.push_back([running, value] { running.copy_(value); });
+  };
+  write(running_mean, mean);
+  write(running_var, var);
 }
 
 void RunningUpdates::write() const {

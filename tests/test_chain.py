@@ -308,10 +308,6 @@ BACKWARD = {
         "expected the statistics",
     ),
     "kept maps missing": (dict(kept=[1]), "got 0 kept maps for 1 places"),
-    "statistics that are not contiguous": (
-        dict(statistics=[torch.zeros(4, 2).double().t()]),
-        "expected the statistics",
-    ),
     "wanted": (dict(wanted=[5]), "expected `wanted` between 0 and 3"),
 }
 
