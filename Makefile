@@ -2,19 +2,25 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-TORCH := torch==2.13.0
-# For its models' definitions alone: with its dependencies it would replace torch by a CUDA build.
-TORCHVISION := torchvision==0.28.0
-
 CUDA_VENV := .venv-cuda
-CUDA_TORCH := torch==2.11.0
-CUDA_TORCHVISION := torchvision==0.26.0
+# For test-torch: make test-torch TORCH=2.11.0
+TORCH ?= 2.14.1
+TORCH_VENV := .venv-torch-$(TORCH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CPP := $(shell find csrc tests examples -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test lint check-cuda test-cuda says-what-it-needs gpu-bundle bench bench-models bench-cuda fuzz leak sanitize build format clean
+# An environment with the torch of a version. torchvision (0.26 goes with torch 2.11, 0.27 with 2.12, and so on) is for its models'
+# definitions alone: with its dependencies it could replace torch by another build.
+define environment
+$(PYTHON) -m venv $(@D)
+$(@D)/bin/pip install --quiet -r requirements-dev.txt torch==$(1)
+$(@D)/bin/pip install --quiet --no-deps 'torchvision==0.$(shell expr $(word 2,$(subst ., ,$(1))) + 15).*'
+touch $@
+endef
+
+.PHONY: demo test lint check-cuda test-cuda test-torch says-what-it-needs gpu-bundle bench bench-models bench-cuda fuzz leak sanitize build format clean
 
 demo: build
 	$(BIN)/python examples/mnist.py --output output/mnist.png
@@ -96,10 +102,7 @@ check-cuda: $(VENV)/requirements
 build: $(VENV)/built
 
 $(VENV)/requirements: requirements-dev.txt Makefile
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -r requirements-dev.txt $(TORCH)
-	$(BIN)/pip install --quiet --no-deps $(TORCHVISION)
-	touch $@
+	$(call environment,2.13.0)
 
 $(VENV)/built: $(VENV)/requirements $(SOURCES)
 	$(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
@@ -115,13 +118,22 @@ says-what-it-needs:
 	@echo 'With a GPU for ten minutes and no network: bash tests/gpu/run.sh OUT'
 
 $(CUDA_VENV)/requirements: requirements-dev.txt Makefile
-	$(PYTHON) -m venv $(CUDA_VENV)
-	$(CUDA_VENV)/bin/pip install --quiet -r requirements-dev.txt $(CUDA_TORCH)
-	$(CUDA_VENV)/bin/pip install --quiet --no-deps $(CUDA_TORCHVISION)
-	touch $@
+	$(call environment,2.11.0)
 
 $(CUDA_VENV)/built: $(CUDA_VENV)/requirements $(SOURCES) $(wildcard fusedconvbn/*.py)
 	$(CUDA_VENV)/bin/python tests/build_cuda.py install
+	touch $@
+
+# The whole suite with another torch, in an environment and a build folder of its own, without CUDA kernels. pip chooses the build
+# of torch as it is set up to; with a CUDA build there are 5 GB to install.
+test-torch: $(TORCH_VENV)/built
+	$(TORCH_VENV)/bin/pytest
+
+$(TORCH_VENV)/requirements: requirements-dev.txt Makefile
+	$(call environment,$(TORCH))
+
+$(TORCH_VENV)/built: $(TORCH_VENV)/requirements $(SOURCES) $(wildcard fusedconvbn/*.py)
+	FORCE_CUDA=0 $(TORCH_VENV)/bin/python tests/build_cuda.py install
 	touch $@
 
 # What tests/gpu/run.sh takes along to a machine with a GPU and no network (CONTRIBUTING.md).
@@ -132,4 +144,4 @@ build/gpu/_C.py: $(CUDA_VENV)/requirements $(SOURCES) tests/build_cuda.py $(wild
 	$(CUDA_VENV)/bin/python tests/build_cuda.py bundle build/gpu
 
 clean:
-	rm -rf build $(VENV) $(CUDA_VENV) fusedconvbn/*.so *.egg-info
+	rm -rf build $(VENV) $(CUDA_VENV) .venv-torch-* fusedconvbn/*.so *.egg-info

@@ -1,10 +1,10 @@
 """Everything that compiles the CUDA sources; none of it needs a GPU.
 
     python tests/build_cuda.py check           # the kernels and their wrapper, as objects, with the headers of any torch
-    python tests/build_cuda.py install         # the package into the environment of this Python
+    python tests/build_cuda.py install         # the package into the environment of this Python; FORCE_CUDA=0: without them
     python tests/build_cuda.py bundle FOLDER   # what tests/gpu/run.sh carries to another machine, for one architecture
 
-`install` and `bundle` need a CUDA build of torch. TORCH_CUDA_ARCH_LIST chooses other architectures, CUDA_HOME the toolkit.
+With them `install` and `bundle` need a CUDA build of torch. TORCH_CUDA_ARCH_LIST chooses other architectures, CUDA_HOME the toolkit.
 """
 
 import os
@@ -80,10 +80,14 @@ def build_package(target: Path, objects: Path, architectures: str) -> None:
     )
 
 
+def build_environment() -> dict[str, str]:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # ninja
+    return {**os.environ, "PATH": path}
+
+
 def cuda_environment(architectures: str) -> dict[str, str]:
     return {
-        **os.environ,
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),  # ninja
+        **build_environment(),
         "CUDA_HOME": str(required_toolkit()),
         "FORCE_CUDA": "1",
         "TORCH_CUDA_ARCH_LIST": architectures,
@@ -99,13 +103,14 @@ def install() -> None:
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy2(ROOT / name, sources)
     architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", ";".join(CHECKED))
+    without = os.environ.get("FORCE_CUDA") == "0"
     subprocess.run(
         [
             *(sys.executable, "-m", "pip", "install", "--quiet", "--force-reinstall"),
             *("--no-build-isolation", "--no-deps", sources),
         ],
         check=True,
-        env=cuda_environment(architectures),
+        env=build_environment() if without else cuda_environment(architectures),
     )
 
 
