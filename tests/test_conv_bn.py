@@ -113,11 +113,12 @@ def significant_strides(t):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @EVERY_CASE
 def test_shape_dtype_and_memory_format_are_those_of_the_convolution(case, dtype, channels_last):
+    torch.set_num_threads(2)  # with one ATen takes a slow path for small 1×1 ones in 3-d
     tensors = case.tensors(dtype, channels_last, requires_grad=False)
     out, expected = fused(tensors, case), unfused(tensors, case)
     assert out.shape == expected.shape
     assert out.dtype == dtype
-    # In the dtypes that have no fast path (on every machine), some of ATen's slow ones return another format.
+    # Some of ATen's slow paths return another format: here those of the dtypes that have no fast one (on every machine).
     if dtype == torch.float32 or (dtype != torch.float64 and out.dim() < 5):
         assert significant_strides(out) == significant_strides(expected)
 
