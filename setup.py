@@ -30,7 +30,13 @@ if missing := [
 
 import pybind11
 import torch
-from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+from torch.utils.cpp_extension import (
+    CUDA_HOME,
+    BuildExtension,
+    CppExtension,
+    CUDAExtension,
+    include_paths,
+)
 
 force_cuda = os.environ.get("FORCE_CUDA")
 build_cuda = force_cuda == "1" if force_cuda else bool(torch.version.cuda and CUDA_HOME is not None)
@@ -40,7 +46,13 @@ if build_cuda and not (torch.version.cuda and CUDA_HOME):
         f"(CUDA {torch.version.cuda}) and CUDA_HOME={CUDA_HOME}"
     )
 
-warnings = ["-Wall", "-Wextra"]
+# Headers of others are system headers: what the compiler warns of is ours. Of a folder that is given twice it leaves out the -I.
+headers = [
+    *include_paths("cuda" if build_cuda else "cpu"),
+    *(pybind11.get_include(), sysconfig.get_path("include")),
+]
+system_headers = [flag for path in headers for flag in ("-isystem", path)]
+warnings = ["-Wall", "-Wextra", *system_headers]
 # Without trapping mathematics a select becomes a masked vector operation; no value changes.
 cxx_flags = [
     "-std=c++20",
@@ -68,7 +80,7 @@ ops = (CUDAExtension if build_cuda else CppExtension)(
     "fusedconvbn._ops",
     sources,
     define_macros=[("AT_PER_OPERATOR_HEADERS", None)],
-    extra_compile_args={"cxx": cxx_flags, "nvcc": ["-std=c++20", "-O3"]},
+    extra_compile_args={"cxx": cxx_flags, "nvcc": ["-std=c++20", "-O3", *system_headers]},
     extra_link_args=["-fopenmp", *sanitizers],
     py_limited_api=True,  # does not link libtorch_python: a C++ program can load the library
 )
