@@ -43,7 +43,7 @@ bool reads_padding_alone(const Conv& conv, const Tensor& input, const Tensor& we
   const auto width = input.sym_size(-1).maybe_as_int(), places = weight.sym_size(-1).maybe_as_int();
   if (!input.is_cpu() || conv.transposed || !width || !places) return false;
   const size_t last = conv.stride.size() - 1;
-  const auto columns = conv.output_sizes(input.sym_sizes(), weight.sym_sizes()).back().maybe_as_int();
+  const auto columns = conv.output_sizes(input.sym_sizes(), weight.sym_sizes()).back().expect_int();
   for (int64_t column = 0; column < columns; ++column)
     for (int64_t place = 0; place < places; ++place) {
       const int64_t at = column * conv.stride[last] - conv.padding[last] + place * conv.dilation[last];

@@ -38,7 +38,7 @@ namespace {
 // running + momentum·(batch − running): that of an infinite one is NaN.)
 Tensor moved(const Tensor& running, const Tensor& batch, const std::optional<double>& momentum, const Tensor& count) {
   const auto wide = running.to(batch.scalar_type());
-  if (momentum) return wide * (1 - *momentum) + batch * *momentum;
+  if (momentum) return (wide * (1 - *momentum)).add(batch, *momentum);
   const auto part = count.to(batch.scalar_type()).reciprocal();
   return wide * (1 - part) + batch * part;
 }
@@ -47,7 +47,7 @@ Tensor moved(const Tensor& running, const Tensor& batch, const std::optional<dou
 // what is saved, and stops it by an error as soon as it has all: behind most chains, in the middle of the last one.
 // That is no other batch.
 bool is_recomputation() {
-  return at::SavedTensorDefaultHooks::get_hooks() && torch::autograd::get_current_node() != nullptr;
+  return torch::autograd::get_current_node() != nullptr && at::SavedTensorDefaultHooks::get_hooks();
 }
 
 bool is_batched(const Tensor& t) { return t.key_set().has(c10::DispatchKey::FuncTorchBatched); }

@@ -128,6 +128,31 @@ def test_another_tensor_in_the_place_of_a_saved_one(name, change):
             break
 
 
+@pytest.mark.parametrize("groups", (1, 32), ids=("Winograd's", "depthwise"))
+def test_shapes_that_do_not_fit_in_front_of_convolutions_of_our_own(groups):
+    """They read memory by the shape of one tensor alone."""
+    x = torch.randn(4, 32, 17, 16).to(memory_format=torch.channels_last)
+    conv = chain.Conv(torch.randn(32, 32 // groups, 3, 3), padding=[1, 1], groups=groups)
+    packed = chain.pack(x, [chain.Norm(activation="relu"), conv])
+    out, (kept,), statistics = ops._chain_forward(packed.tensors, *packed.options, [1])
+    for other in (torch.cat([kept, kept[:1]]), kept[:, :, 1:]):
+        other = other.contiguous(memory_format=torch.channels_last)
+        with pytest.raises(ValueError, match="expected the kept map 1 of shape"):
+            ops._chain_backward(
+                torch.ones_like(out),
+                packed.tensors,
+                [other],
+                statistics,
+                *packed.options,
+                [1],
+                [0, 1],
+            )
+    wide = torch.randn(32, 2 * conv.weight.size(1), 3, 3)
+    packed = chain.pack(x, [chain.Conv(wide, padding=[1, 1], groups=groups)])
+    with pytest.raises((ValueError, RuntimeError), match=r"expected a weight for|channels"):
+        ops._chain_forward(packed.tensors, *packed.options, [])
+
+
 @pytest.mark.parametrize(
     "strided", (lambda t: t.t().contiguous().t(), lambda t: t[:, :1].expand(-1, 4))
 )
