@@ -15,6 +15,9 @@ _operator = (
 )  # looked up once: that takes as long as a small layer's statistics
 
 
+_TAKEN = frozenset((type(None), int, list, tuple))  # by the dispatcher
+
+
 def _spatial(name: str, value: Any) -> Any:
     """NumPy's integers too, which the dispatcher takes in a list alone."""
     if isinstance(value, str):
@@ -112,10 +115,16 @@ def conv_bn(
         >>> conv_bn(x, w, padding=1, activation="relu").shape
         torch.Size([8, 16, 32, 32])
     """
-    if not torch.jit.is_scripting():
-        stride, padding = _spatial("stride", stride), _spatial("padding", padding)
-        dilation = _spatial("dilation", dilation)
-        output_padding = _spatial("output_padding", output_padding)
+    if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript leaves out what is behind this question alone)
+        if not (
+            type(stride) in _TAKEN
+            and type(padding) in _TAKEN
+            and type(dilation) in _TAKEN
+            and type(output_padding) in _TAKEN
+        ):
+            stride, padding = _spatial("stride", stride), _spatial("padding", padding)
+            dilation = _spatial("dilation", dilation)
+            output_padding = _spatial("output_padding", output_padding)
     return _operator(
         input,
         weight,
