@@ -88,16 +88,18 @@ Tensor plain_convolution(const ConvArguments& arguments, const Tensor& input) {
   return run({}) + bias->to(dtype).reshape(per_channel);
 }
 
-// In eval mode: the chain conv → activation with the folded weight.
+// In eval mode: the chain conv → activation with the folded weight. PyTorch's own convolution where that is as good, and
+// for a compiler.
 Tensor folded(const Tensor& input, const ConvArguments& conv, const NormArguments& norm) {
   const auto [weight, shift] = fold(conv, norm);
   const auto& activation = norm.norm.activation;
   const auto dtype = conv_dtype(input);
   const bool half = dtype == at::kBFloat16 || dtype == at::kHalf;
-  if ((activation.none() && !half) ||
-      (is_traced(input) &&
-       !any_requires_grad({input, conv.weight, conv.bias.value_or(Tensor()), norm.weight.value_or(Tensor()),
-                           norm.bias.value_or(Tensor()), norm.residual.value_or(Tensor())})))
+  const bool traced = is_traced(input);
+  const bool plain = activation.none() && !half && (traced || !steps_over_few_channels(conv.conv, input, weight));
+  if (plain ||
+      (traced && !any_requires_grad({input, conv.weight, conv.bias.value_or(Tensor()), norm.weight.value_or(Tensor()),
+                                     norm.bias.value_or(Tensor()), norm.residual.value_or(Tensor())})))
     return finish(plain_convolution({conv.conv, weight, shift}, input), norm.residual, activation);
 
   // The folded weight and the shift stay in float, and so do their gradients.

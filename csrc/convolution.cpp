@@ -52,6 +52,12 @@ bool reads_padding_alone(const Conv& conv, const Tensor& input, const Tensor& we
   return true;
 }
 
+bool steps_over_few_channels(const Conv& conv, const Tensor& input, const Tensor& weight) {
+  constexpr int64_t enough = 16;
+  if (!input.is_cpu() || input.dim() != 4 || all(conv.stride, 1) || !all(conv.padding, 0)) return false;
+  return all(weight.sizes().slice(2), 1) && (conv.transposed ? weight.size(1) * conv.groups : input.size(1)) < enough;
+}
+
 namespace {
 
 bool cpu_has(const char* check) {
@@ -76,14 +82,6 @@ void for_sample_slices(const Tensor& input, const Tensor& output, const F& f) {
   const int64_t bytes = (input.numel() + output.numel()) * int64_t(sizeof(float));
   const int64_t count = std::clamp<int64_t>(samples * slice_bytes / std::max<int64_t>(bytes, 1), 1, samples);
   for (int64_t first = 0; first < samples; first += count) f(first, std::min(count, samples - first));
-}
-
-// oneDNN's weight gradient of a strided 1×1 convolution writes behind its workspace where the map that is stepped over
-// has few channels (oneDNN#6035).
-bool steps_over_few_channels(const Conv& conv, const Tensor& stepped_over, const Tensor& weight) {
-  constexpr int64_t enough = 16;
-  return stepped_over.is_cpu() && stepped_over.dim() == 4 && stepped_over.size(1) < enough && !all(conv.stride, 1) &&
-         all(conv.padding, 0) && all(weight.sizes().slice(2), 1);
 }
 
 // The values of a map that a strided 1×1 convolution reads, one for each of the other map: a convolution of stride 1
@@ -143,12 +141,11 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Conv& conv, const 
   if (!wanted[2] && depthwise_applies(conv, input, weight))
     return {wanted[0] ? depthwise_grad_input(conv, dout, input, weight) : Tensor(),
             wanted[1] ? depthwise_grad_weight(conv, dout, input, weight) : Tensor(), Tensor()};
-  if (const auto& stepped_over = conv.transposed ? dout : input;
-      wanted[1] && steps_over_few_channels(conv, stepped_over, weight)) {
+  if (wanted[1] && steps_over_few_channels(conv, input, weight)) {
     Conv dense = conv;
     for (auto* list : {&dense.stride, &dense.dilation}) std::fill(list->begin(), list->end(), 1);
     std::fill(dense.output_padding.begin(), dense.output_padding.end(), 0);
-    const auto part = every(conv.stride, stepped_over, conv.transposed ? input : dout);
+    const auto part = conv.transposed ? every(conv.stride, dout, input) : every(conv.stride, input, dout);
     auto dweight = std::get<1>(convolution_backward(dense, conv.transposed ? part : dout,
                                                     conv.transposed ? input : part, weight, {false, true, false}));
     if (!wanted[0] && !wanted[2]) return {Tensor(), dweight.contiguous(format), Tensor()};

@@ -29,6 +29,10 @@ at::MemoryFormat conv_memory_format(const at::Tensor& input, const at::Tensor& w
 // (oneDNN#5942), and half types and a folded batch norm reach it because we send them.
 bool reads_padding_alone(const Conv& conv, const at::Tensor& input, const at::Tensor& weight);
 
+// Whether a strided 1×1 convolution steps over a map of few channels: oneDNN's weight gradient then writes behind its
+// workspace (oneDNN#6035).
+bool steps_over_few_channels(const Conv& conv, const at::Tensor& input, const at::Tensor& weight);
+
 // Weight and bias may be wider than the input, and are cast to its dtype.
 at::Tensor convolution(const Conv& conv, const at::Tensor& input, const at::Tensor& weight,
                        const std::optional<at::Tensor>& bias);

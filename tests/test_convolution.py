@@ -189,6 +189,7 @@ for dtype in (torch.float16, torch.bfloat16, torch.float32):
             x, w = torch.randn(4, channels, size, size), torch.randn(8, channels, 1, 1)
             for _ in range(5):
                 check(dtype, x, w, stride=2)
+                check(dtype, x, w, stride=2, training=False)
             check(dtype, x[..., :-1, :-2], w, torch.randn(8), stride=[2, 3])
             small = torch.randn(4, 8, size // 2, size // 2)
             check(dtype, small, w, stride=2, output_padding=1, transposed=True, activation="silu")
