@@ -88,8 +88,8 @@ Tensor plain_convolution(const ConvArguments& arguments, const Tensor& input) {
   return run({}) + bias->to(dtype).reshape(per_channel);
 }
 
-// In eval mode: the chain conv → activation with the folded weight. PyTorch's own convolution where that is as good, and
-// for a compiler.
+// In eval mode: the chain conv → activation with the folded weight. PyTorch's own convolution where that is as good,
+// and for a compiler.
 Tensor folded(const Tensor& input, const ConvArguments& conv, const NormArguments& norm) {
   const auto [weight, shift] = fold(conv, norm);
   const auto& activation = norm.norm.activation;
