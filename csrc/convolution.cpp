@@ -141,16 +141,20 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Conv& conv, const 
   if (!wanted[2] && depthwise_applies(conv, input, weight))
     return {wanted[0] ? depthwise_grad_input(conv, dout, input, weight) : Tensor(),
             wanted[1] ? depthwise_grad_weight(conv, dout, input, weight) : Tensor(), Tensor()};
-  if (wanted[1] && steps_over_few_channels(conv, input, weight)) {
-    Conv dense = conv;
-    for (auto* list : {&dense.stride, &dense.dilation}) std::fill(list->begin(), list->end(), 1);
-    std::fill(dense.output_padding.begin(), dense.output_padding.end(), 0);
-    const auto part = conv.transposed ? every(conv.stride, dout, input) : every(conv.stride, input, dout);
-    auto dweight = std::get<1>(convolution_backward(dense, conv.transposed ? part : dout,
-                                                    conv.transposed ? input : part, weight, {false, true, false}));
-    if (!wanted[0] && !wanted[2]) return {Tensor(), dweight.contiguous(format), Tensor()};
-    auto [din, none, dbias] = convolution_backward(conv, dout, input, weight, {wanted[0], false, wanted[2]});
-    return {din, dweight.contiguous(format), dbias};
+  if ((wanted[1] || wanted[2]) && steps_over_few_channels(conv, input, weight)) {
+    Tensor din, dweight, dbias;
+    if (wanted[0]) din = std::get<0>(convolution_backward(conv, dout, input, weight, {true, false, false}));
+    if (wanted[1]) {
+      Conv dense = conv;
+      for (auto* list : {&dense.stride, &dense.dilation}) std::fill(list->begin(), list->end(), 1);
+      std::fill(dense.output_padding.begin(), dense.output_padding.end(), 0);
+      const auto part = conv.transposed ? every(conv.stride, dout, input) : every(conv.stride, input, dout);
+      dweight = std::get<1>(convolution_backward(dense, conv.transposed ? part : dout, conv.transposed ? input : part,
+                                                 weight, {false, true, false}))
+                    .contiguous(format);
+    }
+    if (wanted[2]) dbias = dout.sum({0, 2, 3});  // oneDNN's comes out of its weight gradient
+    return {din, dweight, dbias};
   }
   const bool half = input.scalar_type() == at::kBFloat16 || input.scalar_type() == at::kHalf;
   if ((!runs_in_float(input) && !(half && is_depthwise(conv, input, weight))) || input.numel() == 0)

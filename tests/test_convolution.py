@@ -174,10 +174,11 @@ def check(dtype, x, weight, bias=None, **options):
         vector = torch.float32 if kind != torch.float64 else kind
         c = w.size(1) if options.get("transposed") else w.size(0)
         running = {"running_mean": torch.zeros(c, dtype=vector), "running_var": torch.ones(c, dtype=vector)}
-        b = None if bias is None else bias.to(kind)
+        b = None if bias is None else bias.to(kind).requires_grad_()
         out = conv_bn(a, w, b, **running, **options)
         dout = torch.sin(torch.arange(out.numel()) + 1.0).view(out.shape).to(kind)
-        results.append([out, *torch.autograd.grad(out, (a, w), dout)])
+        wanted = (a, w) if b is None else (a, w, b)
+        results.append([out, *torch.autograd.grad(out, wanted, dout, materialize_grads=True)])
     for got, due in zip(*results):
         error = (got.double() - due).norm() / due.norm().clamp_min(1e-3)
         assert error < {torch.float32: 1e-3}.get(dtype, 5e-2), (dtype, options, error)
@@ -190,6 +191,7 @@ for dtype in (torch.float16, torch.bfloat16, torch.float32):
             for _ in range(5):
                 check(dtype, x, w, stride=2)
                 check(dtype, x, w, stride=2, training=False)
+                check(dtype, x, w, torch.randn(8), stride=[1, 2], training=False, activation="elu")
             check(dtype, x[..., :-1, :-2], w, torch.randn(8), stride=[2, 3])
             small = torch.randn(4, 8, size // 2, size // 2)
             check(dtype, small, w, stride=2, output_padding=1, transposed=True, activation="silu")

@@ -38,6 +38,14 @@ def remember(example: object) -> None:
         Path(path).write_text(f"{example!r}\n")
 
 
+def described(value: object) -> object:
+    """A tensor by its looks."""
+    if isinstance(value, Tensor):
+        strides = value.stride() if value.layout == torch.strided else value.layout
+        return value.dtype, value.device.type, tuple(value.shape), strides
+    return [described(v) for v in value] if isinstance(value, list) else value
+
+
 def examples(share: float) -> settings:
     """`share` of all the examples."""
     wanted = os.environ.get("FUZZ_EXAMPLES")
@@ -1024,6 +1032,7 @@ def test_bad_arguments_raise_and_change_nothing(call, data):
         )
     buffers = {n: arguments[n] for n in BUFFERS if n in running and n not in changed}
     before = {n: bits(t) for n, t in buffers.items()}
+    remember({name: described(value) for name, value in arguments.items()})
     try:
         out = fusedconvbn.conv_bn(**arguments)
     except ERRORS as error:
@@ -1144,9 +1153,11 @@ def test_malformed_chains_raise(call, data):
             arguments |= {"dout": torch.ones_like(out), "kept_maps": maps, "statistics": statistics}
             arguments |= {"wanted": wanted}
             change(sorted(arguments))
+            remember({n: described(v) for n, v in arguments.items()})
             ops._chain_backward(**arguments)
         else:
             change(sorted(arguments))
+            remember({n: described(v) for n, v in arguments.items()})
             out, *_ = ops._chain_forward(**arguments)
             backward_may_fail(out)
     except ERRORS as error:
