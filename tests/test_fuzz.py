@@ -376,6 +376,8 @@ def half_calls(draw):
     channels, filters = draw(st.integers(1, 20)), draw(st.integers(1, 20))
     kernel = draw(st.sampled_from(((1,) * d, lists(1, 2, 3))))
     stride, dilation = lists(1, 2, 3), lists(1, 1, 2, 5)
+    # A dilated kernel of one value is no other one, but oneDNN's input gradient in bfloat16 is wrong then, eager's too.
+    dilation = tuple(1 if k == 1 else e for k, e in zip(kernel, dilation, strict=True))
     padding = draw(st.sampled_from(((0,) * d, lists(0, 1, 3, 7))))
     transposed = draw(st.sampled_from((False, False, True)))
     output_padding = (
