@@ -13,7 +13,7 @@ namespace fusedconvbn {
 std::pair<at::Tensor, at::Tensor> fold(const ConvArguments& conv, const NormArguments& norm);
 
 // The running statistics of any number of norms, written together: what allocates, and so may fail, comes before the
-// first write. Of a forward that torch.utils.checkpoint makes again they are left alone.
+// first write. Of a forward that torch.utils.checkpoint recomputes they are left alone.
 class RunningUpdates {
  public:
   RunningUpdates();

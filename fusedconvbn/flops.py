@@ -110,12 +110,12 @@ def backward_flops(
             reads = not slope_at_hand or (link.arithmetic != "none" and others)
         read.append(reached[i + 1] and reads)
 
-    gradients = remade = 0
+    gradients = recomputed = 0
 
-    def remake(i: int) -> None:
-        nonlocal remade
+    def recompute(i: int) -> None:
+        nonlocal recomputed
         first = max((m for m in at_hand if m < i), default=0)
-        remade += sum(chain.forward(m) for m in range(first, i))
+        recomputed += sum(chain.forward(m) for m in range(first, i))
         conv = [m for m in range(first + 1, i - 1) if isinstance(chain.links[m - 1], Conv)]
         at_hand.update(m for m in (*conv, i - 1) if m > first and read[m])
         at_hand.add(i)
@@ -125,11 +125,11 @@ def backward_flops(
     i = count - 1
     while i >= 0 and reached[i + 1]:
         if read[i] and i not in at_hand:
-            remake(i)
+            recompute(i)
         if isinstance(chain.links[i], Conv):
             gradients += chain.gradients(i, reached[i], chain.links[i].weight in wanted)
         i -= 1
-    return gradients, remade
+    return gradients, recomputed
 
 
 def _register() -> None:
@@ -156,13 +156,13 @@ def _register() -> None:
 def _count_apart(mode: Any, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
     """A `FlopCounterMode` counts by operator; this makes two rows of one."""
     out = func(*args, **kwargs)
-    gradients, remade = backward_flops(*args, **kwargs)
+    gradients, recomputed = backward_flops(*args, **kwargs)
     counter = mode.counter
     for module in set(counter.mod_tracker.parents):
         counts = counter.flop_counts[module]
         counts[func.overloadpacket] += gradients
-        if remade:
-            counts[RECOMPUTED] += remade
+        if recomputed:
+            counts[RECOMPUTED] += recomputed
     return out
 
 
