@@ -8,7 +8,7 @@ _library.load()
 from . import dtensor, flops
 from .conversion import fold, revert_sync_batchnorm
 from .functional import conv_bn
-from .fusion import fuse, unfuse
+from .fusion.api import fuse, is_fused, unfuse
 from .memory import empty_cache, track_memory
 from .modules import (
     FusedConvBN,
@@ -20,8 +20,8 @@ from .modules import (
     FusedConvTransposeBN3d,
 )
 from .recompute_check import check_recompute
-from .report import explain
-from .sequential import FusedConvBNSequential
+from .fusion.report import explain
+from .fusion.sequential import FusedConvBNSequential
 
 dtensor.register()
 flops.register()
@@ -44,6 +44,7 @@ __all__ = [
     "explain",
     "fold",
     "fuse",
+    "is_fused",
     "revert_sync_batchnorm",
     "track_memory",
     "unfuse",

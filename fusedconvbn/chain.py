@@ -1,4 +1,4 @@
-"""A chain of conv and norm links in the packed form of the private operators (csrc/chain.h). Not public."""
+"""A chain of links and its packed form (csrc/chain.h). What stands for tensors may be anything, as nodes of a graph."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -38,7 +38,9 @@ class Conv:
 @dataclass
 class Norm:
     """T' = act((T − μ)·r·weight + bias [+ residual]) with the batch statistics of T, or, of the arithmetic "running", with
-    `statistics`, the (2, C) mean and variance; act(T [+ residual]) with the arithmetic "none"."""
+    `statistics`, the (2, C) mean and variance; act(T [+ residual]) with the arithmetic "none".
+
+    The last four are what `conv_bn_chain` reads besides, as :func:`fusedconvbn.batch_norm.batch_norm_link` gives them."""
 
     weight: Tensor | None = None
     bias: Tensor | None = None
@@ -48,6 +50,10 @@ class Norm:
     activation: str = "none"
     parameter: float | None = None  # the activation's; its usual one when None
     statistics: Tensor | None = None
+    buffers: Sequence[Tensor] = ()  # running_mean and running_var, num_batches_tracked; both or either
+    momentum: float = 0.1  # nan for the average over all batches
+    training: bool = True
+    group: str = ""  # of the processes that share statistics
 
 
 @dataclass
@@ -59,22 +65,30 @@ class Gate:
 
 @dataclass
 class Packed:
-    """The arguments that both private operators take."""
+    """The arguments of the operators. The private ones take `tensors` and `options`."""
 
-    tensors: list[Tensor]
+    tensors: list[Any]
     links: list[int] = field(default_factory=list)
     scalars: list[float] = field(default_factory=list)
     process_group: str = ""
+    buffers: list[Any] = field(default_factory=list)
+    buffer_counts: list[int] = field(default_factory=list)
+    momenta: list[float] = field(default_factory=list)
+    training: list[int] = field(default_factory=list)
 
     @property
     def options(self) -> tuple[list[int], list[float], str]:
-        """All but the tensors."""
         return self.links, self.scalars, self.process_group
 
+    def call(self, saved: Sequence[int], statistics: Any = None) -> tuple[Any, ...]:
+        """The arguments of ``conv_bn_chain``: `saved` are the inner maps to save, 1 being the first link's result."""
+        norms = (self.buffer_counts, self.momenta, self.training)
+        return (self.tensors, self.buffers, self.links, self.scalars, *norms, self.process_group, list(saved), statistics)
 
-def pack(input: Tensor | Sequence[Tensor], chain: Sequence[Conv | Norm | Gate]) -> Packed:
-    """Packs a chain. An input of several tensors is their virtual concatenation."""
-    packed = Packed([input] if isinstance(input, Tensor) else list(input))
+
+def pack(input: Any, chain: Sequence[Conv | Norm | Gate]) -> Packed:
+    """Packs a chain. A list as input is the virtual concatenation of its tensors."""
+    packed = Packed(list(input) if isinstance(input, (list, tuple)) else [input])
     if len(packed.tensors) > 1:
         packed.links += [3, len(packed.tensors)]
     for link in chain:
@@ -85,16 +99,21 @@ def pack(input: Tensor | Sequence[Tensor], chain: Sequence[Conv | Norm | Gate]) 
         given = (link.weight, link.bias, getattr(link, "residual", None))
         packed.tensors += [t for t in given if t is not None]
         if isinstance(link, Conv):
-            packed.links += [0, link.bias is not None, link.transposed, link.groups]
+            packed.links += [0, int(link.bias is not None), int(link.transposed), link.groups]
             packed.links += [len(link.stride), *link.stride, *link.padding]
             packed.links += [*link.dilation, *link.output_padding]
-        else:
-            if link.statistics is not None:
-                packed.tensors.append(link.statistics)
-            packed.links += [1, *(t is not None for t in given)]
-            packed.links += [ARITHMETICS.index(link.arithmetic), ACTIVATIONS.index(link.activation)]
-            parameter = PARAMETERS.get(link.activation, 0.0)
-            packed.scalars += [link.eps, parameter if link.parameter is None else link.parameter]
+            continue
+        if link.statistics is not None:
+            packed.tensors.append(link.statistics)
+        packed.links += [1, *(int(t is not None) for t in given)]
+        packed.links += [ARITHMETICS.index(link.arithmetic), ACTIVATIONS.index(link.activation)]
+        parameter = PARAMETERS.get(link.activation, 0.0)
+        packed.scalars += [link.eps, parameter if link.parameter is None else link.parameter]
+        packed.buffers += link.buffers
+        packed.buffer_counts.append(len(link.buffers))
+        packed.momenta.append(link.momentum)
+        packed.training.append(int(link.training))
+        packed.process_group = packed.process_group or link.group
     return packed
 
 

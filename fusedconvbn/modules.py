@@ -19,7 +19,7 @@ from .hooks import (
     refuse_hooks_in_script,
     refuse_other_hooks,
 )
-from .links import ConvOptions, refuse_lazy
+from .options import ConvOptions, refuse_lazy
 from .synchronised import NOT_SYNCHRONISED, Synchronised, plain_batch_norm
 
 

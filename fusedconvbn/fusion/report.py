@@ -6,26 +6,26 @@ from typing import Any
 
 from torch import nn
 
-from .fusion import Findings, convolution_flops, fused_with_findings
-from .links import Chain
-from .memory import MIB
-from .planning import OutOfReach, best
+from ..memory import MIB
+from .api import Findings, _checked, _uncompiled, find
+from .match import Match
+from .plan import OutOfReach, knapsack
 
 
 @dataclass
 class MapReport:
-    """An inner map: the module whose result it is, its bytes, whether it is kept, and, if it is not, the floating point
-    operations that remaking it adds to a step."""
+    """An inner map: the call whose result it is, its bytes, whether it is saved, and, if it is not, the floating point
+    operations that recomputing it adds to a step."""
 
-    path: str
+    name: str
     nbytes: int
-    kept: bool
+    saved: bool
     added_flops: int
 
 
 @dataclass
 class ChainReport:
-    """A chain: its modules, the bytes that they save for backward unfused and that the chain saves."""
+    """A chain: its calls, the bytes that they save for backward unfused and that the chain saves."""
 
     name: str
     before: int
@@ -39,15 +39,16 @@ class Report:
 
     Attributes:
         chains: each chain, in order.
-        refused: path of a module in no chain, and why.
-        untraceable: path of a module that runs its own ``forward``, and why; what is inside it may be fused.
-        pairs: batch norms that stand right behind a convolution.
-        fused_pairs: those of them that are in a chain.
+        norms: batch norms that ran.
+        refused: name of one that is in no chain, or not in that of the convolution in front of it, and why.
+        untraceable: where the graph breaks, so that there are several or a part of the model is in none, and why.
+        pairs: batch norms right behind a convolution.
+        fused_pairs: those of them that are in one chain with it.
         eager: bytes that the model saves for backward as it is.
         saved: bytes that the fused model saves.
         least: the least that a plan can reach.
         step_flops: floating point operations of the convolutions in a training step as it is.
-        added_flops: those that remaking adds.
+        added_flops: those that recomputing adds.
         front: (bytes saved, added FLOPs, added seconds as the planner estimates them) of the plans for budgets from least to
             most.
         out_of_reach: why the plan is that of ``"min"``, where the budget that was asked for cannot be reached.
@@ -55,6 +56,7 @@ class Report:
 
     model: str
     chains: list[ChainReport]
+    norms: int
     refused: dict[str, str]
     untraceable: dict[str, str]
     pairs: int
@@ -90,9 +92,9 @@ class Report:
         for chain in self.chains:
             lines.append(row(chain.name, chain.before, chain.after))
             for m in chain.maps:
-                state = "kept" if m.kept else "remade"
+                state = "saved" if m.saved else "recomputed"
                 flops = f", {m.added_flops / 1e9:.2f} GFLOP" if m.added_flops else ""
-                lines.append(f"    {m.path}: {m.nbytes / MIB:.2f} MiB {state}{flops}")
+                lines.append(f"    {m.name}: {m.nbytes / MIB:.2f} MiB {state}{flops}")
         before = self.eager - sum(c.before for c in self.chains)
         after = self.saved - sum(c.after for c in self.chains)
         lines.append(row("elsewhere", before, after))
@@ -104,10 +106,8 @@ class Report:
         )
         if self.out_of_reach:
             lines.append(f"the plan is that of memory='min': {self.out_of_reach}")
-        for path, reason in self.refused.items():
-            lines.append(f"not fused: {path}: {reason}")
-        for path, reason in self.untraceable.items():
-            lines.append(f"not traced: {path or self.model}: {reason}")
+        lines += [f"not fused: {name}: {reason}" for name, reason in self.refused.items()]
+        lines += [f"the graph breaks {where}: {why}" for where, why in self.untraceable.items()]
         return "\n".join(lines)
 
     @property
@@ -173,77 +173,68 @@ def explain(
     """
     if example_inputs is None:
         raise ValueError("explain: expected example_inputs, got None")
-    reason = ""
+    memory = _checked(model, example_inputs, memory, calibrate)
+    model, reason = _uncompiled(model), ""
     try:
-        fused, found = fused_with_findings(model, example_inputs, memory, False, calibrate)
+        found = find(model, example_inputs, memory, calibrate)
     except OutOfReach as error:
         reason = str(error)
-        fused, found = fused_with_findings(model, example_inputs, "min", False, calibrate)
-    report = _report(fused, found)
-    report.out_of_reach = reason
-    return report
+        found = find(model, example_inputs, "min", calibrate)
+    return _report(type(model).__name__, found, reason)
 
 
-def _report(model: nn.Module, found: Findings) -> Report:
-    maps = {m.path: m for m in found.maps}
-    eager, least = found.eager, found.least
+def _report(name: str, found: Findings, out_of_reach: str) -> Report:
     chains: list[ChainReport] = []
-    unclaimed = dict(eager.by_module)  # an activation may be called in several chains
-    for owner, chain in found.chains:
-        inner = [maps[_below(owner, path)] for path in chain.maps()]
-        kept = sum(m.nbytes for m in inner if m.path in found.kept)
-        name = _below(owner, (chain.name,))
-        chains.append(
-            ChainReport(
-                _title(owner, chain),
-                sum(unclaimed.pop(_below(owner, (m,)), 0) for m in chain.modules),
-                least.by_module.get(name, 0) + kept,
-                [
-                    MapReport(
-                        m.path,
-                        m.nbytes,
-                        m.path in found.kept,
-                        0 if m.path in found.kept else m.flops,
-                    )
-                    for m in inner
-                ],
-            )
-        )
-    in_chains = {_below(owner, link.path) for owner, chain in found.chains for link in chain.links}
+    for graph in found.graphs:
+        maps = {m.name: m for m in graph.maps}
+        for call, match in graph.calls:
+            inner = [maps[link.name] for link in match.inner()]
+            saved = [m.name in found.plan.saved for m in inner]
+            before = sum(graph.eager.by_node.get(n, 0) for n in match.stands_for)
+            after = graph.least.by_node.get(call.name, 0)
+            after += sum(m.nbytes for m, is_saved in zip(inner, saved, strict=True) if is_saved)
+            of_maps = [
+                MapReport(m.name, m.nbytes, is_saved, 0 if is_saved else m.flops)
+                for m, is_saved in zip(inner, saved, strict=True)
+            ]
+            chains.append(ChainReport(_title(match), before, after, of_maps))
+    graphs, maps = found.graphs, found.maps
+    refused: dict[str, str] = {}
+    for graph in graphs:
+        refused |= graph.refused
     return Report(
-        type(model).__name__,
+        name,
         chains,
-        found.refused,
+        sum(graph.norms for graph in graphs),
+        refused,
         found.untraceable,
-        len(found.pairs),
-        sum(in_chains.issuperset(pair) for pair in found.pairs),
-        eager.saved,
-        least.saved + sum(maps[path].nbytes for path in found.kept),
-        least.saved,
-        convolution_flops(found, dict(model.named_modules())),
-        sum(m.flops for m in found.maps if m.path not in found.kept),
+        sum(graph.pairs for graph in graphs),
+        sum(graph.fused_pairs for graph in graphs),
+        found.eager,
+        found.saved,
+        found.least,
+        sum(graph.step_flops for graph in graphs),
+        sum(m.flops for m in maps if m.name not in found.plan.saved),
         _front(found),
+        out_of_reach,
     )
 
 
 def _front(found: Findings, points: int = 32) -> list[tuple[int, int, float]]:
-    total = sum(m.nbytes for m in found.maps)
+    maps = found.maps
+    total = sum(m.nbytes for m in maps)
     front = []
     for i in range(points + 1):
-        kept = best(found.maps, total * i // points)
-        remade = [m for m in found.maps if m.path not in kept]
-        saved = found.least.saved + total - sum(m.nbytes for m in remade)
-        front.append((saved, sum(m.flops for m in remade), sum(m.seconds for m in remade)))
+        saved = knapsack(maps, total * i // points)
+        recomputed = [m for m in maps if m.name not in saved]
+        nbytes = found.least + total - sum(m.nbytes for m in recomputed)
+        front.append((nbytes, sum(m.flops for m in recomputed), sum(m.seconds for m in recomputed)))
     return front
 
 
-def _below(owner: str, path: tuple[str, ...]) -> str:
-    return ".".join(filter(None, (owner, *path)))
-
-
-def _title(owner: str, chain: Chain) -> str:
-    """The modules of a chain, without what their paths begin with alike."""
-    paths = [_below(owner, link.path) for link in chain.links]
+def _title(match: Match) -> str:
+    """The calls of a chain, without what their names begin with alike."""
+    paths = [link.name for link in match.links]
     common = paths[0].rsplit(".", 1)[0] + "." if "." in paths[0] else ""
     while common and not all(p.startswith(common) for p in paths):
         common = common[:-1].rsplit(".", 1)[0] + "." if "." in common[:-1] else ""

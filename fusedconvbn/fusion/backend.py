@@ -1,0 +1,40 @@
+"""``torch.compile(model, backend="fusedconvbn")``."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from .model import fused_graph
+from .plan import Plan, parse_memory
+
+_OPTIONS = ("memory", "inner")
+
+
+def backend(
+    module: fx.GraphModule, example_inputs: Sequence[Any], options: dict[str, Any] | None = None
+) -> Callable[..., Any]:
+    """The backend that torch finds by its name: runs the chains of a captured graph as :func:`fusedconvbn.fuse` does.
+
+    Args:
+        module, example_inputs: from TorchDynamo.
+        options: of ``torch.compile``. ``memory`` is that of :func:`fusedconvbn.fuse`; here it is the budget of each captured
+            graph. ``inner`` names a backend, as ``"inductor"``, that compiles all else; None runs it as it is.
+
+    Returns:
+        What runs the graph.
+
+    Raises:
+        ValueError, TypeError: an option is another, or breaks a rule of :func:`fusedconvbn.fuse`.
+    """
+    options = options or {}
+    for name in options:
+        if name not in _OPTIONS:
+            raise ValueError(f"backend 'fusedconvbn': expected options {', '.join(map(repr, _OPTIONS))}, got {name!r}")
+    inner = options.get("inner")
+    plan = Plan(parse_memory(options.get("memory", "auto")))
+    fused = fused_graph(module, example_inputs, plan, {}, compiled=inner is not None).module
+    if inner is None:
+        return fused.forward
+    return torch._dynamo.lookup_backend(inner)(fused, list(example_inputs))

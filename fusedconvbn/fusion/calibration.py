@@ -1,0 +1,58 @@
+"""How long the maps of a model take to recompute on its device."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..chain import Conv
+from .calls import value
+from .match import Link
+from .plan import InnerMap
+
+
+def measured_seconds(maps: list[InnerMap], links: list[Link]) -> list[InnerMap]:
+    """The maps with the seconds that the convolution, or the pass in place, of their links takes. Equal ones are measured
+    once."""
+    known: dict[object, float] = {}
+    result = []
+    for m, link in zip(maps, links, strict=True):
+        op = link.op
+        key: object = tuple(value(link.result).shape)
+        if isinstance(op, Conv):
+            options = (op.stride, op.padding, op.dilation, op.transposed, op.output_padding, op.groups)
+            key = (key, *(tuple(value(n).shape) for n in (link.input, op.weight)), str(options))
+        if key not in known:
+            known[key] = _seconds(link)
+        result.append(replace(m, seconds=known[key]))
+    return result
+
+
+def _draw(like: Tensor) -> Tensor:
+    return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device).fill_(0.5)
+
+
+@torch.no_grad()
+def _seconds(link: Link) -> float:
+    op = link.op
+    if not isinstance(op, Conv):
+        t = _draw(value(link.result))
+        return _median(lambda: t.mul_(1.0), t.device)
+    x, weight = _draw(value(link.input)), _draw(value(op.weight)).to(value(link.result).dtype)
+    x = x.to(weight.dtype)
+    options = (op.stride, op.padding, op.dilation, op.transposed, op.output_padding, op.groups)
+    return _median(lambda: torch.convolution(x, weight, None, *options), x.device)
+
+
+def _median(run: Callable[[], Tensor], device: torch.device) -> float:
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])

@@ -1,0 +1,149 @@
+"""How TorchDynamo is made to capture a model: with which settings, from which frame on, and what it sees of batch norms."""
+
+import functools
+import os
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch._dynamo
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ..synchronised import Synchronised
+from .calls import normalise
+
+# While a fused model is captured: hooks that are registered later are seen, no model runs out of recompilations in the middle of a
+# training, and DDP's buckets do not cut the graph.
+_SETTINGS = {
+    "skip_nnmodule_hook_guards": False,
+    "recompile_limit": 256,
+    "accumulated_recompile_limit": 65536,
+    "optimize_ddp": False,
+}
+
+Backend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
+
+torch._dynamo.allow_in_graph(normalise)
+_capturing = 0
+
+
+def is_capturing() -> bool:
+    """Whether it is a fused model's own capture that reads a forward, and no compiler's of which the model is a part."""
+    return _capturing > 0
+
+
+is_capturing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _forward(self: nn.Module, input: Tensor) -> Tensor:
+    """What is captured of `_BatchNorm.forward` and `SyncBatchNorm.forward`, whose own would break the graph: the one at
+    ``float(num_batches_tracked)``, the other at collectives, and on CPU at an error."""
+    synchronised = isinstance(self, nn.SyncBatchNorm)
+    counts = self.training and self.track_running_stats and self.num_batches_tracked is not None
+    if not synchronised and not (counts and self.momentum is None):
+        return _batch_norm_forward(self, input)
+    self._check_input_dim(input)
+    if synchronised:
+        self._check_non_zero_input_channels(input)
+    tracked = not self.training or self.track_running_stats
+    mean, var = (self.running_mean, self.running_var) if tracked else (None, None)
+    training = self.training or (mean is None and var is None)
+    counter = self.num_batches_tracked if counts else None
+    momentum = self.momentum if counts or self.momentum is not None else 0.0
+    return normalise(input, mean, var, counter, self.weight, self.bias, training, momentum, self.eps)
+
+
+_batch_norm_forward = _BatchNorm.forward
+
+
+@contextmanager
+def _captures() -> Iterator[None]:
+    global _capturing
+    forwards = {kind: kind.forward for kind in (_BatchNorm, nn.SyncBatchNorm)}
+    with ExitStack() as stack:
+        stack.enter_context(torch._dynamo.config.patch(_SETTINGS))
+        stack.enter_context(_disable_current_modes())  # Dynamo captures nothing under a mode, such as a FLOP counter
+        _capturing += 1
+        try:
+            for kind in forwards:
+                kind.forward = _forward
+            yield
+        finally:
+            _capturing -= 1
+            for kind, forward in forwards.items():
+                kind.forward = forward
+
+
+def _root(module: nn.Module, version: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    return forward(module, *args, **kwargs)
+
+
+def captured(backend: Backend, *, whole: bool = False, dynamic: bool | None = None) -> Callable[..., Any]:
+    """``_root`` with what it calls captured by Dynamo and run by `backend`.
+
+    Args:
+        backend: of Dynamo.
+        whole: raise an error at what breaks the graph.
+        dynamic: as in ``torch.compile``.
+    """
+    # A code object of its own: Dynamo counts recompilations by code.
+    own = types.FunctionType(_root.__code__.replace(), _root.__globals__)
+    context = torch._dynamo.optimize(backend, nopython=whole, dynamic=dynamic)
+    convert = context.callback
+
+    @functools.wraps(convert)
+    def convert_with_settings(*args: Any, **kwargs: Any) -> Any:  # only called where something is to be captured
+        with _captures():
+            return convert(*args, **kwargs)
+
+    context.callback = convert_with_settings
+    return context(own)
+
+
+def paths_of(model: nn.Module) -> dict[str, str]:
+    """The path of each module by its id, as a captured graph has it."""
+    return {str(id(module)): path for path, module in model.named_modules()}
+
+
+def groups_of(model: nn.Module) -> Mapping[str, str]:
+    """The process group of each batch norm that is synchronised, by its id."""
+    found = {}
+    for module in model.modules():
+        if isinstance(module, nn.SyncBatchNorm) and module.training:
+            found[str(id(module))] = Synchronised(True, module.process_group).group_name()
+    return found
+
+
+class _Stop(BaseException):
+    """Ends a capture before anything of the model has run."""
+
+
+def capture_whole(
+    model: nn.Module, forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[fx.GraphModule, list[Any]] | dict[str, str]:
+    """The graph of a model's forward and its inputs, without a step of it being run, or where it breaks and why."""
+    found: list[tuple[fx.GraphModule, list[Any]]] = []
+
+    def backend(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        found.append((module, list(example_inputs)))
+        raise _Stop
+
+    try:
+        captured(backend, whole=True, dynamic=False)(model, "", forward, tuple(args), dict(kwargs))
+    except _Stop:
+        return found[0]
+    except torch._dynamo.exc.Unsupported as error:
+        return _where_and_why(error)
+    return {"": "it computes nothing with tensors"}
+
+
+def _where_and_why(error: Any) -> dict[str, str]:
+    frames = [f for f in error.real_stack or () if not f.filename.startswith(os.path.dirname(torch.__file__))]
+    where = f"at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+    lines = [line.strip() for line in str(error).split("\n")]
+    explanation = next((line for line in lines if line.startswith("Explanation: ")), "")
+    return {where: " ".join(filter(None, (lines[0] + ".", explanation.removeprefix("Explanation: "))))}

@@ -1,0 +1,150 @@
+"""One captured graph: its chains in the place of what they stand for, and what it saves."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils.checkpoint import checkpoint
+
+from ..chain import Conv
+from .calls import conv_of, plain, value
+from .match import Link, Matcher, Match, nbytes_of, values_of
+from .plan import InnerMap, flops_per_value, seconds_per_value
+from .profile import Profile, device_of, profile
+from .rewrite import rewrite, rewrite_pooling
+
+_CHECKPOINT = "tag_activation_checkpoint"
+
+
+@dataclass
+class Graph:
+    """A captured graph whose chains save nothing but their inputs, until :meth:`save` says what else.
+
+    Attributes:
+        module: runs it.
+        matches: its chains.
+        maps: their inner maps, in order.
+        links: those that make them.
+        calls: the nodes that run the chains.
+        norms, pairs, fused_pairs: its batch norms, those right behind a convolution, and those in a chain with it.
+        refused: name of a batch norm, and why it is in no chain, or not in that of its convolution.
+        step_flops: floating point operations of the convolutions in a training step as it was.
+        eager, least: what it saved as it was, and saves now.
+    """
+
+    module: fx.GraphModule
+    matches: list[Match] = field(default_factory=list)
+    maps: list[InnerMap] = field(default_factory=list)
+    links: list[Link] = field(default_factory=list)
+    norms: int = 0
+    pairs: int = 0
+    fused_pairs: int = 0
+    refused: dict[str, str] = field(default_factory=dict)
+    step_flops: int = 0
+    device: str = "cpu"
+    eager: Profile | None = None
+    least: Profile | None = None
+    calls: list[tuple[fx.Node, Match]] = field(default_factory=list)
+    _inside: "list[Graph]" = field(default_factory=list)  # what a checkpoint runs
+
+    @classmethod
+    def of(
+        cls,
+        module: fx.GraphModule,
+        example_inputs: Sequence[Any],
+        paths: Mapping[str, str],
+        groups: Mapping[str, str] | None = None,
+        *,
+        measured: bool = True,
+        compiled: bool = False,
+    ) -> "Graph":
+        """Finds and rewrites the chains of a captured graph.
+
+        Args:
+            module: changed in place.
+            example_inputs: as a backend of Dynamo is given them.
+            paths: of the modules of the model, by their ids.
+            groups: names of the process groups of batch norms that are synchronised, by the ids of their modules.
+            measured: whether to find out what is saved before and after.
+            compiled: whether a compiler gets the result, which pools and recomputes checkpoints itself.
+        """
+        found = cls(module)
+        if not compiled:
+            _checkpoints(module)
+        if measured:
+            found.eager = profile(module, example_inputs)
+        for body in _bodies(module):
+            found._inside.append(cls.of(body, (), paths, groups, measured=False, compiled=compiled))
+        graph = module.graph
+        plain(graph)
+        matcher = Matcher(graph, paths, groups)
+        found.matches, found.refused = matcher.matches, matcher.refused
+        found.norms, found.pairs, found.fused_pairs = len(matcher.norms), len(matcher.pairs), matcher.fused_pairs
+        found.step_flops = sum(3 * _flops(op, node) for node in graph.nodes if (op := conv_of(node)) is not None)
+        found.device = device_of([value(n) for n in graph.nodes]).type
+        found.links = [link for match in found.matches for link in match.inner()]
+        found.maps = [_inner_map(link, found.device) for link in found.links]
+        found.calls = rewrite(graph, found.matches)
+        if found.matches and not compiled:
+            rewrite_pooling(graph)
+        module.recompile()
+        for inner in found._inside:
+            found.norms += inner.norms
+            found.pairs += inner.pairs
+            found.fused_pairs += inner.fused_pairs
+            found.step_flops += inner.step_flops
+            found.refused |= inner.refused
+        if measured:
+            found.least = profile(module, example_inputs)
+        return found
+
+    def save(self, names: Collection[str]) -> None:
+        """Saves the results of the links of these names, and recomputes those of the others."""
+        for call, match in self.calls:
+            first = 1 + (match.gate is not None)
+            saved = [first + i for i, link in enumerate(match.inner()) if link.name in names]
+            call.args = (*call.args[:8], saved, *call.args[9:])
+        self.module.recompile()
+        for inner in self._inside:  # lives during the checkpoint's backward alone, and was computed twice already
+            inner.save([link.name for link in inner.links])
+
+
+def _flops(conv: tuple[fx.Node, Conv], node: fx.Node) -> int:
+    return int(flops_per_value(conv[1], value(conv[1].weight).shape) * values_of(value(node)))
+
+
+def _inner_map(link: Link, device: str) -> InnerMap:
+    result = value(link.result)
+    weight = value(link.op.weight).shape if isinstance(link.op, Conv) else ()
+    values = values_of(result)
+    seconds = seconds_per_value(link.op, weight, result.element_size(), device) * values
+    return InnerMap(link.name, nbytes_of(result), int(flops_per_value(link.op, weight) * values), seconds)
+
+
+def _is_checkpoint(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.HigherOrderOperator) and node.target._name == _CHECKPOINT
+
+
+def _run_checkpoint(body: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+    return checkpoint(body, *args, use_reentrant=False, **kwargs)
+
+
+def _checkpoints(module: fx.GraphModule) -> None:
+    """Where no compiler runs the graph, a checkpoint in it has to be one: the captured one only marks what to recompute."""
+    for node in module.graph.nodes:
+        if node.op == "call_function" and _is_checkpoint(node):
+            known = {"preserve_rng_state", "determinism_check", "debug"}
+            node.target = _run_checkpoint
+            node.kwargs = {k: v for k, v in node.kwargs.items() if k in known}
+    module.recompile()
+
+
+def _bodies(module: fx.GraphModule) -> list[fx.GraphModule]:
+    """The graphs that checkpoints of a graph run."""
+    return [
+        getattr(module, node.args[0].target)
+        for node in module.graph.nodes
+        if node.op == "call_function" and (node.target is _run_checkpoint or _is_checkpoint(node))
+    ]

@@ -1,0 +1,391 @@
+"""Finds the chains of a captured graph."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor, fx
+
+from ..chain import Conv, Gate, Norm
+from .calls import ADD, MUL, activation_of, conv_of, is_map, is_norm, mutated, norm_of, parts_of, storage, value
+
+
+@dataclass
+class Link:
+    """A convolution or a batch norm of a chain.
+
+    Attributes:
+        op: with nodes in the place of tensors.
+        name: of the call, in any capture of the model.
+        input: the node that its call reads.
+        result: the node of its result, the activation's if there is one behind it.
+    """
+
+    op: Conv | Norm
+    name: str
+    input: fx.Node
+    result: fx.Node
+
+
+@dataclass(eq=False)
+class Match:
+    """A chain in a graph.
+
+    Attributes:
+        input: the maps whose channels it begins with: one, or the parts of a concatenation.
+        nodes: what it stands for, in order.
+    """
+
+    input: list[fx.Node]
+    links: list[Link] = field(default_factory=list)
+    nodes: list[fx.Node] = field(default_factory=list)
+    gate: fx.Node | None = None
+    residual: fx.Node | None = None
+
+    @property
+    def end(self) -> fx.Node:
+        return self.nodes[-1]
+
+    @property
+    def name(self) -> str:
+        return " → ".join(link.name for link in self.links)
+
+    @property
+    def ops(self) -> list[Conv | Norm | Gate]:
+        """The links as :func:`fusedconvbn.chain.pack` takes them."""
+        ops: list[Conv | Norm | Gate] = [link.op for link in self.links]
+        if self.residual is not None:
+            ops[-1] = replace(ops[-1], residual=self.residual)
+        return ops if self.gate is None else [Gate(self.gate), *ops]
+
+    def inner(self) -> list[Link]:
+        """Those whose results the chain may save or recompute; the first one's is map 1, or 2 behind a gate."""
+        return self.links[:-1]
+
+    def extend(self, node: fx.Node, x: fx.Node, op: Conv | Norm, name: str) -> None:
+        self.nodes.append(node)
+        self.links.append(Link(op, name, x, node))
+
+    def takes_activation(self) -> bool:
+        op = self.links[-1].op
+        return isinstance(op, Norm) and op.activation == "none"
+
+    def saves_memory(self) -> bool:
+        """Whether it keeps less than its calls would: batch norm has a convolution beside it, or an activation."""
+        norms = [link.op for link in self.links if isinstance(link.op, Norm)]
+        return bool(norms) and (len(self.links) > 1 or norms[0].activation != "none")
+
+    @property
+    def stands_for(self) -> list[str]:
+        """The names of the nodes of the graph as it was captured."""
+        return [name for node in self.nodes for name in node.meta.get("stands_for", [node.name])]
+
+    def reads(self) -> set[fx.Node]:
+        own = set(self.nodes)
+        return {n for node in self.nodes for n in node.all_input_nodes if n not in own} | set(self.input)
+
+
+def single_use(node: fx.Node) -> bool:
+    """Whether a node is read in one place of one other node."""
+    if len(node.users) != 1:
+        return False
+    places = 0
+
+    def visit(argument: fx.Node) -> fx.Node:
+        nonlocal places
+        places += argument is node
+        return argument
+
+    reader = next(iter(node.users))
+    fx.map_arg((reader.args, reader.kwargs), visit)
+    return places == 1
+
+
+class Names:
+    """Names of calls that are the same in every capture of a model: the path of the innermost module that makes it."""
+
+    def __init__(self, paths: Mapping[str, str]) -> None:
+        self.paths = paths  # by str(id(module))
+        self.seen: dict[str, int] = defaultdict(int)
+
+    def of(self, node: fx.Node) -> str:
+        stack = node.meta.get("nn_module_stack") or {}
+        path = ""
+        for key, (source, _) in stack.items():
+            path = self.paths.get(key.split("@")[0], source.partition("].")[2])
+        name = path or getattr(node.target, "__name__", "call")
+        self.seen[name] += 1
+        return name if self.seen[name] == 1 else f"{name}:{self.seen[name]}"
+
+
+class Matcher:
+    """The chains of one graph.
+
+    Attributes:
+        matches: the chains, in the order in which they end.
+        norms: the name of each batch norm.
+        pairs: of each batch norm right behind a convolution.
+        refused: name of a batch norm that is in no chain, and why.
+        groups: of each batch norm that is synchronised, by the id of its module.
+    """
+
+    def __init__(self, graph: fx.Graph, paths: Mapping[str, str], groups: Mapping[str, str] | None = None) -> None:
+        self.graph = graph
+        self.groups = groups or {}
+        self.names = Names(paths)
+        self.order = {node: i for i, node in enumerate(graph.nodes)}
+        self.region = self._regions()
+        self.counters = self._counters()
+        self.norms: dict[fx.Node, str] = {}
+        self.pairs: list[fx.Node] = []
+        self.refused: dict[str, str] = {}
+        self.open: dict[fx.Node, Match] = {}  # by the last node
+        for node in graph.nodes:
+            self._visit(node)
+        self._writes_and_reads()
+        self.matches = [m for m in self.open.values() if m.saves_memory() and self._is_undisturbed(m)]
+        self.matches.sort(key=lambda m: self.order[m.end])
+        self._concatenate()
+        self._explain_the_rest()
+
+    def _regions(self) -> dict[fx.Node, int]:
+        """Between calls that change a mode, as autocast or whether gradients are recorded; no chain may cross one."""
+        region, regions = 0, {}
+        for node in self.graph.nodes:
+            if node.op == "call_function" and "example_value" not in node.meta:
+                region += 1
+            regions[node] = region
+        return regions
+
+    def _counters(self) -> dict[Any, fx.Node]:
+        """The counts of batches, each with one that is added to it and nothing else, by their modules."""
+        found = {}
+        for node in self.graph.nodes:
+            counter = node.args[0] if node.args else None
+            if node.target != "add_" or node.args[1:] != (1,) or node.kwargs or node.users:
+                continue
+            if _module(node) and counter.op in ("placeholder", "get_attr") and len(counter.users) == 1:
+                found[_module(node)] = node
+        return found
+
+    # ---------------------------------------------------------------------------------------- growing
+
+    def _visit(self, node: fx.Node) -> None:
+        if node.op not in ("call_function", "call_method"):
+            return
+        if is_norm(node):
+            self._visit_norm(node)
+        elif conv := conv_of(node):
+            x, op = conv
+            name = self.names.of(node)
+            match = self.open.get(x)
+            if match is not None and self._continues(match, x, node):
+                del self.open[x]
+            else:
+                match = self._new(x, node)
+            match.extend(node, x, op, name)
+            self.open[node] = match
+        elif node.target in ADD:
+            self._visit_add(node)
+        elif (found := activation_of(node)) is not None:
+            self._activate(node, *found)
+
+    def _visit_norm(self, node: fx.Node) -> None:
+        name = self.norms[node] = self.names.of(node)
+        behind = node.args[0] if node.args else node.kwargs.get("input")
+        if isinstance(behind, fx.Node) and conv_of(behind) is not None:
+            self.pairs.append(node)
+            if not single_use(behind):
+                self.refused[name] = "the result of the convolution in front of it is used elsewhere too"
+        found = norm_of(node)
+        if isinstance(found, str):
+            self.refused[name] = found
+            return
+        x, op = found
+        nodes = [node]
+        counter = self.counters.get(_module(node))
+        if counter is not None and op.training and len(op.buffers) in (0, 2) and self.region[counter] == self.region[node]:
+            del self.counters[_module(node)]
+            op = replace(op, buffers=[*op.buffers, counter.args[0]])
+            nodes.insert(0, counter)
+        if op.training:
+            op = replace(op, group=self.groups.get(_module(node), ""))
+        match = self.open.get(x)
+        if match is not None and self._continues(match, x, node) and self._one_group(match, op):
+            del self.open[x]
+        else:
+            match = Match([x])
+        match.nodes += nodes[:-1]
+        match.extend(node, x, op, name)
+        self.open[node] = match
+
+    def _continues(self, match: Match, x: fx.Node, node: fx.Node) -> bool:
+        return match.residual is None and single_use(x) and self.region[x] == self.region[node]
+
+    @staticmethod
+    def _one_group(match: Match, op: Norm) -> bool:
+        return all(
+            not (isinstance(link.op, Norm) and link.op.training and op.training) or link.op.group == op.group
+            for link in match.links
+        )
+
+    def _new(self, x: fx.Node, node: fx.Node) -> Match:
+        """A chain that begins with a convolution of x, or of what x is the product of."""
+        if x.target in MUL and len(x.args) == 2 and not x.kwargs and self._continues(Match([x]), x, node):
+            for whole, gate in (x.args, x.args[::-1]):
+                gate = _unexpanded(gate, whole)
+                if _is_gate(value(gate), value(whole)) and self._may_be_lost(x, whole):
+                    return Match([whole], nodes=[x], gate=gate)
+        return Match([x])
+
+    @staticmethod
+    def _may_be_lost(node: fx.Node, x: fx.Node) -> bool:
+        """Whether nobody misses it when a node does not write to its argument x, if it does."""
+        return all(target is not x or single_use(x) for target in mutated(node))
+
+    def _activate(self, node: fx.Node, x: fx.Node, activation: str) -> None:
+        match = self.open.get(x)
+        if match is None or not single_use(x) or not match.takes_activation() or self.region[x] != self.region[node]:
+            return
+        del self.open[x]
+        link = match.links[-1]
+        link.op, link.result = replace(link.op, activation=_base(activation), parameter=_parameter(activation)), node
+        match.nodes.append(node)
+        self.open[node] = match
+
+    def _visit_add(self, node: fx.Node) -> None:
+        if len(node.args) != 2 or node.kwargs or not all(isinstance(a, fx.Node) for a in node.args):
+            return
+        candidates = []
+        for this, other in (node.args, node.args[::-1]):
+            match = self.open.get(this)
+            if match is None or match.residual is not None or not match.takes_activation():
+                continue
+            if this is other or not single_use(this) or not is_map(value(other)) or not self._may_be_lost(node, other):
+                continue
+            if self.region[this] == self.region[node]:
+                candidates.append((len(match.links), match, this, other))
+        if not candidates:
+            return
+        _, match, this, other = max(candidates, key=lambda c: c[0])
+        del self.open[this]
+        match.residual = other
+        match.nodes.append(node)
+        match.links[-1].result = node
+        self.open[node] = match
+
+    # ------------------------------------------------------------------------------- what would be wrong
+
+    def _writes_and_reads(self) -> None:
+        self.writes: dict[int, list[fx.Node]] = defaultdict(list)  # by what they write to
+        self.readers: dict[int, list[fx.Node]] = defaultdict(list)
+        for node in self.graph.nodes:
+            for target in mutated(node):
+                self.writes[storage(target)].append(node)
+            for read in node.all_input_nodes:
+                self.readers[storage(read)].append(node)
+
+    def _is_undisturbed(self, match: Match) -> bool:
+        """Whether nothing that a chain reads is written to before it runs, which is where it ends, nor what it writes to read;
+        and whether its residual is not written to afterwards, where eager would not have saved it."""
+        own = set(match.nodes)
+        first, last = self.order[match.nodes[0]], self.order[match.end]
+        behind = storage(match.residual) if match.residual is not None else None
+        disturbing = [
+            node
+            for kind in {storage(n) for n in match.reads()} - {None}
+            for node in self.writes.get(kind, ())
+            if node not in own and (first < self.order[node] < last or (kind == behind and self.order[node] > last))
+        ]
+        written = {storage(t) for node in match.nodes for t in mutated(node)} - {None}
+        disturbing += [
+            node
+            for kind in written
+            for node in self.readers.get(kind, ())
+            if node not in own and first < self.order[node] < last
+        ]
+        for link in match.links if disturbing else ():
+            self.refused[link.name] = f"`{disturbing[0].name}` of the graph disturbs what it reads or writes to"
+        return not disturbing
+
+    # -------------------------------------------------------------------------------- virtual concatenation
+
+    def _concatenate(self) -> None:
+        """Chains that read a concatenation of channels read its parts, where nobody else reads the whole."""
+        heads: dict[fx.Node, list[Match]] = defaultdict(list)
+        for match in self.matches:
+            if match.gate is None:
+                heads[match.input[0]].append(match)
+
+        def is_virtual(cat: fx.Node, parts: list[fx.Node]) -> bool:
+            chains = [m for m in heads[cat] if m.residual is not cat]
+            by_chains = {n for m in chains for n in m.nodes if cat in n.all_input_nodes}
+            written = any(self.order[w] > self.order[p] for p in parts for w in self.writes.get(storage(p), ()))
+            return not written and all(user in by_chains or parts_of(user) is not None for user in cat.users)
+
+        flat: dict[fx.Node, list[fx.Node]] = {}
+        for node in self.graph.nodes:
+            parts = parts_of(node)
+            if parts is None:
+                continue
+            parts = [p for part in parts for p in flat.get(part, [part])]
+            if any(p in flat for p in parts_of(node)):
+                node.args, node.kwargs = (parts, 1), {}
+            if is_virtual(node, parts):
+                flat[node] = parts
+                for match in heads[node]:
+                    match.input = parts
+
+    # ------------------------------------------------------------------------------------------- report
+
+    def _explain_the_rest(self) -> None:
+        """A reason for every batch norm that is in no chain, or not in that of its convolution."""
+        chains = {node: m for m in self.matches for node in m.nodes}
+        apart = [node for node in self.pairs if node not in chains or chains.get(node.all_input_nodes[0]) is not chains[node]]
+        self.fused_pairs = len(self.pairs) - len(apart)
+        for node, name in self.norms.items():
+            if node in chains and node not in apart:
+                self.refused.pop(name, None)
+            else:
+                self.refused.setdefault(name, "it has neither a convolution nor an activation beside it")
+
+
+def _module(node: fx.Node) -> str:
+    """The innermost module that makes a call, as a number in a string."""
+    stack = node.meta.get("nn_module_stack") or {"": None}
+    return next(reversed(stack)).split("@")[0]
+
+
+def _base(activation: str) -> str:
+    return activation.split("(")[0]
+
+
+def _parameter(activation: str) -> float | None:
+    return float(activation.split("(")[1][:-1]) if "(" in activation else None
+
+
+def _is_gate(gate: Any, x: Any) -> bool:
+    """(N, C, 1, …) for (N, C, *)"""
+    if not is_map(gate) or not is_map(x) or gate.dim() != x.dim() or gate.dtype != x.dtype:
+        return False
+    return gate.shape[:2] == x.shape[:2] and all(type(s) is int and s == 1 for s in gate.shape[2:])
+
+
+def _unexpanded(node: Any, other: Any) -> Any:
+    """What multiplies `other` just as well without being expanded to it."""
+    if isinstance(node, fx.Node) and node.target == "expand_as" and node.args[1:] == (other,):
+        return node.args[0]
+    return node
+
+
+def nbytes_of(t: Tensor) -> int:
+    return values_of(t) * t.element_size()
+
+
+def values_of(t: Tensor) -> int:
+    """Of a size that may be a symbol, the one that it had when it was captured."""
+    values = 1
+    for size in t.shape:
+        values *= size if isinstance(size, int) else size.node.hint
+    return values

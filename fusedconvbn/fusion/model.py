@@ -1,0 +1,251 @@
+"""A fused model: an object of the model's class whose call runs captured graphs with chains in them."""
+
+import copy
+import inspect
+import operator
+import types
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.autograd import forward_ad
+
+from .capture import captured, groups_of, is_capturing, paths_of
+from .graph import Graph
+from .plan import Plan
+
+
+class Fused:
+    """What a fused model's class has in front of the model's own, as `torch.distributed.fsdp.fully_shard` has it. Hooks on the
+    model run around its forward, and what that calls is captured. Copies and pickles are made of the model's own class."""
+
+    _fusion: "Fusion"
+
+    @contextmanager
+    def _plain(self) -> Iterator[nn.Module]:
+        """As it was before it was fused, for a while."""
+        fused, fusion = type(self), self._fusion
+        fusion.take_off(self)
+        try:
+            yield self
+        finally:
+            fusion.put_on(self, fused)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        with self._plain() as plain:
+            other = copy.deepcopy(plain, memo)
+        return fused(other, self._fusion.plan)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        with self._plain() as plain:
+            return plain.__reduce_ex__(protocol)
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        self._fusion.tell("torch.nn.DataParallel makes new replicas for each step; use DistributedDataParallel")
+        with self._plain() as plain:
+            return plain._replicate_for_data_parallel()
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        from .script import scriptable
+
+        return scriptable(self)
+
+    def _get_name(self) -> str:
+        return f"Fused[{super()._get_name()}]"  # type: ignore[misc]
+
+
+class Fusion:
+    """What a fused model's class knows.
+
+    Attributes:
+        plan: which maps are saved; copies share it.
+        kind: the model's own class.
+        runs: how many captured graphs have run.
+        example: what :mod:`fusedconvbn.fusion.script` captures with: stand-ins for the inputs that the model was fused for.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, example: Any = None) -> None:
+        self.plan = plan
+        self.example = example
+        self.kind = type(model)
+        self.own = model.__dict__.get("forward")  # of this object alone
+        self.runs = 0
+        self._told = False
+        self._version = 0
+        self._methods = _methods(model)
+        self._captured: Callable[..., Any] | None = None
+        self._model = lambda: None  # a weak reference to whose forward is captured
+        self.region = _Region(self)
+
+    def forward(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The model's own."""
+        if self.own is None:
+            return self.kind.forward(model, *args, **kwargs)
+        if isinstance(self.own, types.MethodType):
+            return self.own.__func__(model, *args, **kwargs)
+        return self.own(*args, **kwargs)
+
+    def take_off(self, model: nn.Module) -> None:
+        model.__class__ = self.kind
+        if self.own is not None:
+            bound = isinstance(self.own, types.MethodType)
+            model.__dict__["forward"] = types.MethodType(self.own.__func__, model) if bound else self.own
+
+    def put_on(self, model: nn.Module, kind: type) -> None:
+        model.__class__ = kind
+        if self.own is not None:
+            del model.__dict__["forward"]
+
+    def run(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if _is_traced():
+            return self.forward(model, *args, **kwargs)
+        if self._captured is None:
+            self._captured = captured(self._backend)
+        if self._methods_changed():
+            self._methods = _methods(model)
+            self._version += 1
+        self._model = weakref.ref(model)
+        runs = self.runs
+        result = self._captured(model, str(self._version), self.forward, args, kwargs)
+        if self.runs == runs:
+            self.tell(_why_eager())
+        return result
+
+    def run_traced(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What Dynamo reads where the model is part of what it captures."""
+        if is_capturing() or torch.compiler.is_exporting():
+            return self.forward(model, *args, **kwargs)
+        return self.region(lambda *a, **k: self.forward(model, *a, **k), *args, **kwargs)
+
+    def tell(self, reason: str) -> None:
+        """Warns, once, that the model is run unfused."""
+        if not self._told:
+            self._told = True
+            warnings.warn(f"a fused {self.kind.__name__} runs unfused: {reason}", stacklevel=4)
+
+    def _methods_changed(self) -> bool:
+        """Whether a method of one of the model's classes was exchanged, which Dynamo does not see."""
+        namespaces, names, functions = self._methods
+        try:
+            return [*map(operator.getitem, namespaces, names)] != functions
+        except KeyError:
+            return True
+
+    def _backend(self, module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        model = self._model()
+        run = fused_graph(module, example_inputs, self.plan, paths_of(model), groups_of(model)).module.forward
+
+        def count_and_run(*args: Any) -> Any:
+            self.runs += 1
+            return run(*args)
+
+        return count_and_run
+
+    def rewrite_region(self, body: fx.GraphModule) -> None:
+        model = self._model()
+        paths, groups = ({}, {}) if model is None else (paths_of(model), groups_of(model))
+        graph = Graph.of(body, (), paths, groups, measured=False, compiled=True)
+        graph.save(self.plan.of(graph.maps, graph.device))
+
+
+class _Region(torch._ops.HigherOrderOperator):
+    """The body of a fused model in a graph that somebody else's ``torch.compile`` captured. Dynamo captures what is inside under
+    the rules of its operator `wrap`; whoever runs or traces it then finds the chains there."""
+
+    def __init__(self, fusion: Fusion) -> None:
+        super().__init__("fusedconvbn_region")
+        self.__name__ = "wrap"
+        self.fusion = fusion
+
+    def __call__(self, body: fx.GraphModule, *args: Any) -> Any:
+        if not body.meta.get("fused"):
+            self.fusion.rewrite_region(body)
+            body.meta["fused"] = True
+        return body(*args)
+
+
+def fused_graph(
+    module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    plan: Plan,
+    paths: dict[str, str],
+    groups: dict[str, str] | None = None,
+    compiled: bool = False,
+) -> Graph:
+    """A captured graph with its chains, saving what the plan says, which is made for it if there is none."""
+    measured = torch.is_grad_enabled() and not plan.complete
+    graph = Graph.of(module, example_inputs, paths, groups, measured=measured, compiled=compiled)
+    unknown = [m for m in graph.maps if m.name not in plan.known]
+    if measured and unknown:
+        plan.decide(unknown, graph.eager.saved, graph.least.saved, graph.step_flops, graph.device)
+    graph.save(plan.of(graph.maps, graph.device))
+    return graph
+
+
+def fused(model: nn.Module, plan: Plan, example: Any = None) -> nn.Module:
+    """Makes a model a fused one."""
+    fusion = Fusion(model, plan, example)
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            return fusion.run_traced(self, args, kwargs)
+        return fusion.run(self, args, kwargs)
+
+    forward.__signature__ = inspect.signature(fusion.kind.forward)  # type: ignore[attr-defined]
+    names = ("__module__", "__qualname__", "__doc__")
+    namespace = {name: getattr(fusion.kind, name) for name in names}
+    kind = type(fusion.kind)(
+        fusion.kind.__name__, (Fused, fusion.kind), {**namespace, "forward": forward, "_fusion": fusion}
+    )
+    model.__dict__.pop("forward", None)
+    model.__class__ = kind
+    return model
+
+
+def original_forward(model: nn.Module) -> Callable[..., Any]:
+    """A model's own forward, as a function of the model."""
+    return model._fusion.forward if isinstance(model, Fused) else _own_forward
+
+
+def _own_forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return model.forward(*args, **kwargs)
+
+
+def _is_traced() -> bool:
+    """Whether somebody else reads the forward, who has to see the original (torch.jit.trace, torch.fx, torch.export), or runs it
+    in a way in which chains save nothing (torch.func, forward-mode derivatives)."""
+    return (
+        torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+        or torch.fx._symbolic_trace._is_fx_tracing_flag
+        or torch.compiler.is_compiling()
+        or forward_ad._current_level >= 0
+    )
+
+
+def _methods(model: nn.Module) -> tuple[list[Any], list[str], list[Any]]:
+    """The methods of a model's classes: where they stand, their names, and what they are."""
+    found: dict[tuple[type, str], Any] = {}
+    for kind in {type(module) for module in model.modules()}:
+        for base in kind.__mro__:
+            own = not base.__module__.startswith("torch.")
+            for name, f in vars(base).items():
+                if isinstance(f, types.FunctionType) and (own or name == "forward"):
+                    found[base, name] = f
+    return [vars(kind) for kind, _ in found], [name for _, name in found], list(found.values())
+
+
+def _why_eager() -> str:
+    if torch._dynamo.config.disable:
+        return "TORCHDYNAMO_DISABLE is set, and its graph cannot be captured"
+    stance = torch._dynamo.eval_frame._stance.stance
+    if stance in ("force_eager", "eager_on_recompile"):
+        return f"torch.compiler.set_stance({stance!r}) keeps its graph from being captured"
+    return (
+        "TorchDynamo captured no graph of it, as it cannot read its forward or has captured it too often; "
+        "TORCH_LOGS=graph_breaks,recompiles says why, and torch._dynamo.reset() lets it try again"
+    )

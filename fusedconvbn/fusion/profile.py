@@ -1,0 +1,84 @@
+"""What a captured graph saves for backward, without computing it."""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException
+
+from ..memory import saved_storages
+
+
+@dataclass
+class Profile:
+    """One forward pass.
+
+    Attributes:
+        saved: bytes that autograd saves for backward.
+        by_node: the part of them that was first saved while a node of the graph ran, by its name.
+    """
+
+    saved: int = 0
+    by_node: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+
+
+class _Recorded(fx.Interpreter):
+    """Knows which node runs."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.running = ""
+
+    def run_node(self, node: fx.Node) -> Any:
+        self.running = node.name
+        return super().run_node(node)
+
+
+def device_of(tensors: Sequence[Any]) -> torch.device:
+    return next((t.device for t in tensors if isinstance(t, Tensor)), torch.device("cpu"))
+
+
+def profile(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Profile:
+    """Runs a graph with stand-ins for its inputs, or, where it needs values, with copies of them. A number is what it was
+    when the graph was captured."""
+    fakes = [t.fake_mode for t in example_inputs if isinstance(t, FakeTensor)]
+    mode = fakes[0] if fakes else FakeTensorMode(allow_non_fake_inputs=True)
+
+    def stand_in(t: Tensor) -> Tensor:
+        return t if isinstance(t, FakeTensor) else mode.from_tensor(t, static_shapes=True)
+
+    try:
+        with mode:
+            return _run(module, example_inputs, stand_in)
+    except DataDependentOutputException:
+        device = device_of(example_inputs)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            return _run(module, example_inputs, copy_of)
+
+
+def copy_of(t: Tensor) -> Tensor:
+    return t.detach().clone().requires_grad_(t.requires_grad)
+
+
+def _run(
+    module: fx.GraphModule, example_inputs: Sequence[Any], of_tensor: Callable[[Tensor], Tensor]
+) -> Profile:
+    found = Profile()
+    interpreter = _Recorded(module)
+
+    def saw(nbytes: int) -> None:
+        found.by_node[interpreter.running] += nbytes
+
+    def of_input(t: Any) -> Any:
+        return t.node.hint if isinstance(t, torch.SymInt) else of_tensor(t) if isinstance(t, Tensor) else t
+
+    inputs = [of_input(t) for t in example_inputs]
+    with saved_storages(device_of(inputs), saw) as storages:
+        result = interpreter.run(*inputs)  # is held until the count is done: what is saved has to live
+        found.saved = sum(storages.values())
+        del result
+    return found

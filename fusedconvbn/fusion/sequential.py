@@ -1,0 +1,194 @@
+"""A chain that is built by hand."""
+
+import operator
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from ..activations import activation_name
+from ..batch_norm import ATTRIBUTES, batch_norm_attributes, batch_norm_link
+from ..chain import Conv, Norm, pack, parse_activation
+from ..hooks import make_parameters, refuse_hooks_in_script, refuse_other_hooks
+from ..options import BATCH_NORMS, CONVOLUTIONS, ConvOptions, refuse_lazy
+from ..synchronised import Synchronised
+from .plan import price_per_byte, seconds_per_value
+
+
+class FusedConvBNSequential(nn.Sequential):
+    r"""``nn.Sequential`` of convolutions, batch norms and activations that runs as one chain.
+
+    Each link's backward needs its input: :math:`T_{i+1} = \mathrm{conv}(T_i)` or
+    :math:`T_{i+1} = \mathrm{act}(\mathrm{bn}(T_i))`. Only some of the inner :math:`T_i` are saved; the others are recomputed in
+    backward from the nearest saved one, with the statistics that forward found. Numbers, ``state_dict`` keys and running
+    statistics are those of ``nn.Sequential`` with the same modules.
+
+    Args:
+        modules: ``nn.Conv*``, ``nn.ConvTranspose*``, ``nn.BatchNorm*`` or ``nn.SyncBatchNorm``, each activation behind a
+            batch norm; or one ``OrderedDict`` of them. A convolution with a ``padding_mode`` other than zeros comes first.
+        memory: ``"auto"`` saves what would take long to recompute, ``"min"`` nothing.
+
+    Shape:
+        ``forward(input, residual=None)``: input as for the first module, or a list of tensors whose channels are
+        concatenated and of which only the parts are saved; a residual as the result, which ends in a batch norm: it is added
+        before the last activation.
+
+    Raises:
+        ValueError: the modules are no such chain, or ``memory`` is another; the message names the module.
+
+    Example:
+        >>> block = FusedConvBNSequential(
+        ...     nn.Conv2d(64, 16, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
+        ...     nn.Conv2d(16, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU(),
+        ... )
+        >>> out = block(x, residual=x)
+    """
+
+    def __init__(
+        self, *modules: "nn.Module | OrderedDict[str, nn.Module]", memory: str = "auto"
+    ) -> None:
+        super().__init__(*modules)
+        if memory not in ("auto", "min"):
+            raise ValueError(
+                f'FusedConvBNSequential: expected memory "auto" or "min", got {memory!r}'
+            )
+        self.memory = memory
+        list(self._links())
+
+    def _links(self) -> Iterator[tuple[str, nn.Module, str]]:
+        """The name of each convolution and batch norm, the module, and the activation behind it."""
+        links: list[list[Any]] = []
+        for name, module in self._modules.items():
+            where = f"FusedConvBNSequential: expected module {name!r}"
+            refuse_lazy("FusedConvBNSequential", f"module {name!r}", module)
+            if isinstance(module, CONVOLUTIONS) and links and ConvOptions.of(module).pad:
+                raise ValueError(
+                    f"{where} to come first, as its padding is not one that the operator does, got {module}"
+                )
+            if isinstance(module, (*CONVOLUTIONS, *BATCH_NORMS)):
+                links.append([name, module, "none"])
+                continue
+            try:
+                activation = activation_name(module)
+            except ValueError as error:
+                raise ValueError(
+                    f"{where} to be a convolution, batch norm or activation, got {module}"
+                ) from error
+            if activation == "none":
+                continue
+            if not links or not isinstance(links[-1][1], BATCH_NORMS) or links[-1][2] != "none":
+                raise ValueError(f"{where} to stand behind a batch norm, got {module}")
+            links[-1][2] = activation
+        if not links:
+            raise ValueError("FusedConvBNSequential: expected at least one module, got none")
+        return (tuple(link) for link in links)
+
+    def _saved(self, ops: Sequence[Conv | Norm], modules: Sequence[nn.Module]) -> list[int]:
+        """The places of the inner maps that would take longer to recompute than their bytes are worth."""
+        saved = []
+        for i, (op, module) in enumerate(zip(ops[:-1], modules, strict=False), 1):
+            weight = module.weight
+            itemsize = 4 if weight is None else weight.element_size()
+            device = "cpu" if weight is None else weight.device.type
+            shape = () if weight is None else weight.shape
+            if seconds_per_value(op, shape, itemsize, device) > itemsize * price_per_byte(device):
+                saved.append(i)
+        return saved if self.memory == "auto" else []
+
+    def forward(self, input: Tensor | Sequence[Tensor], residual: Tensor | None = None) -> Tensor:
+        links = list(self._links())
+        for name, module in self._modules.items():
+            refuse_other_hooks("FusedConvBNSequential", f"module {name!r}", module)
+        make_parameters(self)
+        if residual is not None and not isinstance(links[-1][1], BATCH_NORMS):
+            raise ValueError(
+                "FusedConvBNSequential: expected no residual, as the last module is a convolution"
+            )
+        parts, (pad, mode) = input, _padding(links[0][1])
+        if pad:
+            whole = input if isinstance(input, Tensor) else torch.cat(list(input), 1)
+            parts = F.pad(whole, pad, mode)
+        ops = [_op(module, activation) for _, module, activation in links]
+        # One operator, one group of processes.
+        runs = [list(run) for _, run in groupby(zip(ops, links, strict=True), _group_of_links(ops))]
+        for run in runs:
+            ops = [op for op, _ in run]
+            if run is runs[-1] and residual is not None:
+                ops[-1].residual = residual
+            saved = self._saved(ops, [module for _, (_, module, _) in run])
+            parts = torch.ops.fusedconvbn.conv_bn_chain(*pack(parts, ops).call(saved))
+        return parts
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """TorchScript takes one tensor and no residual."""
+        refuse_hooks_in_script("FusedConvBNSequential", self)
+        graph = fx.Graph()
+        input = graph.placeholder("input", type_expr=Tensor)
+        links = list(self._links())
+        pad, mode = _padding(links[0][1])
+        if pad:
+            input = graph.call_function(F.pad, (input, pad, mode))
+        ops, norms = [], []
+        for name, module, activation in links:
+            op = _op(module, activation)
+            given = [n for n in ("weight", "bias") if getattr(module, n) is not None]
+            op.weight, op.bias = None, None
+            for n in given:
+                setattr(op, n, graph.get_attr(f"{name}.{n}"))
+            if isinstance(op, Norm):
+                attributes = tuple(graph.get_attr(f"{name}.{n}") for n in ATTRIBUTES)
+                norms.append(graph.call_function(batch_norm_link, attributes))  # its mode may change
+                op.buffers = ()
+            ops.append(op)
+        saved = self._saved(ops, [module for _, module, _ in links])
+        tensors, _, links, scalars, _, _, _, group, *rest = pack(input, ops).call(saved)
+        columns = [
+            [graph.call_function(operator.getitem, (norm, i)) for norm in norms] for i in range(4)
+        ]
+        buffers = columns[0][0] if norms else []
+        for more in columns[0][1:]:
+            buffers = graph.call_function(operator.add, (buffers, more))
+        arguments = (tensors, buffers, links, scalars, *columns[1:], group, *rest)
+        graph.output(graph.call_function(torch.ops.fusedconvbn.conv_bn_chain, arguments))
+        return fx.GraphModule(self, graph, type(self).__name__)
+
+
+def _padding(module: nn.Module) -> tuple[list[int], str]:
+    options = ConvOptions.of(module) if isinstance(module, CONVOLUTIONS) else None
+    return ([], "") if options is None else (options.pad, options.pad_mode)
+
+
+def _op(module: nn.Module, activation: str) -> Conv | Norm:
+    if isinstance(module, CONVOLUTIONS):
+        stride, padding, dilation, output_padding, _, _ = ConvOptions.of(module)
+        options = (stride, padding, dilation, bool(module.transposed), output_padding, module.groups)
+        return Conv(module.weight, module.bias, *options)
+    buffers, _, momentum, training = batch_norm_link(*batch_norm_attributes(module))
+    synchronised = isinstance(module, nn.SyncBatchNorm) and module.training
+    base, parameter = parse_activation(activation)
+    return Norm(
+        module.weight,
+        module.bias,
+        eps=module.eps,
+        activation=base,
+        parameter=parameter,
+        buffers=buffers,
+        momentum=momentum,
+        training=bool(training),
+        group=Synchronised(True, module.process_group).group_name() if synchronised else "",
+    )
+
+
+def _group_of_links(ops: Sequence[Conv | Norm]) -> Any:
+    """A key that changes where batch norms in training change their group: in front of the one of the other group."""
+    key, group, of = 0, None, {}
+    for op in ops:
+        if isinstance(op, Norm) and op.training:
+            key += group is not None and op.group != group
+            group = op.group
+        of[id(op)] = key
+    return lambda pair: of[id(pair[0])]
