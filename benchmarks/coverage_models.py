@@ -15,73 +15,58 @@ BATCH, SIZE = 4, 64
 
 # name@size: an image of size², or of other extents (a volume, a video); name itself says the rest to the library's function below.
 TIMM = """
-    resnet18 resnet26t resnet50 resnet50d resnetaa50 resnetblur50 resnetrs50 resnetv2_50 resnet33ts resnext50_32x4d
-    seresnet33ts ecaresnet26t ecaresnetlight legacy_seresnet18 legacy_seresnext26_32x4d gcresnet33ts resnet50_clip
-    regnetx_002 regnety_002 regnetz_005 regnetz_b16 efficientnet_b0 efficientnet_blur_b0 efficientnet_cc_b0_4e efficientnet_es
-    efficientnet_lite0 tf_efficientnet_b0 tf_efficientnetv2_b0 efficientnetv2_rw_t mixnet_s mnasnet_100 semnasnet_100
+    resnet18 resnet26t resnet50d resnetblur50 resnetrs50 resnetv2_50 resnext50_32x4d seresnet33ts ecaresnet26t
+    legacy_seresnet18 legacy_seresnext26_32x4d gcresnet33ts resnet50_clip regnetx_002 regnety_002 regnetz_005 efficientnet_b0
+    efficientnet_cc_b0_4e efficientnet_es efficientnet_lite0 tf_efficientnet_b0 tf_efficientnetv2_b0 mixnet_s mnasnet_100
     mobilenetv1_100 mobilenetv2_100 mobilenet_edgetpu_v2_xs fbnetc_100 spnasnet_100 tinynet_a hardcorenas_a
     mobilenetv3_large_100 mobilenetv3_small_100 mobilenetv4_conv_small mobilenetv4_hybrid_medium fbnetv3_b lcnet_100
-    densenet121 densenetblur121d dpn48b dpn68b dla34 dla46x_c dla60_res2net hrnet_w18_small ese_vovnet19b_dw ese_vovnet39b
-    vovnet39a eca_vovnet39b cspresnet50 cspresnext50 cspdarknet53 darknet53 cs3darknet_s cs3darknet_focus_s cs3sedarknet_l
-    repvgg_a0 repvgg_b1g4 mobileone_s0 mobileone_s1 gernet_s botnet26t_256@128 halonet26t@128 lambda_resnet26t@128
-    ghostnet_100 ghostnetv2_100 ghostnetv3_100 rexnet_100 rexnetr_100 res2net50_26w_4s res2next50 resnest14d resnest26d
-    skresnet18 skresnext50_32x4d tresnet_m legacy_xception xception41 xception41p inception_v3@96 inception_v4@96
-    inception_resnet_v2@96 nasnetalarge pnasnet5large vgg11_bn vgg13_bn levit_128s@128 levit_conv_128s@128 fastvit_t8
-    edgenext_small_rw selecsls42b repghostnet_100 starnet_s1 efficientformer_l1@128 efficientformerv2_s0@128 efficientvit_b0
-    efficientvit_m0@128 repvit_m0_9 mobilevit_xxs mobilevitv2_050 coatnet_bn_0_rw_224@128 visformer_tiny@128 shvit_s1@128
-    fasternet_t0 hgnet_tiny hgnetv2_b0 lcnetv2_small lowformer_b0 swiftformer_xs tiny_vit_5m_224@128 inception_next_atto
-    convmixer_768_32 cspnext_tiny
+    densenet121 densenetblur121d dpn48b dla34 dla60_res2net hrnet_w18_small ese_vovnet19b_dw ese_vovnet39b vovnet39a
+    cspresnet50 cspresnext50 cspdarknet53 cs3darknet_s cs3sedarknet_l repvgg_a0 mobileone_s0 gernet_s botnet26t_256@128
+    halonet26t@256 lambda_resnet26t@128 ghostnet_100 ghostnetv2_100 rexnet_100 res2net50_26w_4s res2next50 resnest14d
+    skresnet18 tresnet_m legacy_xception xception41 inception_v3@96 inception_v4@96 inception_resnet_v2@96 nasnetalarge
+    pnasnet5large vgg11_bn levit_128s@128 levit_conv_128s@128 fastvit_t8 selecsls42b repghostnet_100
+    starnet_s1 efficientformer_l1@224 efficientvit_b0 repvit_m0_9 mobilevit_xxs mobilevitv2_050 visformer_tiny@128 shvit_s1@128
+    fasternet_t0 hgnetv2_b0 convmixer_768_32
 """
 TORCHVISION = """
-    resnet18 resnet50 resnext50_32x4d wide_resnet50_2 densenet121 mobilenet_v2 mobilenet_v3_large mobilenet_v3_small
-    efficientnet_b0 efficientnet_v2_s regnet_x_400mf regnet_y_400mf shufflenet_v2_x0_5 shufflenet_v2_x1_0 googlenet
-    inception_v3@96 mnasnet0_5 mnasnet1_0 vgg11_bn vgg16_bn maxvit_t deeplabv3_resnet50 deeplabv3_mobilenet_v3_large
-    fcn_resnet50 lraspp_mobilenet_v3_large r3d_18@8x32x32 mc3_18@8x32x32 r2plus1d_18@8x32x32 s3d@16x64x64
-    retinanet_resnet50_fpn_v2 fcos_resnet50_fpn fasterrcnn_resnet50_fpn_v2 fasterrcnn_mobilenet_v3_large_fpn
-    ssdlite320_mobilenet_v3_large raft_large@128
+    resnet18 resnet50 resnext50_32x4d wide_resnet50_2 densenet121 mobilenet_v2 mobilenet_v3_large efficientnet_b0
+    efficientnet_v2_s regnet_x_400mf regnet_y_400mf shufflenet_v2_x0_5 shufflenet_v2_x1_0 googlenet inception_v3@96
+    mnasnet1_0 vgg11_bn deeplabv3_resnet50 deeplabv3_mobilenet_v3_large fcn_resnet50 lraspp_mobilenet_v3_large
+    r3d_18@8x32x32 mc3_18@8x32x32 r2plus1d_18@8x32x32 s3d@16x64x64 retinanet_resnet50_fpn_v2 fasterrcnn_resnet50_fpn_v2
+    ssdlite320_mobilenet_v3_large
 """
 PYTORCHCV = """
-    efficientnet_b0 resnet18 preresnet18 seresnet18 sepreresnet18 bam_resnet18 cbam_resnet18 airnet50_1x64d_r16 bagnet9
-    bn_vgg11b bninception darknet53 darknet_tiny densenet40_k12_cifar10@32 diaresnet10 dicenet_wd5@224 dla34 drnc26
-    espnetv2_wd2 fbnet_cb fdmobilenet_wd4 ghostnet hardnet39ds hrnet_w18_small_v1 ibn_resnet50 igcv3_wd2 menet108_8x1_g3
-    mixnet_s mnasnet_b1 mobilenet_wd2 mobilenetv2b_wd2 mobilenetv3_small_w1 msdnet22_cifar10@32 nasnet_4a1056 octresnet10_ad2
-    peleenet proxylessnas_mobile pyramidnet110_a48_cifar10@32 regnety002 resattnet56 resnesta18 scnet50 senet16
-    shakeshakeresnet20_2x16d_cifar10@32 shufflenet_g3_wd4 shufflenetv2_wd2 sknet50 sparsenet121 sqnxt23_w1 vovnet27s
-    wrn16_10_cifar10@32 xdensenet121_2 cgnet_cityscapes dabnet_cityscapes enet_cityscapes erfnet_cityscapes
-    fastscnn_cityscapes lednet_cityscapes linknet_cityscapes sinet_cityscapes unet_cityscapes quartznet5x5_en_ls
-    simplepose_resnet18_coco
+    efficientnet_b0 preresnet18 sepreresnet18 bam_resnet18 cbam_resnet18 bagnet9 bninception darknet_tiny
+    densenet40_k12_cifar10@32 diaresnet10 drnc26 espnetv2_wd2 fdmobilenet_wd4 hardnet39ds ibn_resnet50 igcv3_wd2
+    menet108_8x1_g3 mixnet_s msdnet22_cifar10@32 nasnet_4a1056 octresnet10_ad2 peleenet proxylessnas_mobile
+    pyramidnet110_a48_cifar10@32 resattnet56 resnesta18 scnet50 senet16 shakeshakeresnet20_2x16d_cifar10@32 shufflenet_g3_wd4
+    shufflenetv2_wd2 sknet50 sqnxt23_w1 vovnet27s xdensenet121_2 enet_cityscapes erfnet_cityscapes lednet_cityscapes
+    linknet_cityscapes unet_cityscapes quartznet5x5_en_ls simplepose_resnet18_coco
 """
 SMP = """
     Unet:resnet18 Unet:efficientnet-b0 Unet:vgg11_bn Unet:mit_b0 Unet:tu-regnety_002 UnetPlusPlus:mobilenet_v2
     Linknet:resnet34 FPN:densenet121 PSPNet:resnet18 DeepLabV3:resnet18 DeepLabV3Plus:mobilenet_v2 PAN:resnet34@128
-    MAnet:se_resnext50_32x4d UPerNet:timm-efficientnet-b0 Segformer:resnext50_32x4d Unet:dpn68 Unet:xception
-    FPN:mobileone_s0 Linknet:inceptionv4@96
+    MAnet:se_resnext50_32x4d UPerNet:timm-efficientnet-b0 Segformer:mobileone_s0
 """
 ULTRALYTICS = """
-    yolov3-tiny yolov5n yolov6n yolov8n yolov8n-ghost yolov8n-p2 yolov8n-seg yolov8n-pose yolov8n-obb yolov8n-cls yolov9t
-    yolov10n yolo11n yolo11n-seg yolo12n yolo26n
+    yolov3-tiny yolov5n yolov6n yolov8n yolov8n-ghost yolov8n-seg yolov8n-pose yolov8n-cls yolov9t yolov10n yolo11n
+    yolo12n yolo26n
 """
 MONAI: dict[str, tuple[str, Row, tuple[int, ...]]] = {
     "UNet": ("UNet", {"spatial_dims": 2, "in_channels": 1, "out_channels": 2, "channels": (16, 32, 64, 128), "strides": (2, 2, 2), "num_res_units": 2, "norm": "BATCH"}, (1, 64, 64)),
     "UNet, 3D": ("UNet", {"spatial_dims": 3, "in_channels": 1, "out_channels": 2, "channels": (8, 16, 32), "strides": (2, 2), "num_res_units": 1, "norm": "BATCH"}, (1, 32, 32, 32)),
     "AttentionUnet": ("AttentionUnet", {"spatial_dims": 2, "in_channels": 1, "out_channels": 2, "channels": (16, 32, 64), "strides": (2, 2)}, (1, 64, 64)),
-    "AutoEncoder": ("AutoEncoder", {"spatial_dims": 2, "in_channels": 1, "out_channels": 1, "channels": (16, 32, 64), "strides": (2, 2, 2), "norm": "BATCH"}, (1, 64, 64)),
     "BasicUNet": ("BasicUNet", {"spatial_dims": 2, "in_channels": 1, "out_channels": 2, "norm": "batch"}, (1, 64, 64)),
     "BasicUNetPlusPlus": ("BasicUNetPlusPlus", {"spatial_dims": 2, "in_channels": 1, "out_channels": 2, "norm": "batch"}, (1, 64, 64)),
     "DenseNet121": ("DenseNet121", {"spatial_dims": 2, "in_channels": 1, "out_channels": 4}, (1, 64, 64)),
     "DenseNet121, 3D": ("DenseNet121", {"spatial_dims": 3, "in_channels": 1, "out_channels": 4}, (1, 32, 32, 32)),
     "DynUNet": ("DynUNet", {"spatial_dims": 3, "in_channels": 1, "out_channels": 2, "kernel_size": (3, 3, 3), "strides": (1, 2, 2), "upsample_kernel_size": (2, 2), "norm_name": "batch"}, (1, 16, 16, 16)),
     "EfficientNetBN b0": ("EfficientNetBN", {"model_name": "efficientnet-b0", "pretrained": False, "spatial_dims": 2, "in_channels": 3, "num_classes": 4}, (3, 64, 64)),
-    "FlexibleUNet efficientnet-b0": ("FlexibleUNet", {"in_channels": 3, "out_channels": 2, "backbone": "efficientnet-b0"}, (3, 64, 64)),
-    "HighResNet": ("HighResNet", {"spatial_dims": 2, "in_channels": 1, "out_channels": 2}, (1, 32, 32)),
-    "HoVerNet": ("HoVerNet", {"mode": "fast", "out_classes": 4}, (3, 256, 256)),
-    "ResNet18, 3D": ("resnet18", {"spatial_dims": 3, "n_input_channels": 1, "num_classes": 4}, (1, 32, 32, 32)),
+    "ResNet18, 3D": ("resnet18", {"spatial_dims": 3, "n_input_channels": 1, "num_classes": 4}, (1, 16, 16, 16)),
     "ResNet50": ("resnet50", {"spatial_dims": 2, "n_input_channels": 3, "num_classes": 4}, (3, 64, 64)),
     "SegResNet": ("SegResNet", {"spatial_dims": 2, "in_channels": 1, "out_channels": 2, "norm": "batch"}, (1, 64, 64)),
-    "SegResNetDS": ("SegResNetDS", {"spatial_dims": 2, "in_channels": 1, "out_channels": 2, "norm": "batch", "init_filters": 16}, (1, 64, 64)),
     "SEResNet50": ("SEResNet50", {"spatial_dims": 2, "in_channels": 3, "num_classes": 4}, (3, 64, 64)),
-    "SEResNext50": ("SEResNext50", {"spatial_dims": 2, "in_channels": 3, "num_classes": 4}, (3, 64, 64)),
-    "VNet": ("VNet", {"spatial_dims": 3, "in_channels": 1, "out_channels": 2}, (1, 32, 32, 32)),
+    "VNet": ("VNet", {"spatial_dims": 3, "in_channels": 1, "out_channels": 2}, (1, 16, 16, 16)),
 }  # fmt: skip
 SMALL_RESNET = ("ResNetConfig", {"embedding_size": 16, "hidden_sizes": [32, 64, 96, 128], "depths": [2, 2, 2, 2], "layer_type": "basic", "out_features": ["stage1", "stage2", "stage3", "stage4"]})  # fmt: skip
 # Class, its configuration's class and options, the input's shape.
@@ -121,7 +106,7 @@ def timm_model(name: str, size: str) -> Made:
     import timm
 
     # What asks for one size of image can be made for another.
-    sized = re.match("levit|efficientformer|efficientvit_m|coatnet|visformer|tiny_vit", name)
+    sized = re.match("levit|botnet|visformer", name)
     return timm.create_model(name, **{"img_size": int(size)} if sized else {}), images(size)
 
 
@@ -146,12 +131,7 @@ def torchvision_model(name: str, size: str) -> Made:
         options["weights_backbone"] = None
     if detects:
         options["trainable_backbone_layers"] = 6 if "mobilenet" in name else 5
-    if name == "maxvit_t":
-        model = _torchvision.models().MaxVit((SIZE, SIZE), 64, [64, 128, 256, 512], [2, 2, 5, 2], 32, 2)  # fmt: skip
-        return model, images(size)
     model = _torchvision.models().get_model(name, weights=None, **options)
-    if name.startswith("raft"):
-        return model, (images(size), images(size))
     if name == "s3d":  # its pool takes 7² positions
         model.avgpool = nn.AdaptiveAvgPool3d(1)
     return Detector(model) if detects else model, images(size)
@@ -161,9 +141,15 @@ def pytorchcv_model(name: str, size: str) -> Made:
     from pytorchcv.model_provider import get_model
 
     if name.startswith("quartznet"):  # sound: features and their lengths
-        return get_model(name), (torch.randn(BATCH, 64, 128), torch.full((BATCH,), 128))
-    extents = {"in_size": 2 * (int(size or SIZE),)} if re.search("cityscapes|coco|dice|msd", name) else {}  # fmt: skip
-    return get_model(name, **extents), images(size)
+        model = get_model(name, from_audio=False)
+        return model, (torch.randn(BATCH, 64, 128), torch.full((BATCH,), 128))
+    sized = re.search("cityscapes|coco|dice|msd", name)
+    model = get_model(name, **{"in_size": 2 * (int(size or SIZE),)} if sized else {})
+    for module in list(model.modules()):
+        for child, pool in module.named_children():
+            if isinstance(pool, nn.AvgPool2d) and pool.kernel_size >= 7:  # all of a map of 224²
+                setattr(module, child, nn.AdaptiveAvgPool2d(1))
+    return model, images(size)
 
 
 def smp_model(name: str, size: str) -> Made:

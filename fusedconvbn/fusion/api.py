@@ -167,11 +167,12 @@ def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def _stand_ins(example_inputs: Any) -> Any:
     """The same without data."""
-    return pytree.tree_map_only(Tensor, lambda t: torch.empty_like(t, device="meta"), arguments(example_inputs))
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    return pytree.tree_map_only(Tensor, mode.from_tensor, arguments(example_inputs))
 
 
 def _warn_if_useless(name: str, found: Findings) -> None:
-    fused, norms = sum(len(g.matches) for g in found.graphs), sum(g.norms for g in found.graphs)
+    fused, norms = sum(len(g.matches) for g in found.graphs), sum(g.norms * g.runs for g in found.graphs)
     if not fused:
         what = f"none of its {norms} batch norms can be" if norms else "it runs no batch norm"
         reasons = {reason for g in found.graphs for reason in g.refused.values()} | set(found.untraceable.values())
@@ -206,7 +207,7 @@ def find(model: nn.Module, example_inputs: Any, memory: float | int | str, calib
             graph.maps = measured_seconds(graph.maps, graph.links)
         maps = found.maps
     if found.graphs:
-        step_flops = sum(graph.step_flops for graph in found.graphs)
+        step_flops = sum(graph.step_flops * graph.runs for graph in found.graphs)
         found.plan.decide(maps, found.eager, found.least, step_flops, found.graphs[0].device)
         found.plan.complete = True
     return found
@@ -232,6 +233,7 @@ def _capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], f
     whole = capture_whole(model, original_forward(model), args, kwargs)
     if not isinstance(whole, dict):
         graph = Graph.of(*whole, paths_of(model), groups_of(model))
+        graph.runs = 1
         found.graphs, found.eager, found.least = [graph], graph.eager.saved, graph.least.saved
         return
     found.untraceable = whole
@@ -240,6 +242,7 @@ def _capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], f
     except Exception:  # a branch depends on a value, say
         found.graphs = []
         _run_in_parts(model, args, kwargs, found, _real_copy)
+    found.graphs = [graph for graph in found.graphs if graph.runs]
 
 
 def _run_in_parts(
@@ -258,8 +261,14 @@ def _run_in_parts(
         def backend(module: Any, example_inputs: Any) -> Any:
             if not fused:  # noqa: B023
                 return module.forward
-            found.graphs.append(Graph.of(module, example_inputs, paths, groups))  # noqa: B023
-            return module.forward
+            graph = Graph.of(module, example_inputs, paths, groups)  # noqa: B023
+            found.graphs.append(graph)
+
+            def run(*inputs: Any) -> Any:
+                graph.runs += 1  # Dynamo runs one graph for several modules where it can
+                return module.forward(*inputs)
+
+            return run
 
         run = captured(backend, dynamic=False)
         tensors = [t for t in pytree.tree_leaves((other_args, other_kwargs)) if isinstance(t, Tensor)]
@@ -270,6 +279,8 @@ def _run_in_parts(
             totals.append(sum(storages.values()))
             del result
     found.eager, found.least = totals
+    for graph in found.graphs:
+        graph.maps = [m.times(graph.runs) for m in graph.maps]
 
 
 def _fake_copy(model: nn.Module, inputs: Any) -> tuple[nn.Module, Any]:

@@ -44,7 +44,8 @@ def _forward(self: nn.Module, input: Tensor) -> Tensor:
     ``float(num_batches_tracked)``, the other at collectives, and on CPU at an error."""
     synchronised = isinstance(self, nn.SyncBatchNorm)
     counts = self.training and self.track_running_stats and self.num_batches_tracked is not None
-    if not synchronised and not (counts and self.momentum is None):
+    one_sided = (self.running_mean is None) != (self.running_var is None)
+    if not synchronised and not (counts and self.momentum is None) or one_sided:
         return _batch_norm_forward(self, input)
     self._check_input_dim(input)
     if synchronised:

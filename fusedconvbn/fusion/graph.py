@@ -9,7 +9,7 @@ from torch import fx
 from torch.utils.checkpoint import checkpoint
 
 from ..chain import Conv
-from .calls import conv_of, plain, value
+from .calls import conv_of, mutated, plain, value
 from .match import Link, Matcher, Match, nbytes_of, values_of
 from .plan import InnerMap, flops_per_value, seconds_per_value
 from .profile import Profile, device_of, profile
@@ -28,6 +28,7 @@ class Graph:
         maps: their inner maps, in order.
         links: those that make them.
         calls: the nodes that run the chains.
+        runs: how often it runs in one forward of the model.
         norms, pairs, fused_pairs: its batch norms, those right behind a convolution, and those in a chain with it.
         refused: name of a batch norm, and why it is in no chain, or not in that of its convolution.
         step_flops: floating point operations of the convolutions in a training step as it was.
@@ -44,6 +45,7 @@ class Graph:
     refused: dict[str, str] = field(default_factory=dict)
     step_flops: int = 0
     device: str = "cpu"
+    runs: int = 0
     eager: Profile | None = None
     least: Profile | None = None
     calls: list[tuple[fx.Node, Match]] = field(default_factory=list)
@@ -127,16 +129,27 @@ def _is_checkpoint(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.HigherOrderOperator) and node.target._name == _CHECKPOINT
 
 
-def _run_checkpoint(body: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
-    return checkpoint(body, *args, use_reentrant=False, **kwargs)
+def _run_checkpoint(body: fx.GraphModule, written: tuple[int, ...], *args: Any, **kwargs: Any) -> Any:
+    """A checkpoint of a graph, which writes to those of its inputs: a checkpoint would miss the version that they had."""
+
+    def run(*given: Any) -> Any:
+        rest = iter(given)
+        return body(*(a if i in written else next(rest) for i, a in enumerate(args)))
+
+    return checkpoint(run, *(a for i, a in enumerate(args) if i not in written), use_reentrant=False, **kwargs)
 
 
 def _checkpoints(module: fx.GraphModule) -> None:
     """Where no compiler runs the graph, a checkpoint in it has to be one: the captured one only marks what to recompute."""
     for node in module.graph.nodes:
         if node.op == "call_function" and _is_checkpoint(node):
+            body = getattr(module, node.args[0].target)
+            inputs = [n for n in body.graph.nodes if n.op == "placeholder"]
+            targets = {t for n in body.graph.nodes for t in mutated(n)}
+            written = tuple(i for i, n in enumerate(inputs) if n in targets)
             known = {"preserve_rng_state", "determinism_check", "debug"}
             node.target = _run_checkpoint
+            node.args = (node.args[0], written, *node.args[1:])
             node.kwargs = {k: v for k, v in node.kwargs.items() if k in known}
     module.recompile()
 

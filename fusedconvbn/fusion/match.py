@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from ..chain import Conv, Gate, Norm
@@ -145,6 +146,7 @@ class Matcher:
             self._visit(node)
         self._writes_and_reads()
         self.matches = [m for m in self.open.values() if m.saves_memory() and self._is_undisturbed(m)]
+        self.matches += self._sharing_statistics()
         self.matches.sort(key=lambda m: self.order[m.end])
         self._concatenate()
         self._explain_the_rest()
@@ -153,7 +155,8 @@ class Matcher:
         """Between calls that change a mode, as autocast or whether gradients are recorded; no chain may cross one."""
         region, regions = 0, {}
         for node in self.graph.nodes:
-            if node.op == "call_function" and "example_value" not in node.meta:
+            silent = node.op == "call_function" and "example_value" not in node.meta
+            if silent and node.target not in _CHANGES_NO_MODE:
                 region += 1
             regions[node] = region
         return regions
@@ -309,6 +312,19 @@ class Matcher:
             self.refused[link.name] = f"`{disturbing[0].name}` of the graph disturbs what it reads or writes to"
         return not disturbing
 
+    def _sharing_statistics(self) -> list[Match]:
+        """Batch norms that are in no chain, but whose running statistics a chain moves: PyTorch's would save these for backward,
+        and autograd see there that they were written to."""
+        fused = {node for m in self.matches for node in m.nodes}
+        moved = {storage(t) for node in fused for t in mutated(node)}
+        alone = []
+        for node, name in self.norms.items():
+            if node not in fused and any(storage(t) in moved for t in mutated(node)) and not isinstance(norm_of(node), str):
+                x, op = norm_of(node)
+                alone.append(Match([x]))
+                alone[-1].extend(node, x, op, name)
+        return alone
+
     # -------------------------------------------------------------------------------- virtual concatenation
 
     def _concatenate(self) -> None:
@@ -349,6 +365,9 @@ class Matcher:
                 self.refused.pop(name, None)
             else:
                 self.refused.setdefault(name, "it has neither a convolution nor an activation beside it")
+
+
+_CHANGES_NO_MODE = (torch._C._log_api_usage_once, torch._assert)
 
 
 def _module(node: fx.Node) -> str:

@@ -44,6 +44,10 @@ class InnerMap:
     flops: int
     seconds: float
 
+    def times(self, runs: int) -> "InnerMap":
+        """The same in a graph that runs so often."""
+        return InnerMap(self.name, self.nbytes * runs, self.flops * runs, self.seconds * runs)
+
 
 def flops_per_value(op: Conv | Norm, weight: Sequence[int]) -> float:
     """Floating point operations for each value of a link's result: 0 for a batch norm. `weight` is the shape of a

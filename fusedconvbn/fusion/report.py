@@ -190,8 +190,8 @@ def _report(name: str, found: Findings, out_of_reach: str) -> Report:
         for call, match in graph.calls:
             inner = [maps[link.name] for link in match.inner()]
             saved = [m.name in found.plan.saved for m in inner]
-            before = sum(graph.eager.by_node.get(n, 0) for n in match.stands_for)
-            after = graph.least.by_node.get(call.name, 0)
+            before = graph.runs * sum(graph.eager.by_node.get(n, 0) for n in match.stands_for)
+            after = graph.runs * graph.least.by_node.get(call.name, 0)
             after += sum(m.nbytes for m, is_saved in zip(inner, saved, strict=True) if is_saved)
             of_maps = [
                 MapReport(m.name, m.nbytes, is_saved, 0 if is_saved else m.flops)
@@ -205,15 +205,15 @@ def _report(name: str, found: Findings, out_of_reach: str) -> Report:
     return Report(
         name,
         chains,
-        sum(graph.norms for graph in graphs),
+        sum(graph.norms * graph.runs for graph in graphs),
         refused,
         found.untraceable,
-        sum(graph.pairs for graph in graphs),
-        sum(graph.fused_pairs for graph in graphs),
+        sum(graph.pairs * graph.runs for graph in graphs),
+        sum(graph.fused_pairs * graph.runs for graph in graphs),
         found.eager,
         found.saved,
         found.least,
-        sum(graph.step_flops for graph in graphs),
+        sum(graph.step_flops * graph.runs for graph in graphs),
         sum(m.flops for m in maps if m.name not in found.plan.saved),
         _front(found),
         out_of_reach,
