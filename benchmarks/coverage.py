@@ -390,7 +390,8 @@ def kept(lines: Path, chosen: list[Entry], arguments: argparse.Namespace) -> dic
     rows = {f"{r['library']} {r['model']}": r for r in map(json.loads, text.splitlines())}
     again = set() if arguments.resume else {e.key for e in chosen}
     if arguments.retry:
-        again |= {e.key for e in chosen if e.key in rows and not right(rows[e.key])}
+        fine = (lambda row: "broke" not in row) if arguments.eager else right
+        again |= {e.key for e in chosen if e.key in rows and not fine(rows[e.key])}
     return {e.key: rows[e.key] for e in entries() if e.key in rows and e.key not in again}
 
 

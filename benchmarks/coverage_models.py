@@ -84,15 +84,14 @@ TRANSFORMERS: dict[str, tuple[str, str, Row, tuple[int, ...]]] = {
     "MobileViTV2": ("MobileViTV2ForImageClassification", "MobileViTV2Config", {"width_multiplier": 0.5}, (3, 64, 64)),
     "SegFormer-B0": ("SegformerForSemanticSegmentation", "SegformerConfig", {}, (3, 64, 64)),
     "SwiftFormer": ("SwiftFormerForImageClassification", "SwiftFormerConfig", {}, (3, 64, 64)),
-    "CvT": ("CvtForImageClassification", "CvtConfig", {"depth": [1, 2, 2]}, (3, 64, 64)),
+    "CvT": ("CvtForImageClassification", "CvtConfig", {}, (3, 64, 64)),
     "HGNetV2": ("HGNetV2ForImageClassification", "HGNetV2Config", {}, (3, 64, 64)),
     "TextNet": ("TextNetForImageClassification", "TextNetConfig", {}, (3, 64, 64)),
     "PP-LCNet": ("PPLCNetForImageClassification", "PPLCNetConfig", {}, (3, 64, 64)),
     "UperNet, ResNet": ("UperNetForSemanticSegmentation", "UperNetConfig", {"backbone_config": SMALL_RESNET, "hidden_size": 64, "auxiliary_in_channels": 96, "auxiliary_channels": 32}, (3, 64, 64)),
-    "DETR, ResNet": ("DetrForObjectDetection", "DetrConfig", {"backbone_config": SMALL_RESNET, "use_timm_backbone": False, "backbone": None, "d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "num_queries": 20}, (3, 64, 64)),
     "RT-DETR": ("RTDetrForObjectDetection", "RTDetrConfig", {"freeze_backbone_batch_norms": False, "num_queries": 20, "decoder_layers": 2}, (3, 64, 64)),
     "D-FINE": ("DFineForObjectDetection", "DFineConfig", {"freeze_backbone_batch_norms": False, "num_queries": 20, "decoder_layers": 2}, (3, 64, 64)),
-    "Wav2Vec2-Conformer": ("Wav2Vec2ConformerModel", "Wav2Vec2ConformerConfig", {"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 192, "apply_spec_augment": False}, (8000,)),
+    "Wav2Vec2-Conformer": ("Wav2Vec2ConformerModel", "Wav2Vec2ConformerConfig", {"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 192, "apply_spec_augment": False, "layerdrop": 0.0}, (8000,)),
 }  # fmt: skip
 Made = tuple[nn.Module, Any]
 

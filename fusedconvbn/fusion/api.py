@@ -275,7 +275,7 @@ def _run_in_parts(
         device = tensors[0].device if tensors else torch.device("cpu")
         devices = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), saved_storages(device) as storages:
-            result = run(other, "", original_forward(other), other_args, other_kwargs)
+            result = run(other, "0", original_forward(other), other_args, other_kwargs)
             totals.append(sum(storages.values()))
             del result
     found.eager, found.least = totals

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch._dynamo
 from torch import Tensor, fx, nn
+from torch.nn.modules import module
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -59,11 +60,18 @@ def _forward(self: nn.Module, input: Tensor) -> Tensor:
 
 
 _batch_norm_forward = _BatchNorm.forward
+_GLOBAL_HOOKS = (module._global_forward_pre_hooks, module._global_forward_hooks)
+
+
+def _only_watches(hook: Any) -> bool:
+    """Whether a hook on all modules only notes which one runs, as a FLOP counter's: it would break the graph at each."""
+    return getattr(hook, "__module__", "") in ("torch.utils.module_tracker", "fusedconvbn.recompute_check")
 
 
 @contextmanager
 def _captures() -> Iterator[None]:
     global _capturing
+    watching = [(hooks, key, hook) for hooks in _GLOBAL_HOOKS for key, hook in hooks.items() if _only_watches(hook)]
     forwards = {kind: kind.forward for kind in (_BatchNorm, nn.SyncBatchNorm)}
     with ExitStack() as stack:
         stack.enter_context(torch._dynamo.config.patch(_SETTINGS))
@@ -72,15 +80,20 @@ def _captures() -> Iterator[None]:
         try:
             for kind in forwards:
                 kind.forward = _forward
+            for hooks, key, _ in watching:
+                del hooks[key]
             yield
         finally:
             _capturing -= 1
+            for hooks, key, hook in watching:
+                hooks[key] = hook
             for kind, forward in forwards.items():
                 kind.forward = forward
 
 
-def _root(module: nn.Module, version: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    return forward(module, *args, **kwargs)
+def _root(model: nn.Module, version: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    if version:  # is read, so that another one is another capture
+        return forward(model, *args, **kwargs)
 
 
 def captured(backend: Backend, *, whole: bool = False, dynamic: bool | None = None) -> Callable[..., Any]:
@@ -134,16 +147,16 @@ def capture_whole(
         raise _Stop
 
     try:
-        captured(backend, whole=True, dynamic=False)(model, "", forward, tuple(args), dict(kwargs))
+        captured(backend, whole=True, dynamic=False)(model, "0", forward, tuple(args), dict(kwargs))
     except _Stop:
         return found[0]
-    except torch._dynamo.exc.Unsupported as error:
+    except torch._dynamo.exc.TorchDynamoException as error:
         return _where_and_why(error)
     return {"": "it computes nothing with tensors"}
 
 
 def _where_and_why(error: Any) -> dict[str, str]:
-    frames = [f for f in error.real_stack or () if not f.filename.startswith(os.path.dirname(torch.__file__))]
+    frames = [f for f in getattr(error, "real_stack", None) or () if not f.filename.startswith(os.path.dirname(torch.__file__))]
     where = f"at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
     lines = [line.strip() for line in str(error).split("\n")]
     explanation = next((line for line in lines if line.startswith("Explanation: ")), "")

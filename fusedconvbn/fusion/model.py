@@ -106,6 +106,8 @@ class Fusion:
         if self._captured is None:
             self._captured = captured(self._backend)
         if self._methods_changed():
+            for method in self._methods[2]:
+                torch._dynamo.eval_frame.reset_code(method.__code__)
             self._methods = _methods(model)
             self._version += 1
         self._model = weakref.ref(model)

@@ -86,7 +86,7 @@ def _captured(
 
     try:
         run = captured(backend, whole=True, dynamic=True)
-        result = run(other, "", fusion.forward, tuple(inputs), {})
+        result = run(other, "0", fusion.forward, tuple(inputs), {})
     except torch._dynamo.exc.Unsupported as error:
         raise NotImplementedError(f"the graph breaks: {str(error).splitlines()[0]}") from error
     if len(found) != 1:
