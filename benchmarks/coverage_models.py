@@ -39,7 +39,7 @@ PYTORCHCV = """
     efficientnet_b0 preresnet18 sepreresnet18 bam_resnet18 cbam_resnet18 bagnet9 bninception darknet_tiny
     densenet40_k12_cifar10@32 diaresnet10 drnc26 espnetv2_wd2 fdmobilenet_wd4 hardnet39ds ibn_resnet50 igcv3_wd2
     menet108_8x1_g3 mixnet_s msdnet22_cifar10@32 nasnet_4a1056 octresnet10_ad2 peleenet proxylessnas_mobile
-    pyramidnet110_a48_cifar10@32 resattnet56 resnesta18 scnet50 senet16 shakeshakeresnet20_2x16d_cifar10@32 shufflenet_g3_wd4
+    pyramidnet110_a48_cifar10@32 resattnet56 resnesta18 scnet50@128 senet16 shakeshakeresnet20_2x16d_cifar10@32 shufflenet_g3_wd4
     shufflenetv2_wd2 sknet50 sqnxt23_w1 vovnet27s xdensenet121_2 enet_cityscapes erfnet_cityscapes lednet_cityscapes
     linknet_cityscapes unet_cityscapes quartznet5x5_en_ls simplepose_resnet18_coco
 """

@@ -145,10 +145,10 @@ def norm_of(node: fx.Node) -> tuple[fx.Node, Norm] | str:
         return "its input is no dense tensor of floating point numbers"
     running = [given["running_mean"], given["running_var"]]
     training, momentum, eps = given["training"], given["momentum"], given["eps"]
-    if not isinstance(training, bool) or not isinstance(eps, (int, float)) or not eps > 0:
-        return "its mode or its eps is no constant above 0"
-    if not (momentum is None or isinstance(momentum, (int, float))):
-        return "its momentum is no constant"
+    if not isinstance(training, bool) or not _is_number(eps) or (isinstance(eps, (int, float)) and not eps > 0):
+        return "its mode is no constant, or its eps is not above 0"
+    if momentum is not None and not _is_number(momentum):
+        return "its momentum is no number"
     if (running[0] is None) != (running[1] is None):
         return "it has one of running_mean and running_var"
     if not training and running[0] is None:
@@ -157,9 +157,14 @@ def norm_of(node: fx.Node) -> tuple[fx.Node, Norm] | str:
         if t is not None and not _fits(value(t), value(given["input"])):
             return "its parameters are of another dtype or device than its input"
     buffers = [b for b in (*running, given.get("num_batches_tracked")) if b is not None]
-    momentum = math.nan if momentum is None else float(momentum)
-    link = Norm(given["weight"], given["bias"], eps=float(eps), buffers=buffers, momentum=momentum, training=training)
+    momentum = math.nan if momentum is None else momentum
+    link = Norm(given["weight"], given["bias"], eps=eps, buffers=buffers, momentum=momentum, training=training)
     return given["input"], link
+
+
+def _is_number(t: Any) -> bool:
+    """A constant, or what was one until it changed."""
+    return isinstance(t, (int, float)) or isinstance(value(t), torch.SymFloat)
 
 
 def _fits(vector: Any, map: Tensor) -> bool:

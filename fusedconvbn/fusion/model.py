@@ -1,6 +1,7 @@
 """A fused model: an object of the model's class whose call runs captured graphs with chains in them."""
 
 import copy
+import copyreg
 import inspect
 import operator
 import types
@@ -42,7 +43,10 @@ class Fused:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         with self._plain() as plain:
-            return plain.__reduce_ex__(protocol)
+            make, args, *rest = plain.__reduce_ex__(protocol)
+        if make is copyreg.__newobj__:  # of which pickle asks that the object has this very class
+            make, args = copyreg._reconstructor, (args[0], object, None)
+        return (make, args, *rest)
 
     def _replicate_for_data_parallel(self) -> nn.Module:
         self._fusion.tell("torch.nn.DataParallel makes new replicas for each step; use DistributedDataParallel")
@@ -160,7 +164,7 @@ class _Region(torch._ops.HigherOrderOperator):
 
     def __init__(self, fusion: Fusion) -> None:
         super().__init__("fusedconvbn_region")
-        self.__name__ = "wrap"
+        self.__name__, self.__module__ = "wrap", __name__  # a graph's code is to find this one
         self.fusion = fusion
 
     def __call__(self, body: fx.GraphModule, *args: Any) -> Any:

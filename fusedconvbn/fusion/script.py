@@ -1,6 +1,7 @@
 """A fused model for TorchScript: a module of the captured graphs, one for each mode, under the model's own names."""
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.graph import _format_target
 from torch.fx.graph_module import _forward_from_src
+from torch.utils import _pytree as pytree
 
 from .capture import captured, groups_of, paths_of
 from .graph import Graph
@@ -85,8 +87,10 @@ def _captured(
         return lambda *_: tuple(outputs)
 
     try:
-        run = captured(backend, whole=True, dynamic=True)
-        result = run(other, "0", fusion.forward, tuple(inputs), {})
+        for t in inputs:
+            for d in range(t.dim()):
+                torch._dynamo.maybe_mark_dynamic(t, d)
+        result = captured(backend, whole=True)(other, "0", fusion.forward, tuple(inputs), {})
     except torch._dynamo.exc.Unsupported as error:
         raise NotImplementedError(f"the graph breaks: {str(error).splitlines()[0]}") from error
     if len(found) != 1:
@@ -108,8 +112,22 @@ def _captured(
         node.type = None
         if node.op == "placeholder" and isinstance(node.meta.get("example_value"), torch.SymInt):
             node.type = int
+    _write_out_floats(graph.module.graph)
     places = {id(t): f"out[{i}]" for i, t in enumerate(outputs)}
     return fx.GraphModule({}, graph.module.graph), given, _written(result, places)
+
+
+def _write_out_floats(graph: fx.Graph) -> None:
+    """TorchScript knows no names for infinity and NaN."""
+    for node in list(graph.nodes):
+
+        def written(value: Any) -> Any:
+            if isinstance(value, float) and not math.isfinite(value):
+                return graph.call_function(float, (str(value),))
+            return value
+
+        with graph.inserting_before(node):
+            node.args = pytree.tree_map(written, node.args)
 
 
 def _given(
