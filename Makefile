@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CUDA_VENV := .venv-cuda
+COVERAGE_VENV := .venv-coverage
 # For test-torch: make test-torch TORCH=2.11.0
 TORCH ?= 2.14.1
 TORCH_VENV := .venv-torch-$(TORCH)
@@ -20,7 +21,7 @@ $(@D)/bin/pip install --quiet --no-deps 'torchvision==0.$(shell expr $(word 2,$(
 touch $@
 endef
 
-.PHONY: demo test lint check-cuda test-cuda test-torch says-what-it-needs gpu-bundle bench bench-models bench-cuda fuzz leak sanitize build format clean
+.PHONY: demo test lint check-cuda test-cuda test-torch says-what-it-needs gpu-bundle bench bench-models bench-cuda coverage fuzz leak sanitize build format clean
 
 demo: build
 	$(BIN)/python examples/mnist.py --output output/mnist.png
@@ -51,6 +52,21 @@ bench-cuda: says-what-it-needs $(CUDA_VENV)/built
 	    $(CUDA_VENV)/bin/python benchmarks/models.py --device cuda --batch $$batch $$tune \
 	      --output benchmarks/results/gpu-models-$$batch$$tune.json || exit 1; done; done
 	$(CUDA_VENV)/bin/python benchmarks/tables.py
+
+# An hour and more on one core: `fuse` on the models of seven libraries, which are installed for this alone. Goes on where it was
+# stopped; COVERAGE="--only ^timm" for a part, "--retry" for what was wrong once more, "--jobs 2" on two cores.
+COVERAGE ?=
+coverage: build $(COVERAGE_VENV)/requirements
+	$(COVERAGE_VENV)/bin/python benchmarks/coverage.py --resume $(COVERAGE)
+
+# torch, torchvision and fusedconvbn are those of $(VENV), with the versions that are there.
+$(COVERAGE_VENV)/requirements: benchmarks/coverage-requirements.txt $(VENV)/requirements
+	$(BIN)/python -m venv $(@D)
+	$(@D)/bin/pip install --quiet --no-deps -r $<
+	$(@D)/bin/python -c 'import site, sys; print(f"import site; site.addsitedir({sys.argv[1]!r})", \
+	  file=open(site.getsitepackages()[0] + "/project.pth", "w"))' \
+	  "$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')"
+	touch $@
 
 # 10,000 random calls, other ones each time; a failure prints how to repeat it. FUZZ_EXAMPLES=100000 for a night, with
 # -j2 on two cores.
@@ -144,4 +160,4 @@ build/gpu/_C.py: $(CUDA_VENV)/requirements $(SOURCES) tests/build_cuda.py $(wild
 	$(CUDA_VENV)/bin/python tests/build_cuda.py bundle build/gpu
 
 clean:
-	rm -rf build $(VENV) $(CUDA_VENV) .venv-torch-* fusedconvbn/*.so *.egg-info
+	rm -rf build $(VENV) $(CUDA_VENV) $(COVERAGE_VENV) .venv-torch-* fusedconvbn/*.so *.egg-info

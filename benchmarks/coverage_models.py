@@ -46,7 +46,7 @@ PYTORCHCV = """
 SMP = """
     Unet:resnet18 Unet:efficientnet-b0 Unet:vgg11_bn Unet:mit_b0 Unet:tu-regnety_002 UnetPlusPlus:mobilenet_v2
     Linknet:resnet34 FPN:densenet121 PSPNet:resnet18 DeepLabV3:resnet18 DeepLabV3Plus:mobilenet_v2 PAN:resnet34@128
-    MAnet:se_resnext50_32x4d UPerNet:timm-efficientnet-b0 Segformer:mobileone_s0
+    MAnet:resnet18 UPerNet:timm-efficientnet-b0 Segformer:mobileone_s0
 """
 ULTRALYTICS = """
     yolov3-tiny yolov5n yolov6n yolov8n yolov8n-ghost yolov8n-seg yolov8n-pose yolov8n-cls yolov9t yolov10n yolo11n

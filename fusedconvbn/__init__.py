@@ -9,6 +9,8 @@ from . import dtensor, flops
 from .conversion import fold, revert_sync_batchnorm
 from .functional import conv_bn
 from .fusion.api import fuse, is_fused, unfuse
+from .fusion.report import explain
+from .fusion.sequential import FusedConvBNSequential
 from .memory import empty_cache, track_memory
 from .modules import (
     FusedConvBN,
@@ -20,8 +22,6 @@ from .modules import (
     FusedConvTransposeBN3d,
 )
 from .recompute_check import check_recompute
-from .fusion.report import explain
-from .fusion.sequential import FusedConvBNSequential
 
 dtensor.register()
 flops.register()

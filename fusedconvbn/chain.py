@@ -50,7 +50,9 @@ class Norm:
     activation: str = "none"
     parameter: float | None = None  # the activation's; its usual one when None
     statistics: Tensor | None = None
-    buffers: Sequence[Tensor] = ()  # running_mean and running_var, num_batches_tracked; both or either
+    buffers: Sequence[
+        Tensor
+    ] = ()  # running_mean and running_var, num_batches_tracked; both or either
     momentum: float = 0.1  # nan for the average over all batches
     training: bool = True
     group: str = ""  # of the processes that share statistics
@@ -83,7 +85,16 @@ class Packed:
     def call(self, saved: Sequence[int], statistics: Any = None) -> tuple[Any, ...]:
         """The arguments of ``conv_bn_chain``: `saved` are the inner maps to save, 1 being the first link's result."""
         norms = (self.buffer_counts, self.momenta, self.training)
-        return (self.tensors, self.buffers, self.links, self.scalars, *norms, self.process_group, list(saved), statistics)
+        return (
+            self.tensors,
+            self.buffers,
+            self.links,
+            self.scalars,
+            *norms,
+            self.process_group,
+            list(saved),
+            statistics,
+        )
 
 
 def pack(input: Any, chain: Sequence[Conv | Norm | Gate]) -> Packed:

@@ -18,4 +18,3 @@ def position_mean(input: Tensor, dims: list[int]) -> Tensor:
     for d in dims:
         count *= input.size(d)
     return input.sum(dims, keepdim=True, dtype=input.dtype) / count
-

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusedconvbn import explain, fuse, is_fused, track_memory
+from fusedconvbn.fusion.capture import capture_whole, paths_of
+from fusedconvbn.fusion.graph import Graph
 
 
 def conv(i: int, o: int, k: int = 3, **options: Any) -> nn.Conv2d:
@@ -70,6 +72,13 @@ def tensors_of(result: Any) -> list[Tensor]:
 
 def chains(model: nn.Module, *inputs: Any, **options: Any) -> list[str]:
     return [chain.name for chain in explain(model, inputs, **options).chains]
+
+
+def code(model: nn.Module, *inputs: Any) -> str:
+    """What a fused model runs."""
+    whole = capture_whole(model, type(model).forward, inputs, {})
+    assert isinstance(whole, tuple), whole
+    return Graph.of(*whole, paths_of(model)).module.code
 
 
 def saved(model: nn.Module, *inputs: Any) -> int:

@@ -12,7 +12,6 @@ from test_chain import PATTERNS, differentiable, draw, links, plans
 from test_chain import unfused as unfused_chain
 from torch import nn
 from torch._subclasses import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.profiler import profile
 from torch.utils.flop_counter import (
     FlopCounterMode,
@@ -194,7 +193,7 @@ def test_evaluation(activation, remade):
 
 
 @pytest.mark.filterwarnings("ignore:.*global hooks on modules")
-def test_compiled_and_traced():
+def test_compiled():
     """(Under a mode as this one a compiled model runs as if it were not.)"""
     _, fused, x = block()
     expected = counted(lambda: fused(x).sum().backward())
@@ -202,15 +201,6 @@ def test_compiled_and_traced():
     compiled = torch.compile(fused, backend="aot_eager")
     compiled(x).sum().backward()
     assert counted(lambda: compiled(x).sum().backward()) == expected
-
-    def step(x, *parameters):
-        named = dict(zip(dict(fused.named_parameters()), parameters, strict=True))
-        out = torch.func.functional_call(fused, named, (x,))
-        return torch.autograd.grad(out.sum(), parameters)
-
-    traced = make_fx(step)(x, *fused.parameters())
-    with torch.no_grad():
-        assert counted(lambda: traced(x, *fused.parameters())) == expected
 
 
 def test_modules_have_their_own():

@@ -29,7 +29,11 @@ def test_every_budget(memory):
 ACTIVATIONS = {
     "relu": (
         *(nn.ReLU(), F.relu, torch.relu, lambda x: x.relu_(), lambda x: x.clamp(min=0)),
-        *(lambda x: torch.clamp(x, 0), lambda x: x.clamp_min_(0), lambda x: F.hardtanh(x, 0, math.inf)),
+        *(
+            lambda x: torch.clamp(x, 0),
+            lambda x: x.clamp_min_(0),
+            lambda x: F.hardtanh(x, 0, math.inf),
+        ),
     ),
     "relu6": (
         *(nn.ReLU6(inplace=True), F.relu6, lambda x: F.hardtanh(x, 0.0, 6.0)),
@@ -69,7 +73,8 @@ class Activated(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("name", "spelling"), [(name, i) for name, spellings in ACTIVATIONS.items() for i in range(len(spellings))]
+    ("name", "spelling"),
+    [(name, i) for name, spellings in ACTIVATIONS.items() for i in range(len(spellings))],
 )
 def test_activations(name, spelling):
     made, x = Activated(ACTIVATIONS[name][spelling]), image(3, 8, 24, 20)
@@ -81,9 +86,17 @@ def test_activations(name, spelling):
 
 def test_what_looks_like_an_activation_and_is_none():
     for wrong in (
-        *(lambda x: x * F.relu6(x + 3) / 5, lambda x: x * torch.sigmoid(x + 1), lambda x: x.clamp(1, 6)),
+        *(
+            lambda x: x * F.relu6(x + 3) / 5,
+            lambda x: x * torch.sigmoid(x + 1),
+            lambda x: x.clamp(1, 6),
+        ),
         *(lambda x: x * torch.sigmoid(x * 2), lambda x: x * torch.tanh(F.softplus(x, beta=2))),
-        *(lambda x: (g := torch.sigmoid(x)) * x + g, lambda x: F.hardtanh(x), lambda x: x + torch.sigmoid(x)),
+        *(
+            lambda x: (g := torch.sigmoid(x)) * x + g,
+            lambda x: F.hardtanh(x),
+            lambda x: x + torch.sigmoid(x),
+        ),
         lambda x: x * 0.5 * (1 + torch.erf(x)),
     ):
         same(Activated(wrong), image(), less=False)
@@ -107,7 +120,14 @@ class BatchNormAct(nn.BatchNorm2d):
     def forward(self, x):
         self.num_batches_tracked.add_(1)
         x = F.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps
+            x,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            self.training,
+            self.momentum,
+            self.eps,
         )
         return F.silu(x)
 
@@ -149,19 +169,35 @@ PAIRS = {
     "activation in the norm": lambda: nn.Sequential(conv(8, 8), BatchNormAct(8)),
     "functions": Functional,
     "standardised": lambda: nn.Sequential(Standardised(8, 8, 3, padding=1), nn.BatchNorm2d(8)),
-    "weight_norm": lambda: nn.Sequential(parametrizations.weight_norm(conv(8, 8)), nn.BatchNorm2d(8)),
-    "spectral_norm": lambda: nn.Sequential(parametrizations.spectral_norm(conv(8, 8)), nn.BatchNorm2d(8)),
+    "weight_norm": lambda: nn.Sequential(
+        parametrizations.weight_norm(conv(8, 8)), nn.BatchNorm2d(8)
+    ),
+    "spectral_norm": lambda: nn.Sequential(
+        parametrizations.spectral_norm(conv(8, 8)), nn.BatchNorm2d(8)
+    ),
     "old weight_norm": lambda: nn.Sequential(nn.utils.weight_norm(conv(8, 8)), nn.BatchNorm2d(8)),
     "pruned": pruned,
-    "cumulative average": lambda: nn.Sequential(conv(8, 8), nn.BatchNorm2d(8, momentum=None), nn.ReLU()),
-    "no statistics": lambda: nn.Sequential(conv(8, 8), nn.BatchNorm2d(8, track_running_stats=False)),
+    "cumulative average": lambda: nn.Sequential(
+        conv(8, 8), nn.BatchNorm2d(8, momentum=None), nn.ReLU()
+    ),
+    "no statistics": lambda: nn.Sequential(
+        conv(8, 8), nn.BatchNorm2d(8, track_running_stats=False)
+    ),
     "no affine": lambda: nn.Sequential(conv(8, 8, bias=True), nn.BatchNorm2d(8, affine=False)),
-    "transposed": lambda: nn.Sequential(nn.ConvTranspose2d(8, 6, 3, stride=2, output_padding=1), nn.BatchNorm2d(6)),
-    "grouped": lambda: nn.Sequential(conv(8, 8, groups=4, dilation=2, stride=2), nn.BatchNorm2d(8), nn.ELU()),
-    "reflected": lambda: nn.Sequential(conv(8, 8, padding_mode="reflect"), nn.BatchNorm2d(8), nn.ReLU()),
+    "transposed": lambda: nn.Sequential(
+        nn.ConvTranspose2d(8, 6, 3, stride=2, output_padding=1), nn.BatchNorm2d(6)
+    ),
+    "grouped": lambda: nn.Sequential(
+        conv(8, 8, groups=4, dilation=2, stride=2), nn.BatchNorm2d(8), nn.ELU()
+    ),
+    "reflected": lambda: nn.Sequential(
+        conv(8, 8, padding_mode="reflect"), nn.BatchNorm2d(8), nn.ReLU()
+    ),
     "padded by name": even_kernel,
     "synchronised": lambda: nn.SyncBatchNorm.convert_sync_batchnorm(unit()),
-    "a list": lambda: model(lambda self, x: [f := self.c[0](x), self.c[1](f)][1], c=nn.ModuleList(unit()[:2])),
+    "a list": lambda: model(
+        lambda self, x: [f := self.c[0](x), self.c[1](f)][1], c=nn.ModuleList(unit()[:2])
+    ),
 }
 
 
@@ -260,7 +296,9 @@ def test_no_pair_and_its_reason():
     made = model(lambda self, x: self.bn(x) * 2, bn=nn.BatchNorm2d(8))
     with pytest.warns(UserWarning, match="nothing of Model is fused, none of its 1 batch norms"):
         same(made, image(), less=False)
-    assert "neither a convolution nor an activation" in explain(made, doubled(image())).refused["bn"]
+    assert (
+        "neither a convolution nor an activation" in explain(made, doubled(image())).refused["bn"]
+    )
     with pytest.warns(UserWarning, match="it runs no batch norm"):
         fuse(nn.Sequential(nn.Linear(3, 3)), torch.randn(2, 3))
 
@@ -371,12 +409,16 @@ def test_squeeze_and_excitation(swapped, channels_last):
         s = torch.sigmoid(self.fc(x.mean((2, 3), keepdim=True)))
         return self.bn2(self.conv2(s * x if swapped else x * s)) + x
 
-    made = model(forward, **pair(), fc=nn.Conv2d(8, 8, 1), conv2=conv(8, 8, 1), bn2=nn.BatchNorm2d(8))
+    made = model(
+        forward, **pair(), fc=nn.Conv2d(8, 8, 1), conv2=conv(8, 8, 1), bn2=nn.BatchNorm2d(8)
+    )
     x = image(3, 8, 24, 20)
     if channels_last:
         x = x.to(memory_format=torch.channels_last)
     same(made, x, memory="min")
-    x = x.double()  # saved are the input, the map before the product, and the sum's residual is that too
+    x = (
+        x.double()
+    )  # saved are the input, the map before the product, and the sum's residual is that too
     assert explain(made, x, memory="min").least < 2 * x.nbytes + (6 << 10)
 
 
@@ -405,15 +447,24 @@ def layers_one_by_one(self, x):
 
 
 INPUTS = {
-    "optional": (lambda self, x, m=None: body(self, x) if m is None else body(self, x) * m, (image(), image(3, 1, 7, 6))),
-    "none": (lambda self, x, m=None: body(self, x) if m is None else body(self, x) * m, (image(), None)),
+    "optional": (
+        lambda self, x, m=None: body(self, x) if m is None else body(self, x) * m,
+        (image(), image(3, 1, 7, 6)),
+    ),
+    "none": (
+        lambda self, x, m=None: body(self, x) if m is None else body(self, x) * m,
+        (image(), None),
+    ),
     "number": (lambda self, x, t: body(self, x) * t, (image(), 2.5)),
     "dict": (lambda self, batch: body(self, batch["image"]), ({"image": image()},)),
     "list": (lambda self, xs: body(self, xs[0]) + xs[1], ([image(), image()],)),
     "tuple": (lambda self, xs: body(self, xs[0]) + xs[1], ((image(), image()),)),
     "one by one": (layers_one_by_one, (image(),)),
     "slices": (lambda self, x: self.a[2:](self.a[:2](x)), (image(),)),
-    "int of a size": (lambda self, x: body(self, F.pad(x, [int(x.shape[-1]) * 0 + 1] * 4)), (image(),)),
+    "int of a size": (
+        lambda self, x: body(self, F.pad(x, [int(x.shape[-1]) * 0 + 1] * 4)),
+        (image(),),
+    ),
     "dict out": (lambda self, x: OrderedDict(out=body(self, x), aux=[self.a(x)]), (image(),)),
 }
 
@@ -439,7 +490,9 @@ class Branches(nn.Module):
 def test_several_graphs():
     report = explain(Branches(), image())
     assert (report.fused_pairs, report.pairs) == (6, 6)
-    assert [where for where in report.untraceable if where.startswith("at ") and "test_fuse.py" in where]
+    assert [
+        where for where in report.untraceable if where.startswith("at ") and "test_fuse.py" in where
+    ]
     same(Branches(), image())
     same(nn.Sequential(Block(), Branches(), Block()), image(), memory="min")
 

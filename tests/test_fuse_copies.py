@@ -10,8 +10,7 @@ from types import MethodType
 
 import pytest
 import torch
-import torch.nn.functional as F
-from fusing import Block, conv, doubled, image, model, picture, same, saved, small, unit
+from fusing import Block, conv, doubled, image, picture, same, saved, small, unit
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -283,7 +282,9 @@ def test_transforms():
     xs = torch.stack([x, x * 2])
     torch.testing.assert_close(torch.func.vmap(fused)(xs), torch.stack([fused(x) for x in xs]))
     tangent = torch.func.jvp(fused, (x,), (torch.ones_like(x),))[1]
-    torch.testing.assert_close(tangent, torch.func.jvp(unfuse(fused), (x,), (torch.ones_like(x),))[1])
+    torch.testing.assert_close(
+        tangent, torch.func.jvp(unfuse(fused), (x,), (torch.ones_like(x),))[1]
+    )
 
 
 def test_second_derivatives():
@@ -367,7 +368,9 @@ class Scripted(nn.Module):
         super().__init__()
         self.body = nn.Sequential(
             nn.Sequential(conv(3, 8), nn.BatchNorm2d(8, momentum=None), nn.SiLU()),
-            nn.Sequential(conv(8, 4, bias=True), nn.BatchNorm2d(4, affine=False), nn.LeakyReLU(0.2)),
+            nn.Sequential(
+                conv(8, 4, bias=True), nn.BatchNorm2d(4, affine=False), nn.LeakyReLU(0.2)
+            ),
             nn.MaxPool2d(2),
             nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
             nn.BatchNorm2d(4, track_running_stats=False),
@@ -442,7 +445,7 @@ def test_a_script_of_what_has_no_graph_is_that_of_the_original():
 @pytest.mark.parametrize("around", (False, True), ids=("model", "function"))
 def test_an_outer_compile_keeps_the_chains(backend, around):
     made, x = small(), picture()
-    fused = fuse(copy.deepcopy(made), x, memory="min", inplace=True)
+    fused = fuse(copy.deepcopy(made), x, memory=0.6, inplace=True)
     call = (lambda x: fused(x) * 1) if around else fused
     compiled = torch.compile(call, fullgraph=True, backend=backend)
     for mode in (True, False):
@@ -456,7 +459,9 @@ def test_an_outer_compile_keeps_the_chains(backend, around):
     for p, q in zip(made.buffers(), fused.buffers(), strict=True):
         torch.testing.assert_close(q, p, rtol=1e-4, atol=1e-4)
     made.train(), fused.train()
-    assert saved(compiled, x) < 0.8 * saved(made, x)
+    ours, due = saved(compiled, x), saved(fused, x)
+    assert due <= 0.6 * saved(made, x) and ours <= 1.1 * due
+    assert backend != "eager" or ours == pytest.approx(due, rel=0.02)
 
 
 def test_a_compiled_model_can_be_fused():
@@ -487,7 +492,11 @@ def test_the_backends_options():
     assert "fusedconvbn" in torch._dynamo.list_backends()
     made, x = small(), picture()
     theirs = saved(made, x)
-    for memory, most in ((0.7, 0.7 * theirs), (int(0.6 * theirs), 0.6 * theirs), ("auto", 0.8 * theirs)):
+    for memory, most in (
+        (0.7, 0.7 * theirs),
+        (int(0.6 * theirs), 0.6 * theirs),
+        ("auto", 0.8 * theirs),
+    ):
         compiled = torch.compile(made, backend="fusedconvbn", options={"memory": memory})
         assert saved(compiled, x) <= most
         torch._dynamo.reset()

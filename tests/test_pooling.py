@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from fusing import code
 from torch import nn
 
 from fusedconvbn import fuse, track_memory
@@ -50,10 +51,6 @@ def step(net, x):
     return [out.detach(), *(p.grad for p in net.parameters())]
 
 
-def source(net):
-    return net.forward.variants[0].source
-
-
 @FORMATS
 @DTYPES
 @pytest.mark.parametrize("dims", ([2, 3], [-1], [1, 2]))
@@ -74,7 +71,7 @@ def test_a_mean_in_a_model(spelling):
     torch.manual_seed(0)
     net, x = Excited(spelling).double(), torch.randn(2, 3, 8, 9, dtype=torch.float64)
     fused = fuse(copy.deepcopy(net), x)
-    assert ("position_mean" in source(fused)) == (spelling in SPELLINGS.values())
+    assert ("position_mean" in code(net, x)) == (spelling in SPELLINGS.values())
     torch.testing.assert_close(step(fused, x), step(net, x), rtol=1e-9, atol=1e-9)
 
 
@@ -266,9 +263,8 @@ def test_max_pool_in_a_model(pool, rewritten):
         pool = nn.Sequential(pool, First())
     net, x = Stem(pool).double(), torch.randn(2, 3, 9, 11, dtype=torch.float64)
     fused = fuse(copy.deepcopy(net), x)
-    assert ("max_pool2d" in source(fused) and "pooling" in source(fused)) == rewritten
+    assert ("ops.fusedconvbn.max_pool2d" in code(net, x)) == rewritten
     torch.testing.assert_close(step(fused, x), step(net, x), rtol=1e-9, atol=1e-9)
-    torch._dynamo.reset()  # all fused forwards of a process count as one function that is compiled again
     compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), net(x))
     torch.testing.assert_close(torch.jit.script(fused.eval())(x), net.eval()(x))

@@ -2,9 +2,8 @@
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +14,8 @@ from torch.utils import _pytree as pytree
 
 from ..memory import saved_storages
 from ..options import refuse_lazy
-from .plan import OutOfReach, Plan, parse_memory
+from .plan import Plan, parse_memory
+from .progress import progress
 
 
 @dataclass
@@ -130,7 +130,9 @@ def is_fused(model: nn.Module) -> bool:
     return hasattr(type(model), "_fusion")
 
 
-def _checked(model: nn.Module, example_inputs: Any, memory: Any, calibrate: bool) -> float | int | str:
+def _checked(
+    model: nn.Module, example_inputs: Any, memory: Any, calibrate: bool
+) -> float | int | str:
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
         raise TypeError(
             f"fuse: expected model to be an nn.Module that is not scripted, got {type(model).__name__}"
@@ -152,7 +154,11 @@ def _uncompiled(model: nn.Module) -> nn.Module:
 def _sharing_copy(model: nn.Module) -> nn.Module:
     # deepcopy takes what its memo has for an object as its copy. Besides parameters and buffers, which are shared, what
     # a hook made of them for the last call, as pruning does.
-    shared = [t for m in model.modules() for t in (*m.__dict__.values(), *m._parameters.values(), *m._buffers.values())]
+    shared = [
+        t
+        for m in model.modules()
+        for t in (*m.__dict__.values(), *m._parameters.values(), *m._buffers.values())
+    ]
     return copy.deepcopy(model, {id(t): t for t in shared if isinstance(t, Tensor)})
 
 
@@ -172,10 +178,15 @@ def _stand_ins(example_inputs: Any) -> Any:
 
 
 def _warn_if_useless(name: str, found: Findings) -> None:
-    fused, norms = sum(len(g.matches) for g in found.graphs), sum(g.norms * g.runs for g in found.graphs)
+    fused, norms = (
+        sum(len(g.matches) for g in found.graphs),
+        sum(g.norms * g.runs for g in found.graphs),
+    )
     if not fused:
         what = f"none of its {norms} batch norms can be" if norms else "it runs no batch norm"
-        reasons = {reason for g in found.graphs for reason in g.refused.values()} | set(found.untraceable.values())
+        reasons = {reason for g in found.graphs for reason in g.refused.values()} | set(
+            found.untraceable.values()
+        )
         said = f": {'; '.join(sorted(reasons)[:3])}" if reasons else ""
         warnings.warn(f"fuse: nothing of {name} is fused, {what}{said}", stacklevel=3)
     elif found.saved > 0.95 * found.eager:
@@ -189,7 +200,9 @@ def _warn_if_useless(name: str, found: Findings) -> None:
 # ------------------------------------------------------------------------------------------------- finding
 
 
-def find(model: nn.Module, example_inputs: Any, memory: float | int | str, calibrate: bool) -> Findings:
+def find(
+    model: nn.Module, example_inputs: Any, memory: float | int | str, calibrate: bool
+) -> Findings:
     """Captures a model in training mode (in the modes its modules are in, if the model itself is in it) and plans.
 
     Raises:
@@ -197,20 +210,24 @@ def find(model: nn.Module, example_inputs: Any, memory: float | int | str, calib
     """
     args, kwargs = arguments(example_inputs)
     found = Findings(Plan(memory))
-    with _training(model), torch.enable_grad():
-        _capture(model, args, kwargs, found)
-    maps = found.maps
-    if calibrate:
-        from .calibration import measured_seconds
+    with progress(f"fuse {type(model).__name__}", 3) as stage, _training(model):
+        with torch.enable_grad():
+            _capture(model, args, kwargs, found, stage)
+        stage("plan")
+        if calibrate:
+            from .calibration import measured_seconds
 
-        for graph in found.graphs:
-            graph.maps = measured_seconds(graph.maps, graph.links)
-        maps = found.maps
+            for graph in found.graphs:
+                graph.maps = measured_seconds(graph.maps, graph.links)
+        _plan(found)
+    return found
+
+
+def _plan(found: Findings) -> None:
     if found.graphs:
         step_flops = sum(graph.step_flops * graph.runs for graph in found.graphs)
-        found.plan.decide(maps, found.eager, found.least, step_flops, found.graphs[0].device)
+        found.plan.decide(found.maps, found.eager, found.least, step_flops, found.graphs[0].device)
         found.plan.complete = True
-    return found
 
 
 @contextmanager
@@ -225,18 +242,27 @@ def _training(model: nn.Module) -> Iterator[None]:
             m.training = mode
 
 
-def _capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], found: Findings) -> None:
+def _capture(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    found: Findings,
+    stage: Callable[[str], None],
+) -> None:
     from .capture import capture_whole, groups_of, paths_of
     from .graph import Graph
     from .model import original_forward
 
+    stage("capture")
     whole = capture_whole(model, original_forward(model), args, kwargs)
     if not isinstance(whole, dict):
+        stage("chains")
         graph = Graph.of(*whole, paths_of(model), groups_of(model))
         graph.runs = 1
         found.graphs, found.eager, found.least = [graph], graph.eager.saved, graph.least.saved
         return
     found.untraceable = whole
+    stage("its parts")
     try:
         _run_in_parts(model, args, kwargs, found, _fake_copy)
     except Exception:  # a branch depends on a value, say
@@ -246,7 +272,11 @@ def _capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], f
 
 
 def _run_in_parts(
-    model: nn.Module, args: Any, kwargs: Any, found: Findings, copied: Callable[..., tuple[nn.Module, Any]]
+    model: nn.Module,
+    args: Any,
+    kwargs: Any,
+    found: Findings,
+    copied: Callable[..., tuple[nn.Module, Any]],
 ) -> None:
     """Runs copies of a model whose graph breaks, once as it is and once with its chains."""
     from .capture import captured, groups_of, paths_of
@@ -270,12 +300,14 @@ def _run_in_parts(
 
             return run
 
-        run = captured(backend, dynamic=False)
-        tensors = [t for t in pytree.tree_leaves((other_args, other_kwargs)) if isinstance(t, Tensor)]
+        call = captured(backend, dynamic=False)
+        tensors = [
+            t for t in pytree.tree_leaves((other_args, other_kwargs)) if isinstance(t, Tensor)
+        ]
         device = tensors[0].device if tensors else torch.device("cpu")
         devices = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), saved_storages(device) as storages:
-            result = run(other, "0", original_forward(other), other_args, other_kwargs)
+            result = call(other, "0", original_forward(other), other_args, other_kwargs)
             totals.append(sum(storages.values()))
             del result
     found.eager, found.least = totals
@@ -294,14 +326,24 @@ def _real_copy(model: nn.Module, inputs: Any) -> tuple[nn.Module, Any]:
     return _copy_with(model, inputs, copy_of)
 
 
-def _copy_with(model: nn.Module, inputs: Any, of_tensor: Callable[[Tensor], Tensor]) -> tuple[nn.Module, Any]:
+def _copy_with(
+    model: nn.Module, inputs: Any, of_tensor: Callable[[Tensor], Tensor]
+) -> tuple[nn.Module, Any]:
     """A copy of a model and of its inputs, with others in the place of their tensors: one for each."""
     memo: dict[int, Any] = {}
     for module in model.modules():
-        for t in (*module._parameters.values(), *module._buffers.values(), *module.__dict__.values()):
+        for t in (
+            *module._parameters.values(),
+            *module._buffers.values(),
+            *module.__dict__.values(),
+        ):
             if isinstance(t, Tensor) and id(t) not in memo:
                 other = of_tensor(t)
                 is_parameter = isinstance(t, nn.Parameter)
-                memo[id(t)] = nn.Parameter(other, t.requires_grad) if is_parameter and type(other) is Tensor else other
+                memo[id(t)] = (
+                    nn.Parameter(other, t.requires_grad)
+                    if is_parameter and type(other) is Tensor
+                    else other
+                )
     inputs = pytree.tree_map_only(Tensor, lambda t: memo.setdefault(id(t), of_tensor(t)), inputs)
     return copy.deepcopy((model, inputs), memo)

@@ -31,7 +31,9 @@ def backend(
     options = options or {}
     for name in options:
         if name not in _OPTIONS:
-            raise ValueError(f"backend 'fusedconvbn': expected options {', '.join(map(repr, _OPTIONS))}, got {name!r}")
+            raise ValueError(
+                f"backend 'fusedconvbn': expected options {', '.join(map(repr, _OPTIONS))}, got {name!r}"
+            )
     inner = options.get("inner")
     plan = Plan(parse_memory(options.get("memory", "auto")))
     fused = fused_graph(module, example_inputs, plan, {}, compiled=inner is not None).module

@@ -23,7 +23,14 @@ def measured_seconds(maps: list[InnerMap], links: list[Link]) -> list[InnerMap]:
         op = link.op
         key: object = tuple(value(link.result).shape)
         if isinstance(op, Conv):
-            options = (op.stride, op.padding, op.dilation, op.transposed, op.output_padding, op.groups)
+            options = (
+                op.stride,
+                op.padding,
+                op.dilation,
+                op.transposed,
+                op.output_padding,
+                op.groups,
+            )
             key = (key, *(tuple(value(n).shape) for n in (link.input, op.weight)), str(options))
         if key not in known:
             known[key] = _seconds(link)
@@ -32,7 +39,9 @@ def measured_seconds(maps: list[InnerMap], links: list[Link]) -> list[InnerMap]:
 
 
 def _draw(like: Tensor) -> Tensor:
-    return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device).fill_(0.5)
+    return torch.empty_strided(
+        like.shape, like.stride(), dtype=like.dtype, device=like.device
+    ).fill_(0.5)
 
 
 @torch.no_grad()

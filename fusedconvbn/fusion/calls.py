@@ -48,13 +48,19 @@ def value(node: Any) -> Any:
 
 def storage(node: Any) -> int | None:
     """The identity of the memory that a node's value lies in: views and what is done in place share it."""
-    t = value(node)
+    t = _local(value(node))
     return t.untyped_storage()._cdata if isinstance(t, FakeTensor) else None
+
+
+def _local(t: Any) -> Any:
+    """What a process has of a DTensor that is replicated."""
+    placements = getattr(t, "placements", None)
+    return t._local_tensor if placements and all(p.is_replicate() for p in placements) else t
 
 
 def is_map(t: Any) -> bool:
     """Whether the operators take such a tensor."""
-    return isinstance(t, FakeTensor) and t.dtype in _FLOATS and t.layout == torch.strided
+    return isinstance(_local(t), FakeTensor) and t.dtype in _FLOATS and t.layout == torch.strided
 
 
 def arguments(node: fx.Node, *names: str, **defaults: Any) -> dict[str, Any] | None:
@@ -79,15 +85,26 @@ def conv_of(node: fx.Node) -> tuple[fx.Node, Conv] | None:
         return None
     rest = ("output_padding", "groups", "dilation") if transposed else ("dilation", "groups")
     names = ("input", "weight", "bias", "stride", "padding", *rest)
-    defaults = {"bias": None, "stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
+    defaults = {
+        "bias": None,
+        "stride": 1,
+        "padding": 0,
+        "output_padding": 0,
+        "groups": 1,
+        "dilation": 1,
+    }
     given = arguments(node, *names, **{n: d for n, d in defaults.items() if n in names})
     if given is None or not all(isinstance(given[n], fx.Node) for n in ("input", "weight")):
         return None
-    if not (is_map(value(given["input"])) and is_map(value(given["weight"])) and is_map(value(node))):
+    if not (
+        is_map(value(given["input"])) and is_map(value(given["weight"])) and is_map(value(node))
+    ):
         return None
     if value(given["input"]).dim() != dims + 2 or type(given["groups"]) is not int:
         return None
-    lists = [_ints(given.get(n, 0), dims) for n in ("stride", "padding", "dilation", "output_padding")]
+    lists = [
+        _ints(given.get(n, 0), dims) for n in ("stride", "padding", "dilation", "output_padding")
+    ]
     if None in lists:
         return None
     stride, padding, dilation, output_padding = lists
@@ -119,7 +136,16 @@ def normalise(
 
 
 _NORMS: dict[Any, tuple[str, ...]] = {
-    F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
+    F.batch_norm: (
+        "input",
+        "running_mean",
+        "running_var",
+        "weight",
+        "bias",
+        "training",
+        "momentum",
+        "eps",
+    ),
     torch.batch_norm: (
         *("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps"),
         "cudnn_enabled",
@@ -135,9 +161,17 @@ def is_norm(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target in _NORMS
 
 
+def is_training(node: fx.Node) -> bool:
+    """Whether it is a batch norm that takes the statistics of the batch."""
+    found = norm_of(node) if is_norm(node) else ""
+    return not isinstance(found, str) and found[1].training
+
+
 def norm_of(node: fx.Node) -> tuple[fx.Node, Norm] | str:
     """The input and the link of a batch norm, or why it cannot be one."""
-    defaults: dict[str, Any] = dict(running_mean=None, running_var=None, num_batches_tracked=None, weight=None, bias=None)
+    defaults: dict[str, Any] = dict(
+        running_mean=None, running_var=None, num_batches_tracked=None, weight=None, bias=None
+    )
     names = _NORMS[node.target]
     defaults = {n: d for n, d in defaults.items() if n in names}
     given = arguments(node, *names, **{**defaults, "training": False, "momentum": 0.1, "eps": 1e-5})
@@ -145,7 +179,11 @@ def norm_of(node: fx.Node) -> tuple[fx.Node, Norm] | str:
         return "its input is no dense tensor of floating point numbers"
     running = [given["running_mean"], given["running_var"]]
     training, momentum, eps = given["training"], given["momentum"], given["eps"]
-    if not isinstance(training, bool) or not _is_number(eps) or (isinstance(eps, (int, float)) and not eps > 0):
+    if (
+        not isinstance(training, bool)
+        or not _is_number(eps)
+        or (isinstance(eps, (int, float)) and not eps > 0)
+    ):
         return "its mode is no constant, or its eps is not above 0"
     if momentum is not None and not _is_number(momentum):
         return "its momentum is no number"
@@ -158,7 +196,14 @@ def norm_of(node: fx.Node) -> tuple[fx.Node, Norm] | str:
             return "its parameters are of another dtype or device than its input"
     buffers = [b for b in (*running, given.get("num_batches_tracked")) if b is not None]
     momentum = math.nan if momentum is None else momentum
-    link = Norm(given["weight"], given["bias"], eps=eps, buffers=buffers, momentum=momentum, training=training)
+    link = Norm(
+        given["weight"],
+        given["bias"],
+        eps=eps,
+        buffers=buffers,
+        momentum=momentum,
+        training=training,
+    )
     return given["input"], link
 
 
@@ -204,7 +249,11 @@ def activation_of(node: fx.Node) -> tuple[fx.Node, str] | None:
 
 def _with_parameter(base: str, parameter: Any) -> str | None:
     number = isinstance(parameter, (int, float)) and math.isfinite(parameter)
-    return (f"{base}({float(parameter)})" if parameter != PARAMETERS[base] else base) if number else None
+    return (
+        (f"{base}({float(parameter)})" if parameter != PARAMETERS[base] else base)
+        if number
+        else None
+    )
 
 
 def _clamped(low: Any, high: Any) -> str | None:
@@ -234,7 +283,12 @@ def _only_argument(node: Any, targets: Iterable[Any]) -> Any:
 
 def _is_plus(node: Any, x: fx.Node, number: float) -> bool:
     """x + number"""
-    if not isinstance(node, fx.Node) or node.target not in ADD or node.kwargs or len(node.args) != 2:
+    if (
+        not isinstance(node, fx.Node)
+        or node.target not in ADD
+        or node.kwargs
+        or len(node.args) != 2
+    ):
         return False
     a, b = node.args
     return (a is x and b == number) or (b is x and a == number)
@@ -250,7 +304,12 @@ class _Product:
     def _take(self, node: Any, divide: bool = False) -> None:
         if isinstance(node, (int, float)) and node != 0:
             self.number *= 1 / node if divide else node
-        elif isinstance(node, fx.Node) and node.target in (*MUL, *_DIV) and len(node.args) == 2 and not node.kwargs:
+        elif (
+            isinstance(node, fx.Node)
+            and node.target in (*MUL, *_DIV)
+            and len(node.args) == 2
+            and not node.kwargs
+        ):
             a, b = node.args
             if node.target in _DIV and not isinstance(b, (int, float)):
                 self.factors.append(node)
@@ -287,7 +346,9 @@ def _by_hand(product: _Product) -> tuple[fx.Node, str, list[fx.Node]] | None:
             scaled = _only_argument(erf, _ERF)
             if isinstance(scaled, fx.Node):
                 parts = _Product(scaled)
-                if parts.factors == [x] and math.isclose(parts.number, math.sqrt(0.5), rel_tol=1e-6):
+                if parts.factors == [x] and math.isclose(
+                    parts.number, math.sqrt(0.5), rel_tol=1e-6
+                ):
                     return x, "gelu", [g, erf, *parts.nodes]
     return None
 
@@ -296,7 +357,11 @@ def name_activations(graph: fx.Graph) -> None:
     """Puts ``F.silu(x)`` in the place of ``x * sigmoid(x)``, and so for the others that have no function of their own in a
     model."""
     for root in list(graph.nodes):
-        if root.op not in ("call_function", "call_method") or root.target not in (*MUL, *_DIV) or not is_map(value(root)):
+        if (
+            root.op not in ("call_function", "call_method")
+            or root.target not in (*MUL, *_DIV)
+            or not is_map(value(root))
+        ):
             continue
         product = _Product(root)
         found = _by_hand(product)
@@ -322,7 +387,11 @@ def mutated(node: fx.Node) -> list[fx.Node]:
     if node.op not in ("call_function", "call_method"):
         return []
     if isinstance(node.target, torch._ops.HigherOrderOperator):  # may write to any buffer
-        return [n for n in node.all_input_nodes if isinstance(t := value(n), Tensor) and not t.requires_grad]
+        return [
+            n
+            for n in node.all_input_nodes
+            if isinstance(t := value(n), Tensor) and not t.requires_grad
+        ]
     written = [node.kwargs["out"]] if isinstance(node.kwargs.get("out"), fx.Node) else []
     if is_norm(node):
         names = _NORMS[node.target]
@@ -341,7 +410,12 @@ def writes_in_place(node: fx.Node) -> bool:
     named = name.endswith("_") and not name.endswith("__")
     if node.target in _IN_PLACE or named or node.kwargs.get("inplace") is True:
         return True
-    return any(a is True for a in node.args[1:]) and node.target in (*_ACTIVATIONS, F.leaky_relu, F.elu, F.hardtanh)
+    return any(a is True for a in node.args[1:]) and node.target in (
+        *_ACTIVATIONS,
+        F.leaky_relu,
+        F.elu,
+        F.hardtanh,
+    )
 
 
 def parts_of(node: fx.Node) -> list[fx.Node] | None:
@@ -353,7 +427,10 @@ def parts_of(node: fx.Node) -> list[fx.Node] | None:
         return None
     parts = given["tensors"]
     alike = isinstance(parts, (list, tuple)) and all(
-        is_map(value(p)) and value(p).dtype == value(node).dtype and value(p).dim() == value(node).dim() for p in parts
+        is_map(value(p))
+        and value(p).dtype == value(node).dtype
+        and value(p).dim() == value(node).dim()
+        for p in parts
     )
     return list(parts) if alike else None
 
@@ -364,7 +441,9 @@ def is_copy(node: fx.Node) -> bool:
         return False
     given = arguments(node, "input", "p", "training", "inplace", p=0.5, training=True)
     given = given or arguments(node, "input", "p", "train")
-    return given is not None and (given["p"] == 0 or given.get("training", given.get("train")) is False)
+    return given is not None and (
+        given["p"] == 0 or given.get("training", given.get("train")) is False
+    )
 
 
 def plain(graph: fx.Graph) -> None:
@@ -392,7 +471,11 @@ def _pad_same(graph: fx.Graph) -> None:
         dims = _CONVOLUTIONS.get(node.target) if node.op == "call_function" else None
         names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
         given = arguments(node, *names, bias=None, stride=1, dilation=1, groups=1) if dims else None
-        if given is None or not isinstance(given.get("padding"), str) or not is_map(value(given["weight"])):
+        if (
+            given is None
+            or not isinstance(given.get("padding"), str)
+            or not is_map(value(given["weight"]))
+        ):
             continue
         dilation = _ints(given["dilation"], dims)
         kernel = value(given["weight"]).shape[2:]
@@ -405,7 +488,10 @@ def _pad_same(graph: fx.Graph) -> None:
             with graph.inserting_before(node):
                 padded = graph.call_function(F.pad, (given["input"], ends))
             x = value(given["input"])
-            padded.meta = {**node.meta, "example_value": F.pad(x.detach(), ends) if is_map(x) else None}
+            padded.meta = {
+                **node.meta,
+                "example_value": F.pad(x.detach(), ends) if is_map(x) else None,
+            }
             given["input"] = padded
         node.args = tuple({**given, "padding": tuple(t // 2 for t in total)}[n] for n in names)
         node.kwargs = {}

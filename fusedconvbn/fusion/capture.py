@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch._dynamo
 from torch import Tensor, fx, nn
-from torch.nn.modules import module
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -46,7 +45,7 @@ def _forward(self: nn.Module, input: Tensor) -> Tensor:
     synchronised = isinstance(self, nn.SyncBatchNorm)
     counts = self.training and self.track_running_stats and self.num_batches_tracked is not None
     one_sided = (self.running_mean is None) != (self.running_var is None)
-    if not synchronised and not (counts and self.momentum is None) or one_sided:
+    if (not synchronised and not (counts and self.momentum is None)) or one_sided:
         return _batch_norm_forward(self, input)
     self._check_input_dim(input)
     if synchronised:
@@ -56,26 +55,41 @@ def _forward(self: nn.Module, input: Tensor) -> Tensor:
     training = self.training or (mean is None and var is None)
     counter = self.num_batches_tracked if counts else None
     momentum = self.momentum if counts or self.momentum is not None else 0.0
-    return normalise(input, mean, var, counter, self.weight, self.bias, training, momentum, self.eps)
+    return normalise(
+        input, mean, var, counter, self.weight, self.bias, training, momentum, self.eps
+    )
 
 
 _batch_norm_forward = _BatchNorm.forward
-_GLOBAL_HOOKS = (module._global_forward_pre_hooks, module._global_forward_hooks)
+_GLOBAL_HOOKS = (
+    nn.modules.module._global_forward_pre_hooks,
+    nn.modules.module._global_forward_hooks,
+)
 
 
 def _only_watches(hook: Any) -> bool:
     """Whether a hook on all modules only notes which one runs, as a FLOP counter's: it would break the graph at each."""
-    return getattr(hook, "__module__", "") in ("torch.utils.module_tracker", "fusedconvbn.recompute_check")
+    return getattr(hook, "__module__", "") in (
+        "torch.utils.module_tracker",
+        "fusedconvbn.recompute_check",
+    )
 
 
 @contextmanager
 def _captures() -> Iterator[None]:
     global _capturing
-    watching = [(hooks, key, hook) for hooks in _GLOBAL_HOOKS for key, hook in hooks.items() if _only_watches(hook)]
+    watching = [
+        (hooks, key, hook)
+        for hooks in _GLOBAL_HOOKS
+        for key, hook in hooks.items()
+        if _only_watches(hook)
+    ]
     forwards = {kind: kind.forward for kind in (_BatchNorm, nn.SyncBatchNorm)}
     with ExitStack() as stack:
         stack.enter_context(torch._dynamo.config.patch(_SETTINGS))
-        stack.enter_context(_disable_current_modes())  # Dynamo captures nothing under a mode, such as a FLOP counter
+        stack.enter_context(
+            _disable_current_modes()
+        )  # Dynamo captures nothing under a mode, such as a FLOP counter
         _capturing += 1
         try:
             for kind in forwards:
@@ -91,12 +105,16 @@ def _captures() -> Iterator[None]:
                 kind.forward = forward
 
 
-def _root(model: nn.Module, version: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+def _root(
+    model: nn.Module, version: str, forward: Callable[..., Any], args: Any, kwargs: Any
+) -> Any:
     if version:  # is read, so that another one is another capture
         return forward(model, *args, **kwargs)
 
 
-def captured(backend: Backend, *, whole: bool = False, dynamic: bool | None = None) -> Callable[..., Any]:
+def captured(
+    backend: Backend, *, whole: bool = False, dynamic: bool | None = None
+) -> Callable[..., Any]:
     """``_root`` with what it calls captured by Dynamo and run by `backend`.
 
     Args:
@@ -110,7 +128,9 @@ def captured(backend: Backend, *, whole: bool = False, dynamic: bool | None = No
     convert = context.callback
 
     @functools.wraps(convert)
-    def convert_with_settings(*args: Any, **kwargs: Any) -> Any:  # only called where something is to be captured
+    def convert_with_settings(
+        *args: Any, **kwargs: Any
+    ) -> Any:  # only called where something is to be captured
         with _captures():
             return convert(*args, **kwargs)
 
@@ -156,8 +176,14 @@ def capture_whole(
 
 
 def _where_and_why(error: Any) -> dict[str, str]:
-    frames = [f for f in getattr(error, "real_stack", None) or () if not f.filename.startswith(os.path.dirname(torch.__file__))]
+    frames = [
+        f
+        for f in getattr(error, "real_stack", None) or ()
+        if not f.filename.startswith(os.path.dirname(torch.__file__))
+    ]
     where = f"at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
     lines = [line.strip() for line in str(error).split("\n")]
     explanation = next((line for line in lines if line.startswith("Explanation: ")), "")
-    return {where: " ".join(filter(None, (lines[0] + ".", explanation.removeprefix("Explanation: "))))}
+    return {
+        where: " ".join(filter(None, (lines[0] + ".", explanation.removeprefix("Explanation: "))))
+    }

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..chain import Conv
 from .calls import conv_of, mutated, plain, value
-from .match import Link, Matcher, Match, nbytes_of, values_of
+from .match import Link, Match, Matcher, nbytes_of, values_of
 from .plan import InnerMap, flops_per_value, seconds_per_value
 from .profile import Profile, device_of, profile
 from .rewrite import rewrite, rewrite_pooling
@@ -83,8 +83,14 @@ class Graph:
         plain(graph)
         matcher = Matcher(graph, paths, groups)
         found.matches, found.refused = matcher.matches, matcher.refused
-        found.norms, found.pairs, found.fused_pairs = len(matcher.norms), len(matcher.pairs), matcher.fused_pairs
-        found.step_flops = sum(3 * _flops(op, node) for node in graph.nodes if (op := conv_of(node)) is not None)
+        found.norms, found.pairs, found.fused_pairs = (
+            len(matcher.norms),
+            len(matcher.pairs),
+            matcher.fused_pairs,
+        )
+        found.step_flops = sum(
+            3 * _flops(op, node) for node in graph.nodes if (op := conv_of(node)) is not None
+        )
         found.device = device_of([value(n) for n in graph.nodes]).type
         found.links = [link for match in found.matches for link in match.inner()]
         found.maps = [_inner_map(link, found.device) for link in found.links]
@@ -109,7 +115,9 @@ class Graph:
             saved = [first + i for i, link in enumerate(match.inner()) if link.name in names]
             call.args = (*call.args[:8], saved, *call.args[9:])
         self.module.recompile()
-        for inner in self._inside:  # lives during the checkpoint's backward alone, and was computed twice already
+        for inner in (
+            self._inside
+        ):  # lives during the checkpoint's backward alone, and was computed twice already
             inner.save([link.name for link in inner.links])
 
 
@@ -122,21 +130,29 @@ def _inner_map(link: Link, device: str) -> InnerMap:
     weight = value(link.op.weight).shape if isinstance(link.op, Conv) else ()
     values = values_of(result)
     seconds = seconds_per_value(link.op, weight, result.element_size(), device) * values
-    return InnerMap(link.name, nbytes_of(result), int(flops_per_value(link.op, weight) * values), seconds)
+    return InnerMap(
+        link.name, nbytes_of(result), int(flops_per_value(link.op, weight) * values), seconds
+    )
 
 
 def _is_checkpoint(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.HigherOrderOperator) and node.target._name == _CHECKPOINT
+    return (
+        isinstance(node.target, torch._ops.HigherOrderOperator) and node.target._name == _CHECKPOINT
+    )
 
 
-def _run_checkpoint(body: fx.GraphModule, written: tuple[int, ...], *args: Any, **kwargs: Any) -> Any:
+def _run_checkpoint(
+    body: fx.GraphModule, written: tuple[int, ...], *args: Any, **kwargs: Any
+) -> Any:
     """A checkpoint of a graph, which writes to those of its inputs: a checkpoint would miss the version that they had."""
 
     def run(*given: Any) -> Any:
         rest = iter(given)
         return body(*(a if i in written else next(rest) for i, a in enumerate(args)))
 
-    return checkpoint(run, *(a for i, a in enumerate(args) if i not in written), use_reentrant=False, **kwargs)
+    return checkpoint(
+        run, *(a for i, a in enumerate(args) if i not in written), use_reentrant=False, **kwargs
+    )
 
 
 def _checkpoints(module: fx.GraphModule) -> None:

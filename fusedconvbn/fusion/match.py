@@ -9,7 +9,19 @@ import torch
 from torch import Tensor, fx
 
 from ..chain import Conv, Gate, Norm
-from .calls import ADD, MUL, activation_of, conv_of, is_map, is_norm, mutated, norm_of, parts_of, storage, value
+from .calls import (
+    ADD,
+    MUL,
+    activation_of,
+    conv_of,
+    is_map,
+    is_norm,
+    mutated,
+    norm_of,
+    parts_of,
+    storage,
+    value,
+)
 
 
 @dataclass
@@ -84,7 +96,9 @@ class Match:
 
     def reads(self) -> set[fx.Node]:
         own = set(self.nodes)
-        return {n for node in self.nodes for n in node.all_input_nodes if n not in own} | set(self.input)
+        return {n for node in self.nodes for n in node.all_input_nodes if n not in own} | set(
+            self.input
+        )
 
 
 def single_use(node: fx.Node) -> bool:
@@ -131,7 +145,9 @@ class Matcher:
         groups: of each batch norm that is synchronised, by the id of its module.
     """
 
-    def __init__(self, graph: fx.Graph, paths: Mapping[str, str], groups: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, graph: fx.Graph, paths: Mapping[str, str], groups: Mapping[str, str] | None = None
+    ) -> None:
         self.graph = graph
         self.groups = groups or {}
         self.names = Names(paths)
@@ -145,7 +161,9 @@ class Matcher:
         for node in graph.nodes:
             self._visit(node)
         self._writes_and_reads()
-        self.matches = [m for m in self.open.values() if m.saves_memory() and self._is_undisturbed(m)]
+        self.matches = [
+            m for m in self.open.values() if m.saves_memory() and self._is_undisturbed(m)
+        ]
         self.matches += self._sharing_statistics()
         self.matches.sort(key=lambda m: self.order[m.end])
         self._concatenate()
@@ -168,7 +186,11 @@ class Matcher:
             counter = node.args[0] if node.args else None
             if node.target != "add_" or node.args[1:] != (1,) or node.kwargs or node.users:
                 continue
-            if _module(node) and counter.op in ("placeholder", "get_attr") and len(counter.users) == 1:
+            if (
+                _module(node)
+                and counter.op in ("placeholder", "get_attr")
+                and len(counter.users) == 1
+            ):
                 found[_module(node)] = node
         return found
 
@@ -200,7 +222,9 @@ class Matcher:
         if isinstance(behind, fx.Node) and conv_of(behind) is not None:
             self.pairs.append(node)
             if not single_use(behind):
-                self.refused[name] = "the result of the convolution in front of it is used elsewhere too"
+                self.refused[name] = (
+                    "the result of the convolution in front of it is used elsewhere too"
+                )
         found = norm_of(node)
         if isinstance(found, str):
             self.refused[name] = found
@@ -208,7 +232,12 @@ class Matcher:
         x, op = found
         nodes = [node]
         counter = self.counters.get(_module(node))
-        if counter is not None and op.training and len(op.buffers) in (0, 2) and self.region[counter] == self.region[node]:
+        if (
+            counter is not None
+            and op.training
+            and len(op.buffers) in (0, 2)
+            and self.region[counter] == self.region[node]
+        ):
             del self.counters[_module(node)]
             op = replace(op, buffers=[*op.buffers, counter.args[0]])
             nodes.insert(0, counter)
@@ -229,13 +258,19 @@ class Matcher:
     @staticmethod
     def _one_group(match: Match, op: Norm) -> bool:
         return all(
-            not (isinstance(link.op, Norm) and link.op.training and op.training) or link.op.group == op.group
+            not (isinstance(link.op, Norm) and link.op.training and op.training)
+            or link.op.group == op.group
             for link in match.links
         )
 
     def _new(self, x: fx.Node, node: fx.Node) -> Match:
         """A chain that begins with a convolution of x, or of what x is the product of."""
-        if x.target in MUL and len(x.args) == 2 and not x.kwargs and self._continues(Match([x]), x, node):
+        if (
+            x.target in MUL
+            and len(x.args) == 2
+            and not x.kwargs
+            and self._continues(Match([x]), x, node)
+        ):
             for whole, gate in (x.args, x.args[::-1]):
                 gate = _unexpanded(gate, whole)
                 if _is_gate(value(gate), value(whole)) and self._may_be_lost(x, whole):
@@ -249,11 +284,19 @@ class Matcher:
 
     def _activate(self, node: fx.Node, x: fx.Node, activation: str) -> None:
         match = self.open.get(x)
-        if match is None or not single_use(x) or not match.takes_activation() or self.region[x] != self.region[node]:
+        if (
+            match is None
+            or not single_use(x)
+            or not match.takes_activation()
+            or self.region[x] != self.region[node]
+        ):
             return
         del self.open[x]
         link = match.links[-1]
-        link.op, link.result = replace(link.op, activation=_base(activation), parameter=_parameter(activation)), node
+        link.op, link.result = (
+            replace(link.op, activation=_base(activation), parameter=_parameter(activation)),
+            node,
+        )
         match.nodes.append(node)
         self.open[node] = match
 
@@ -265,7 +308,12 @@ class Matcher:
             match = self.open.get(this)
             if match is None or match.residual is not None or not match.takes_activation():
                 continue
-            if this is other or not single_use(this) or not is_map(value(other)) or not self._may_be_lost(node, other):
+            if (
+                this is other
+                or not single_use(this)
+                or not is_map(value(other))
+                or not self._may_be_lost(node, other)
+            ):
                 continue
             if self.region[this] == self.region[node]:
                 candidates.append((len(match.links), match, this, other))
@@ -299,7 +347,8 @@ class Matcher:
             node
             for kind in {storage(n) for n in match.reads()} - {None}
             for node in self.writes.get(kind, ())
-            if node not in own and (first < self.order[node] < last or (kind == behind and self.order[node] > last))
+            if node not in own
+            and (first < self.order[node] < last or (kind == behind and self.order[node] > last))
         ]
         written = {storage(t) for node in match.nodes for t in mutated(node)} - {None}
         disturbing += [
@@ -309,7 +358,9 @@ class Matcher:
             if node not in own and first < self.order[node] < last
         ]
         for link in match.links if disturbing else ():
-            self.refused[link.name] = f"`{disturbing[0].name}` of the graph disturbs what it reads or writes to"
+            self.refused[link.name] = (
+                f"`{disturbing[0].name}` of the graph disturbs what it reads or writes to"
+            )
         return not disturbing
 
     def _sharing_statistics(self) -> list[Match]:
@@ -319,7 +370,11 @@ class Matcher:
         moved = {storage(t) for node in fused for t in mutated(node)}
         alone = []
         for node, name in self.norms.items():
-            if node not in fused and any(storage(t) in moved for t in mutated(node)) and not isinstance(norm_of(node), str):
+            if (
+                node not in fused
+                and any(storage(t) in moved for t in mutated(node))
+                and not isinstance(norm_of(node), str)
+            ):
                 x, op = norm_of(node)
                 alone.append(Match([x]))
                 alone[-1].extend(node, x, op, name)
@@ -337,8 +392,14 @@ class Matcher:
         def is_virtual(cat: fx.Node, parts: list[fx.Node]) -> bool:
             chains = [m for m in heads[cat] if m.residual is not cat]
             by_chains = {n for m in chains for n in m.nodes if cat in n.all_input_nodes}
-            written = any(self.order[w] > self.order[p] for p in parts for w in self.writes.get(storage(p), ()))
-            return not written and all(user in by_chains or parts_of(user) is not None for user in cat.users)
+            written = any(
+                self.order[w] > self.order[p]
+                for p in parts
+                for w in self.writes.get(storage(p), ())
+            )
+            return not written and all(
+                user in by_chains or parts_of(user) is not None for user in cat.users
+            )
 
         flat: dict[fx.Node, list[fx.Node]] = {}
         for node in self.graph.nodes:
@@ -358,13 +419,19 @@ class Matcher:
     def _explain_the_rest(self) -> None:
         """A reason for every batch norm that is in no chain, or not in that of its convolution."""
         chains = {node: m for m in self.matches for node in m.nodes}
-        apart = [node for node in self.pairs if node not in chains or chains.get(node.all_input_nodes[0]) is not chains[node]]
+        apart = [
+            node
+            for node in self.pairs
+            if node not in chains or chains.get(node.all_input_nodes[0]) is not chains[node]
+        ]
         self.fused_pairs = len(self.pairs) - len(apart)
         for node, name in self.norms.items():
             if node in chains and node not in apart:
                 self.refused.pop(name, None)
             else:
-                self.refused.setdefault(name, "it has neither a convolution nor an activation beside it")
+                self.refused.setdefault(
+                    name, "it has neither a convolution nor an activation beside it"
+                )
 
 
 _CHANGES_NO_MODE = (torch._C._log_api_usage_once, torch._assert)

@@ -16,6 +16,7 @@ from torch import fx, nn
 from torch.autograd import forward_ad
 
 from .capture import captured, groups_of, is_capturing, paths_of
+from .calls import is_training
 from .graph import Graph
 from .plan import Plan
 
@@ -49,7 +50,9 @@ class Fused:
         return (make, args, *rest)
 
     def _replicate_for_data_parallel(self) -> nn.Module:
-        self._fusion.tell("torch.nn.DataParallel makes new replicas for each step; use DistributedDataParallel")
+        self._fusion.tell(
+            "torch.nn.DataParallel makes new replicas for each step; use DistributedDataParallel"
+        )
         with self._plain() as plain:
             return plain._replicate_for_data_parallel()
 
@@ -82,7 +85,7 @@ class Fusion:
         self._version = 0
         self._methods = _methods(model)
         self._captured: Callable[..., Any] | None = None
-        self._model = lambda: None  # a weak reference to whose forward is captured
+        self._model = weakref.ref(model)
         self.region = _Region(self)
 
     def forward(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -97,7 +100,9 @@ class Fusion:
         model.__class__ = self.kind
         if self.own is not None:
             bound = isinstance(self.own, types.MethodType)
-            model.__dict__["forward"] = types.MethodType(self.own.__func__, model) if bound else self.own
+            model.__dict__["forward"] = (
+                types.MethodType(self.own.__func__, model) if bound else self.own
+            )
 
     def put_on(self, model: nn.Module, kind: type) -> None:
         model.__class__ = kind
@@ -114,7 +119,6 @@ class Fusion:
                 torch._dynamo.eval_frame.reset_code(method.__code__)
             self._methods = _methods(model)
             self._version += 1
-        self._model = weakref.ref(model)
         runs = self.runs
         result = self._captured(model, str(self._version), self.forward, args, kwargs)
         if self.runs == runs:
@@ -143,7 +147,9 @@ class Fusion:
 
     def _backend(self, module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         model = self._model()
-        run = fused_graph(module, example_inputs, self.plan, paths_of(model), groups_of(model)).module.forward
+        run = fused_graph(
+            module, example_inputs, self.plan, paths_of(model), groups_of(model)
+        ).module.forward
 
         def count_and_run(*args: Any) -> Any:
             self.runs += 1
@@ -153,8 +159,9 @@ class Fusion:
 
     def rewrite_region(self, body: fx.GraphModule) -> None:
         model = self._model()
-        paths, groups = ({}, {}) if model is None else (paths_of(model), groups_of(model))
-        graph = Graph.of(body, (), paths, groups, measured=False, compiled=True)
+        graph = Graph.of(
+            body, (), paths_of(model), groups_of(model), measured=False, compiled=True
+        )
         graph.save(self.plan.of(graph.maps, graph.device))
 
 
@@ -183,7 +190,8 @@ def fused_graph(
     compiled: bool = False,
 ) -> Graph:
     """A captured graph with its chains, saving what the plan says, which is made for it if there is none."""
-    measured = torch.is_grad_enabled() and not plan.complete
+    training = torch.is_grad_enabled() and any(is_training(node) for node in module.graph.nodes)
+    measured = training and not plan.complete
     graph = Graph.of(module, example_inputs, paths, groups, measured=measured, compiled=compiled)
     unknown = [m for m in graph.maps if m.name not in plan.known]
     if measured and unknown:
@@ -205,7 +213,9 @@ def fused(model: nn.Module, plan: Plan, example: Any = None) -> nn.Module:
     names = ("__module__", "__qualname__", "__doc__")
     namespace = {name: getattr(fusion.kind, name) for name in names}
     kind = type(fusion.kind)(
-        fusion.kind.__name__, (Fused, fusion.kind), {**namespace, "forward": forward, "_fusion": fusion}
+        fusion.kind.__name__,
+        (Fused, fusion.kind),
+        {**namespace, "forward": forward, "_fusion": fusion},
     )
     model.__dict__.pop("forward", None)
     model.__class__ = kind

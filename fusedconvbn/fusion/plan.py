@@ -63,8 +63,12 @@ def seconds_per_value(op: Conv | Norm, weight: Sequence[int], itemsize: int, dev
     device = device if device in _FLOPS else "cuda"
     read, speed = 1.0, _FLOPS[device]
     if isinstance(op, Conv):
-        into, out = (weight[0], weight[1] * op.groups) if op.transposed else (weight[1] * op.groups, weight[0])
-        read = into / out * prod(1 / s if op.transposed else s for s in op.stride)
+        into, out = (
+            (weight[0], weight[1] * op.groups)
+            if op.transposed
+            else (weight[1] * op.groups, weight[0])
+        )
+        read = into / out * prod([1 / s if op.transposed else s for s in op.stride])
         if device == "cpu" and itemsize == 4 and _is_winograd(op, weight):
             speed *= _WINOGRAD
     return flops_per_value(op, weight) / speed + (1.0 + read) * itemsize / _BYTES[device]
@@ -140,7 +144,9 @@ def knapsack(maps: Iterable[InnerMap], budget: int | None, price: float = 0.0) -
     return frozenset(saved)
 
 
-def auto_plan(maps: Iterable[InnerMap], budget: int, price: float, step_flops: int) -> frozenset[str]:
+def auto_plan(
+    maps: Iterable[InnerMap], budget: int, price: float, step_flops: int
+) -> frozenset[str]:
     """The plan of "auto": recomputes what costs less time than its bytes are worth, the cheapest first, as long as that adds few
     FLOPs to the `step_flops` of a step; more only where `budget` asks for it."""
     maps = list(maps)
@@ -177,7 +183,9 @@ class Plan:
         self.complete = memory == "min"
         self.spent = 0  # bytes, by the graphs that were decided about
 
-    def decide(self, maps: Sequence[InnerMap], eager: int, least: int, step_flops: int, device: str) -> None:
+    def decide(
+        self, maps: Sequence[InnerMap], eager: int, least: int, step_flops: int, device: str
+    ) -> None:
         """Decides about maps of graphs that save `eager` bytes as they were and `least` with none of them.
 
         Raises:

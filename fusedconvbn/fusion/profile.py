@@ -74,11 +74,19 @@ def _run(
         found.by_node[interpreter.running] += nbytes
 
     def of_input(t: Any) -> Any:
-        return t.node.hint if isinstance(t, torch.SymInt) else of_tensor(t) if isinstance(t, Tensor) else t
+        return (
+            t.node.hint
+            if isinstance(t, torch.SymInt)
+            else of_tensor(t)
+            if isinstance(t, Tensor)
+            else t
+        )
 
     inputs = [of_input(t) for t in example_inputs]
     with saved_storages(device_of(inputs), saw) as storages:
-        result = interpreter.run(*inputs)  # is held until the count is done: what is saved has to live
+        result = interpreter.run(
+            *inputs
+        )  # is held until the count is done: what is saved has to live
         found.saved = sum(storages.values())
         del result
     return found

@@ -14,12 +14,12 @@ from .plan import OutOfReach, knapsack
 
 @dataclass
 class MapReport:
-    """An inner map: the call whose result it is, its bytes, whether it is saved, and, if it is not, the floating point
-    operations that recomputing it adds to a step."""
+    """An inner map: the call whose result it is, its bytes, whether it is kept, and, if it is not, the floating point
+    operations that remaking it adds to a step."""
 
-    name: str
+    path: str
     nbytes: int
-    saved: bool
+    kept: bool
     added_flops: int
 
 
@@ -92,9 +92,9 @@ class Report:
         for chain in self.chains:
             lines.append(row(chain.name, chain.before, chain.after))
             for m in chain.maps:
-                state = "saved" if m.saved else "recomputed"
+                state = "kept" if m.kept else "remade"
                 flops = f", {m.added_flops / 1e9:.2f} GFLOP" if m.added_flops else ""
-                lines.append(f"    {m.name}: {m.nbytes / MIB:.2f} MiB {state}{flops}")
+                lines.append(f"    {m.path}: {m.nbytes / MIB:.2f} MiB {state}{flops}")
         before = self.eager - sum(c.before for c in self.chains)
         after = self.saved - sum(c.after for c in self.chains)
         lines.append(row("elsewhere", before, after))

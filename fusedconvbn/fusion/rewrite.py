@@ -20,14 +20,18 @@ def rewrite(graph: fx.Graph, matches: Sequence[Match]) -> list[tuple[fx.Node, Ma
     readers = Counter(part for m in matches if _reads_statistics(m) for part in m.input)
     calls: dict[fx.Node, fx.Node] = {}  # by the ends of the chains
     made = []
-    statistics: dict[Any, fx.Node] = {}  # of the parts of concatenations, which several chains may read
+    statistics: dict[
+        Any, fx.Node
+    ] = {}  # of the parts of concatenations, which several chains may read
     for match in matches:
         shared = _reads_statistics(match) and any(readers[part] > 1 for part in match.input)
         input = [calls.get(part, part) for part in match.input]
         packed = pack(input, match.ops)
         packed.tensors = [calls.get(t, t) for t in packed.tensors]
         with graph.inserting_before(match.end):
-            known = _channel_stats(graph, input, packed.process_group, statistics) if shared else None
+            known = (
+                _channel_stats(graph, input, packed.process_group, statistics) if shared else None
+            )
             call = graph.call_function(torch.ops.fusedconvbn.conv_bn_chain, packed.call((), known))
         call.meta = {**match.end.meta, "chain": match.name}
         match.end.replace_all_uses_with(call)
@@ -46,12 +50,16 @@ def _reads_statistics(match: Match) -> bool:
     return len(match.input) > 1 and isinstance(op, Norm) and op.training
 
 
-def _channel_stats(graph: fx.Graph, parts: list[fx.Node], group: str, known: dict[Any, fx.Node]) -> fx.Node:
+def _channel_stats(
+    graph: fx.Graph, parts: list[fx.Node], group: str, known: dict[Any, fx.Node]
+) -> fx.Node:
     """Of a concatenation, those of each part being computed once."""
     for part in parts:
         if (part, group) not in known:
             detached = graph.call_method("detach", (part,))
-            known[part, group] = graph.call_function(torch.ops.fusedconvbn._channel_stats, (detached, group))
+            known[part, group] = graph.call_function(
+                torch.ops.fusedconvbn._channel_stats, (detached, group)
+            )
     return graph.call_function(torch.cat, ([known[part, group] for part in parts], 1))
 
 
@@ -71,7 +79,9 @@ def rewrite_pooling(graph: fx.Graph) -> None:
             continue
         with graph.inserting_before(node):
             function, rest = position_mean, (dims,)
-            if dims is None:  # PyTorch's keeps its input and eight bytes for each value of its result
+            if (
+                dims is None
+            ):  # PyTorch's keeps its input and eight bytes for each value of its result
                 function, rest = torch.ops.fusedconvbn.max_pool2d, options
             pooled = graph.call_function(function, (node.args[0], *rest))
         pooled.meta = node.meta

@@ -76,7 +76,9 @@ def _captured(
     other = copy.deepcopy(model, memo)
     if other.training != mode:
         other.train(mode)
-    inputs = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in args]
+    inputs = [
+        torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in args
+    ]
     found: list[tuple[fx.GraphModule, list[Any]]] = []
     outputs: list[Tensor] = []
 
@@ -148,7 +150,9 @@ def _given(
                 for d, size in enumerate(other.meta["example_value"].shape):
                     if isinstance(size, torch.SymInt) and size.node.expr == example.node.expr:
                         return f"{_given(other, t, tensors, (), ())}.size({d})"
-    raise NotImplementedError(f"its graph reads {node.name}, which is neither an input nor a parameter")
+    raise NotImplementedError(
+        f"its graph reads {node.name}, which is neither an input nor a parameter"
+    )
 
 
 def _written(result: Any, places: Mapping[int, str]) -> str:

@@ -3,7 +3,6 @@
 import operator
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -112,15 +111,23 @@ class FusedConvBNSequential(nn.Sequential):
         if pad:
             whole = input if isinstance(input, Tensor) else torch.cat(list(input), 1)
             parts = F.pad(whole, pad, mode)
-        ops = [_op(module, activation) for _, module, activation in links]
-        # One operator, one group of processes.
-        runs = [list(run) for _, run in groupby(zip(ops, links, strict=True), _group_of_links(ops))]
+        runs: list[list[tuple[Conv | Norm, nn.Module]]] = [
+            []
+        ]  # one operator, one group of processes
+        group = None
+        for _, module, activation in links:
+            op = _op(module, activation)
+            if isinstance(op, Norm) and op.training:
+                if group is not None and op.group != group:
+                    runs.append([])
+                group = op.group
+            runs[-1].append((op, module))
+        if residual is not None:
+            runs[-1][-1][0].residual = residual
         for run in runs:
-            ops = [op for op, _ in run]
-            if run is runs[-1] and residual is not None:
-                ops[-1].residual = residual
-            saved = self._saved(ops, [module for _, (_, module, _) in run])
-            parts = torch.ops.fusedconvbn.conv_bn_chain(*pack(parts, ops).call(saved))
+            ops, modules = [op for op, _ in run], [module for _, module in run]
+            packed = pack(parts, ops)
+            parts = torch.ops.fusedconvbn.conv_bn_chain(*packed.call(self._saved(ops, modules)))
         return parts
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -141,7 +148,9 @@ class FusedConvBNSequential(nn.Sequential):
                 setattr(op, n, graph.get_attr(f"{name}.{n}"))
             if isinstance(op, Norm):
                 attributes = tuple(graph.get_attr(f"{name}.{n}") for n in ATTRIBUTES)
-                norms.append(graph.call_function(batch_norm_link, attributes))  # its mode may change
+                norms.append(
+                    graph.call_function(batch_norm_link, attributes)
+                )  # its mode may change
                 op.buffers = ()
             ops.append(op)
         saved = self._saved(ops, [module for _, module, _ in links])
@@ -165,7 +174,14 @@ def _padding(module: nn.Module) -> tuple[list[int], str]:
 def _op(module: nn.Module, activation: str) -> Conv | Norm:
     if isinstance(module, CONVOLUTIONS):
         stride, padding, dilation, output_padding, _, _ = ConvOptions.of(module)
-        options = (stride, padding, dilation, bool(module.transposed), output_padding, module.groups)
+        options = (
+            stride,
+            padding,
+            dilation,
+            bool(module.transposed),
+            output_padding,
+            module.groups,
+        )
         return Conv(module.weight, module.bias, *options)
     buffers, _, momentum, training = batch_norm_link(*batch_norm_attributes(module))
     synchronised = isinstance(module, nn.SyncBatchNorm) and module.training
@@ -181,14 +197,3 @@ def _op(module: nn.Module, activation: str) -> Conv | Norm:
         training=bool(training),
         group=Synchronised(True, module.process_group).group_name() if synchronised else "",
     )
-
-
-def _group_of_links(ops: Sequence[Conv | Norm]) -> Any:
-    """A key that changes where batch norms in training change their group: in front of the one of the other group."""
-    key, group, of = 0, None, {}
-    for op in ops:
-        if isinstance(op, Norm) and op.training:
-            key += group is not None and op.group != group
-            group = op.group
-        of[id(op)] = key
-    return lambda pair: of[id(pair[0])]

@@ -1,0 +1,43 @@
+"""A bar in the terminal for what takes seconds."""
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+_PATIENCE = 2.0  # seconds without a bar
+_WIDTH = 24
+
+
+@contextmanager
+def progress(title: str, stages: int) -> Iterator[Callable[[str], None]]:
+    """Shows a bar once it has taken two seconds, if somebody looks. What it yields is told the name of each stage."""
+    if not sys.stderr.isatty():
+        yield lambda stage: None
+        return
+    start, done = time.monotonic(), threading.Event()
+    reached = [0, ""]
+
+    def begin(stage: str) -> None:
+        reached[0] += 1
+        reached[1] = stage
+
+    def draw() -> None:
+        done.wait(_PATIENCE)
+        while not done.wait(0.2):
+            full = _WIDTH * (reached[0] - 1) // stages
+            bar = "█" * full + "░" * (_WIDTH - full)
+            sys.stderr.write(f"\r{title} {bar} {reached[1]} {time.monotonic() - start:.0f} s ")
+            sys.stderr.flush()
+        if time.monotonic() - start > _PATIENCE:
+            sys.stderr.write("\r\033[K")
+            sys.stderr.flush()
+
+    thread = threading.Thread(target=draw, daemon=True)
+    thread.start()
+    try:
+        yield begin
+    finally:
+        done.set()
+        thread.join()
