@@ -5,6 +5,7 @@ import io
 import pickle
 import subprocess
 import sys
+import threading
 from functools import partial
 from types import MethodType
 
@@ -528,6 +529,13 @@ def test_fuse_leaves_no_trace_when_it_fails():
     with pytest.raises(ValueError, match="expected memory of at least"):
         fuse(fused, picture(), memory="1KB", inplace=True)
     assert is_fused(fused)
+    made.lock = threading.Lock()
+    with pytest.raises(TypeError, match="inplace=True makes no copy"):
+        fuse(made, picture())
+    assert is_fused(fuse(made, picture(), inplace=True))
+    fused.__class__ = type("Sharded", (type(fused),), {})
+    with pytest.raises(TypeError, match="before fully_shard"):
+        unfuse(fused, inplace=True)
 
 
 def test_sources_are_found_by_the_command(capsys, tmp_path):

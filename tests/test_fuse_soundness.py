@@ -4,6 +4,7 @@ import argparse
 import copy
 import enum
 import functools
+import io
 import random
 import warnings
 from collections import OrderedDict
@@ -29,6 +30,7 @@ from fusing import (
 from torch import nn
 
 from fusedconvbn import explain, fuse, track_memory, unfuse
+from fusedconvbn.fusion import capture, progress
 
 
 class Reversed(torch.autograd.Function):
@@ -433,6 +435,33 @@ def test_a_model_that_runs_unfused_says_so_once():
     plain = fuse(model(refuses, conv=conv(8, 8)))
     (message,) = told(lambda: plain(image()))
     assert "TORCH_LOGS" in message
+
+
+def test_the_limit_of_recompilations_is_told(monkeypatch):
+    limits = {"recompile_limit": 2, "accumulated_recompile_limit": 2}
+    monkeypatch.setattr(capture, "_SETTINGS", capture._SETTINGS | limits)
+    made, x = unit(), image()
+    fused = fuse(made, memory="min")
+    for eps in (1e-4, 1e-3, 1e-2):
+        made[1].eps = fused[1].eps = eps
+        torch.testing.assert_close(fused(x), made(x))
+    with pytest.warns(UserWarning, match="captured it too often"):
+        for scale in ("a", "b", "c", "d"):
+            fused[2].inplace = scale == "a"
+            fused[1].eps = made[1].eps = 0.1 + ord(scale)
+            torch.testing.assert_close(fused(x), made(x))
+
+
+def test_a_bar_is_shown_to_who_waits(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(progress, "_PATIENCE", 0.0)
+    monkeypatch.setattr("sys.stderr", terminal := Terminal())
+    fuse(small(), picture())
+    shown = terminal.getvalue()
+    assert "fuse Sequential" in shown and "capture" in shown and shown.endswith("\r\033[K")
 
 
 def test_many_models_in_one_process_stay_fused():

@@ -86,7 +86,7 @@ def fuse(
     Raises:
         ValueError: ``memory`` breaks the rule above, needs ``example_inputs``, or is less than what can be reached;
             the message says how much that is.
-        TypeError: ``model`` is scripted, or no module.
+        TypeError: ``model`` is scripted, no module, or cannot be copied and ``inplace`` is off.
 
     Warns:
         UserWarning: nothing was fused, or memory does not fall; and later, once, if a call of the model runs unfused.
@@ -117,10 +117,18 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
     Returns:
         The model, of its own class.
+
+    Raises:
+        TypeError: the model's class was exchanged after it was fused, as by ``fully_shard``.
     """
     model = model if inplace else _sharing_copy(model)
     for module in model.modules():
         if hasattr(type(module), "_fusion"):
+            if "_fusion" not in vars(type(module)):
+                raise TypeError(
+                    f"unfuse: expected a model as fuse made it, got a {type(module).__name__} whose class "
+                    "was exchanged since; unfuse it before fully_shard"
+                )
             module._fusion.take_off(module)
     return model
 
@@ -159,7 +167,13 @@ def _sharing_copy(model: nn.Module) -> nn.Module:
         for m in model.modules()
         for t in (*m.__dict__.values(), *m._parameters.values(), *m._buffers.values())
     ]
-    return copy.deepcopy(model, {id(t): t for t in shared if isinstance(t, Tensor)})
+    try:
+        return copy.deepcopy(model, {id(t): t for t in shared if isinstance(t, Tensor)})
+    except Exception as error:
+        raise TypeError(
+            f"fuse: expected a model that copy.deepcopy takes, got {type(error).__name__}: {error}; "
+            "inplace=True makes no copy"
+        ) from error
 
 
 def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

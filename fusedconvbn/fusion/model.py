@@ -15,8 +15,8 @@ import torch
 from torch import fx, nn
 from torch.autograd import forward_ad
 
-from .capture import captured, groups_of, is_capturing, paths_of
 from .calls import is_training
+from .capture import captured, groups_of, is_capturing, paths_of
 from .graph import Graph
 from .plan import Plan
 
@@ -159,9 +159,7 @@ class Fusion:
 
     def rewrite_region(self, body: fx.GraphModule) -> None:
         model = self._model()
-        graph = Graph.of(
-            body, (), paths_of(model), groups_of(model), measured=False, compiled=True
-        )
+        graph = Graph.of(body, (), paths_of(model), groups_of(model), measured=False, compiled=True)
         graph.save(self.plan.of(graph.maps, graph.device))
 
 
