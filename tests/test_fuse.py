@@ -497,6 +497,17 @@ def test_several_graphs():
     same(nn.Sequential(Block(), Branches(), Block()), image(), memory="min")
 
 
+def test_several_graphs_of_one_code_and_several_sizes(monkeypatch):
+    monkeypatch.setattr("fusedconvbn.fusion.model._STATIC", 2)
+    made = nn.Sequential(Branches(), nn.AvgPool2d(2), Branches())
+    fused = same(made, image(3, 8, 16, 12), memory=0.7)
+    for n in (2, 4, 5, 6):  # sizes become dynamic
+        fused(image(n, 8, 16, 12).double())
+    captures = fused._fusion.captures
+    fused(image(7, 8, 16, 12).double()), fused(image(8, 8, 16, 12).double())
+    assert fused._fusion.captures == captures
+
+
 def test_a_budget_for_several_graphs():
     made, x = nn.Sequential(Branches(), Branches()).double(), image().double()
     report = explain(made, x, memory="min")

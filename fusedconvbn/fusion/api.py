@@ -283,6 +283,7 @@ def _capture(
         found.graphs = []
         _run_in_parts(model, args, kwargs, found, _real_copy)
     found.graphs = [graph for graph in found.graphs if graph.runs]
+    found.plan.parts = len(found.graphs)
 
 
 def _run_in_parts(

@@ -21,6 +21,9 @@ from .graph import Graph
 from .plan import Plan
 
 
+_STATIC = 8  # captures of each graph of a model, before sizes become dynamic
+
+
 class Fused:
     """What a fused model's class has in front of the model's own, as `torch.distributed.fsdp.fully_shard` has it. Hooks on the
     model run around its forward, and what that calls is captured. Copies and pickles are made of the model's own class."""
@@ -71,7 +74,7 @@ class Fusion:
     Attributes:
         plan: which maps are saved; copies share it.
         kind: the model's own class.
-        runs: how many captured graphs have run.
+        captures, runs: how many graphs were captured, and how many have run.
         example: what :mod:`fusedconvbn.fusion.script` captures with: stand-ins for the inputs that the model was fused for.
     """
 
@@ -80,11 +83,12 @@ class Fusion:
         self.example = example
         self.kind = type(model)
         self.own = model.__dict__.get("forward")  # of this object alone
-        self.runs = 0
+        self.runs = self.captures = 0
         self._told = False
         self._version = 0
         self._methods = _methods(model)
         self._captured: Callable[..., Any] | None = None
+        self._static = False
         self._model = weakref.ref(model)
         self.region = _Region(self)
 
@@ -112,8 +116,12 @@ class Fusion:
     def run(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if _is_traced():
             return self.forward(model, *args, **kwargs)
-        if self._captured is None:
-            self._captured = captured(self._backend)
+        # Dynamo runs one graph for modules that differ in sizes, where it makes those dynamic: a plan for several graphs
+        # holds for the sizes that it was made for. A model that is called with many others gets dynamic ones.
+        static = 0 < self.plan.parts and self.captures <= _STATIC * self.plan.parts
+        if static != self._static or self._captured is None:
+            self._static = static
+            self._captured = captured(self._backend, dynamic=False if static else None)
         if self._methods_changed():
             for method in self._methods[2]:
                 torch._dynamo.eval_frame.reset_code(method.__code__)
@@ -147,6 +155,7 @@ class Fusion:
 
     def _backend(self, module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         model = self._model()
+        self.captures += 1
         run = fused_graph(
             module, example_inputs, self.plan, paths_of(model), groups_of(model)
         ).module.forward

@@ -173,6 +173,7 @@ class Plan:
         memory: what was asked for.
         saved: the names of the maps that are saved.
         known: those that were decided about.
+        parts: the number of graphs where the model's breaks, else 0.
         complete: whether the whole model was looked at, so that a map that is not known comes from a branch not taken then.
     """
 
@@ -181,6 +182,7 @@ class Plan:
         self.saved: set[str] = set()
         self.known: set[str] = set()
         self.complete = memory == "min"
+        self.parts = 0  # graphs that the model breaks into, if it does
         self.spent = 0  # bytes, by the graphs that were decided about
 
     def decide(
