@@ -96,7 +96,7 @@ sanitize: $(SANITIZED)/built
 	  $(BIN)/pytest -p no:cacheprovider $(NOT_SANITIZED:%=--ignore=tests/%.py) \
 	  -k "not memory_does_not_grow and not bytes_of_a_fused_network and not inductor"
 
-$(SANITIZED)/built: $(VENV)/requirements $(SOURCES) $(wildcard fusedconvbn/*.py)
+$(SANITIZED)/built: $(VENV)/requirements $(SOURCES) $(wildcard fusedconvbn/*.py fusedconvbn/*/*.py)
 	PATH=$(CURDIR)/$(BIN):$$PATH FUSEDCONVBN_SANITIZE=1 $(BIN)/python setup.py --quiet build \
 	  --build-base build/sanitize --build-lib $(SANITIZED)
 	touch $@
@@ -136,7 +136,7 @@ says-what-it-needs:
 $(CUDA_VENV)/requirements: requirements-dev.txt Makefile
 	$(call environment,2.11.0)
 
-$(CUDA_VENV)/built: $(CUDA_VENV)/requirements $(SOURCES) $(wildcard fusedconvbn/*.py)
+$(CUDA_VENV)/built: $(CUDA_VENV)/requirements $(SOURCES) $(wildcard fusedconvbn/*.py fusedconvbn/*/*.py)
 	$(CUDA_VENV)/bin/python tests/build_cuda.py install
 	touch $@
 
@@ -148,7 +148,7 @@ test-torch: $(TORCH_VENV)/built
 $(TORCH_VENV)/requirements: requirements-dev.txt Makefile
 	$(call environment,$(TORCH))
 
-$(TORCH_VENV)/built: $(TORCH_VENV)/requirements $(SOURCES) $(wildcard fusedconvbn/*.py)
+$(TORCH_VENV)/built: $(TORCH_VENV)/requirements $(SOURCES) $(wildcard fusedconvbn/*.py fusedconvbn/*/*.py)
 	FORCE_CUDA=0 $(TORCH_VENV)/bin/python tests/build_cuda.py install
 	touch $@
 

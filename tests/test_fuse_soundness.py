@@ -76,6 +76,10 @@ def loop_of_branches(self, x):
     return self.b(out)
 
 
+def noisy_where_small(self, x):
+    return self.a(x) * random.random() if x.sum() < 1e9 else x
+
+
 # What a graph could lose, or a chain do to somebody else's memory.
 FORWARDS = {
     "no_grad": without_gradient,
@@ -349,6 +353,7 @@ def test_fuse_and_explain_leave_everything_alone(memory):
     for made, x in (
         (small(), picture()),
         (model(FORWARDS["a tensor as bool"], a=unit(), b=unit()), image()),
+        (model(noisy_where_small, a=unit()), image()),
     ):
         made.eval()
         state = {n: t.clone() for n, t in made.state_dict().items()}

@@ -1,6 +1,7 @@
 """Whole models: one call that fuses, one that gives the original back."""
 
 import copy
+import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -320,14 +321,21 @@ def _run_in_parts(
             t for t in pytree.tree_leaves((other_args, other_kwargs)) if isinstance(t, Tensor)
         ]
         device = tensors[0].device if tensors else torch.device("cpu")
-        devices = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), saved_storages(device) as storages:
+        with _random_states_kept(device), saved_storages(device) as storages:
             result = call(other, "0", original_forward(other), other_args, other_kwargs)
             totals.append(sum(storages.values()))
             del result
     found.eager, found.least = totals
     for graph in found.graphs:
         graph.maps = [m.times(graph.runs) for m in graph.maps]
+
+
+@contextmanager
+def _random_states_kept(device: torch.device) -> Iterator[None]:
+    python = random.getstate()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
+    random.setstate(python)
 
 
 def _fake_copy(model: nn.Module, inputs: Any) -> tuple[nn.Module, Any]:
@@ -361,4 +369,10 @@ def _copy_with(
                     else other
                 )
     inputs = pytree.tree_map_only(Tensor, lambda t: memo.setdefault(id(t), of_tensor(t)), inputs)
-    return copy.deepcopy((model, inputs), memo)
+    try:
+        return copy.deepcopy((model, inputs), memo)
+    except Exception as error:
+        raise TypeError(
+            "fuse: expected a model that copy.deepcopy takes, as its graph breaks and a copy has to run, got "
+            f"{type(error).__name__}: {error}; without example_inputs the plan is made at the first call"
+        ) from error
