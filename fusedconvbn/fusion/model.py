@@ -20,7 +20,6 @@ from .capture import captured, groups_of, is_capturing, paths_of
 from .graph import Graph
 from .plan import Plan
 
-
 _STATIC = 8  # captures of each graph of a model, before sizes become dynamic
 
 
@@ -118,7 +117,7 @@ class Fusion:
             return self.forward(model, *args, **kwargs)
         # Dynamo runs one graph for modules that differ in sizes, where it makes those dynamic: a plan for several graphs
         # holds for the sizes that it was made for. A model that is called with many others gets dynamic ones.
-        static = 0 < self.plan.parts and self.captures <= _STATIC * self.plan.parts
+        static = self.plan.parts > 0 and self.captures <= _STATIC * self.plan.parts
         if static != self._static or self._captured is None:
             self._static = static
             self._captured = captured(self._backend, dynamic=False if static else None)
