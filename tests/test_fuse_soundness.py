@@ -4,9 +4,11 @@ import argparse
 import copy
 import enum
 import functools
+import gc
 import io
 import random
 import warnings
+import weakref
 from collections import OrderedDict
 from types import SimpleNamespace
 
@@ -488,6 +490,20 @@ def test_one_model_in_many_ways_stays_fused():
         fused.scale = f"{i}" and float(i) if i % 2 else i
         fused(x)
     assert saved(fused, x) < 0.6 * saved(unfuse(fused), x)
+
+
+def test_nothing_of_a_model_outlives_it():
+    made, x = small(), picture()
+    weight, maps = weakref.ref(made[0].weight), []
+    explain(made, x)
+    explain(model(FORWARDS["a tensor as bool"], a=unit(), b=unit()), image())
+    fused = fuse(made, x)
+    fused[1].register_forward_hook(lambda module, args, out: maps.append(weakref.ref(out)))
+    fused(x).sum().backward()
+    copy.deepcopy(fused)(x)
+    del made, fused
+    gc.collect()
+    assert weight() is None and all(t() is None for t in maps)
 
 
 def test_under_a_flop_counter():

@@ -3,6 +3,7 @@
 import functools
 import os
 import types
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -124,7 +125,12 @@ def captured(
     """
     # A code object of its own: Dynamo counts recompilations by code.
     own = types.FunctionType(_root.__code__.replace(), _root.__globals__)
-    context = torch._dynamo.optimize(backend, nopython=whole, dynamic=dynamic)
+    alive = weakref.ref(
+        backend
+    )  # Dynamo keeps every backend for good, and so what it knows of a model
+    context = torch._dynamo.optimize(
+        lambda module, inputs: alive()(module, inputs), nopython=whole, dynamic=dynamic
+    )
     convert = context.callback
 
     @functools.wraps(convert)
@@ -135,7 +141,9 @@ def captured(
             return convert(*args, **kwargs)
 
     context.callback = convert_with_settings
-    return context(own)
+    call = context(own)
+    call.backend = backend
+    return call
 
 
 def paths_of(model: nn.Module) -> dict[str, str]:
