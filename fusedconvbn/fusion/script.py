@@ -93,8 +93,12 @@ def _captured(
             for d in range(t.dim()):
                 torch._dynamo.maybe_mark_dynamic(t, d)
         result = captured(backend, whole=True)(other, "0", fusion.forward, tuple(inputs), {})
-    except torch._dynamo.exc.Unsupported as error:
-        raise NotImplementedError(f"the graph breaks: {str(error).splitlines()[0]}") from error
+    except torch._dynamo.exc.TorchDynamoException as error:  # a break, or the model's own error
+        mode_name = "training" if mode else "evaluation"
+        reason = str(error).splitlines()[0]
+        raise NotImplementedError(
+            f"there is no one graph of it in {mode_name}: {reason}"
+        ) from error
     if len(found) != 1:
         raise NotImplementedError("it computes nothing with tensors")
     module, example_inputs = found[0]
