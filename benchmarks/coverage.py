@@ -7,8 +7,7 @@
 
 Each model has a process and a time limit of its own, random weights and small inputs. It is fused at memory="auto" and "min" and
 trained for three steps of SGD in float64 beside eager, from the same state, with the same random numbers; losses, gradients,
-parameters, buffers and the output in evaluation mode are compared. The bytes saved for backward are those of a step in
-float32. What a process found is added to build/coverage.jsonl at once; at the end all of it is written to
+parameters, buffers and the output in evaluation mode are compared, and the bytes saved for backward. What a process found is added to build/coverage.jsonl at once; at the end all of it is written to
 benchmarks/results/coverage.json and docs/coverage.md.
 """
 
@@ -177,26 +176,27 @@ def stages(entry: Entry, row: Row, eager_only: bool) -> Iterator[str]:
         call(copy.deepcopy(eager), inputs)
     row["pairs"] = counter.pairs
     counter.maps.clear()
+    eager.double()
+    double = tree_map(lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t, inputs)  # fmt: skip
     fused: dict[str, nn.Module] = {}
-    for memory in () if eager_only else ("auto", "min"):
-        yield f"explain {memory}"
+    if not eager_only:
+        yield "explain"
         with our_warnings(row):
-            report = fusedconvbn.explain(eager, inputs, memory=memory)
-            row[memory] = {"predicted": report.saved}
-            row |= {"reported_pairs": report.pairs, "fused": report.fused_pairs}
-            row |= {"predicted_eager": report.eager, "predicted_least": report.least}
-            row["refused"] = dict(Counter(report.refused.values()).most_common(8))
-            row["untraceable"] = dict(Counter(report.untraceable.values()).most_common(4))
-            yield f"fuse {memory}"
-            original = copy.deepcopy(eager)
+            report = fusedconvbn.explain(eager, double, memory="auto")
+        row |= {"reported_pairs": report.pairs, "fused": report.fused_pairs}
+        row |= {"predicted_eager": report.eager, "predicted_least": report.least}
+        row["refused"] = dict(Counter(report.refused.values()).most_common(8))
+        row["untraceable"] = dict(Counter(report.untraceable.values()).most_common(4))
+        row |= {"auto": {"predicted": report.saved}, "min": {"predicted": report.least}}
+    for memory in () if eager_only else ("auto", "min"):
+        yield f"fuse {memory}"
+        original = copy.deepcopy(eager)
+        with our_warnings(row):
             start = time.process_time()  # others may use the machine
-            fused[memory] = fusedconvbn.fuse(original, inputs, memory=memory)
+            fused[memory] = fusedconvbn.fuse(original, double, memory=memory, inplace=True)
             row[memory]["fuse_seconds"] = time.process_time() - start
     yield "eager training"
     models = {"eager": eager, **fused}
-    double = tree_map(lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t, inputs)  # fmt: skip
-    for model in models.values():
-        model.double()
     before = copy.deepcopy(eager)
     truth = trained(eager, double)
     if not all(t.isfinite().all() for t in truth["loss"].values()):
@@ -211,7 +211,7 @@ def stages(entry: Entry, row: Row, eager_only: bool) -> Iterator[str]:
             row["rounding"] = difference(trained(nudged(before), double), truth)[0]
     for name, model in models.items():
         yield f"memory of {name}"
-        row.setdefault(name, {})["saved"] = saved_bytes(model.float(), inputs)
+        row.setdefault(name, {})["saved"] = saved_bytes(model, double)
     yield ""
 
 
@@ -332,7 +332,7 @@ def page(results: Row) -> str:
         f"`fuse` tried on models that people train, with random weights, beside eager for {STEPS} steps in float64 (`make coverage`, which "
         "writes this page; [coverage.json](../benchmarks/results/coverage.json) has more): right is a model whose losses, gradients, "
         f"parameters, buffers and evaluation output all are within {TOLERANCE:.0e} of eager's. A pair is a call of a batch norm on what a "
-        f"convolution returned. Batch {BATCH}, mostly images of {SIZE}²; bytes saved for backward are of eager's, in float32.",
+        f"convolution returned. Batch {BATCH}, mostly images of {SIZE}²; bytes saved for backward are of eager's.",
         "",
         "| | |",
         "|---|---|",
