@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch._subclasses import FakeTensor
 
-from ..chain import PARAMETERS, Conv, Norm
+from ..chain import PARAMETERS, Conv, Norm, pack
 
 _CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
 _TRANSPOSED = {torch.conv_transpose1d: 1, torch.conv_transpose2d: 2, torch.conv_transpose3d: 3}
@@ -122,17 +122,15 @@ def normalise(
     training: bool,
     momentum: float | None,
     eps: float,
+    process_group: str = "",
 ) -> Tensor:
     """A batch norm whose module has no call of F.batch_norm to capture: one that is synchronised, or whose statistics are the
     average over all batches. (capture.py puts it there.)"""
-    buffers = [] if running_mean is None else [running_mean, running_var]
-    buffers += [] if num_batches_tracked is None else [num_batches_tracked]
-    tensors = [input, *(t for t in (weight, bias) if t is not None)]
-    links = [1, int(weight is not None), int(bias is not None), 0, 0, 0]
-    momenta = [math.nan if momentum is None else momentum]
-    return torch.ops.fusedconvbn.conv_bn_chain(
-        tensors, buffers, links, [eps, 0.0], [len(buffers)], momenta, [int(training)]
-    )
+    buffers = [t for t in (running_mean, running_var, num_batches_tracked) if t is not None]
+    momentum = math.nan if momentum is None else momentum
+    norm = Norm(weight, bias, None, eps, buffers=buffers, momentum=momentum, training=training)
+    norm.group = process_group
+    return torch.ops.fusedconvbn.conv_bn_chain(*pack(input, [norm]).call(()))
 
 
 _NORMS: dict[Any, tuple[str, ...]] = {
@@ -152,7 +150,7 @@ _NORMS: dict[Any, tuple[str, ...]] = {
     ),
     normalise: (
         *("input", "running_mean", "running_var", "num_batches_tracked", "weight", "bias"),
-        *("training", "momentum", "eps"),
+        *("training", "momentum", "eps", "process_group"),
     ),
 }
 
@@ -203,6 +201,7 @@ def norm_of(node: fx.Node) -> tuple[fx.Node, Norm] | str:
         buffers=buffers,
         momentum=momentum,
         training=training,
+        group=given.get("process_group", ""),
     )
     return given["input"], link
 
@@ -297,7 +296,7 @@ def _is_plus(node: Any, x: fx.Node, number: float) -> bool:
 class _Product:
     """A product of nodes and a number, taken apart."""
 
-    def __init__(self, node: Any, x: Any = None) -> None:
+    def __init__(self, node: Any) -> None:
         self.number, self.factors, self.nodes = 1.0, [], []
         self._take(node)
 

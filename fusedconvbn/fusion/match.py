@@ -18,6 +18,7 @@ from .calls import (
     is_norm,
     mutated,
     norm_of,
+    normalise,
     parts_of,
     storage,
     value,
@@ -159,6 +160,9 @@ class Matcher:
         self.refused: dict[str, str] = {}
         self.open: dict[fx.Node, Match] = {}  # by the last node
         for node in graph.nodes:
+            group = self.groups.get(_module(node))
+            if node.target is normalise and group:  # also where it is in no chain
+                node.kwargs = {**node.kwargs, "process_group": group}
             self._visit(node)
         self._writes_and_reads()
         self.matches = [
@@ -241,8 +245,6 @@ class Matcher:
             del self.counters[_module(node)]
             op = replace(op, buffers=[*op.buffers, counter.args[0]])
             nodes.insert(0, counter)
-        if op.training:
-            op = replace(op, group=self.groups.get(_module(node), ""))
         match = self.open.get(x)
         if match is not None and self._continues(match, x, node) and self._one_group(match, op):
             del self.open[x]

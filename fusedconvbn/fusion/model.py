@@ -42,7 +42,7 @@ class Fused:
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         with self._plain() as plain:
             other = copy.deepcopy(plain, memo)
-        return fused(other, self._fusion.plan)
+        return fused(other, self._fusion.plan, self._fusion.example)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         with self._plain() as plain:

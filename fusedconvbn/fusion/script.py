@@ -16,6 +16,10 @@ from .graph import Graph
 from .profile import copy_of
 
 
+class Unwritable(Exception):
+    """A model's graphs cannot be written down for TorchScript; the original forward is scripted then."""
+
+
 def scriptable(model: Any) -> nn.Module:
     """What ``torch.jit.script`` compiles in the place of a fused model: its graphs, or, where it was fused without example
     inputs or its graph cannot be written down, the model as it was."""
@@ -26,7 +30,7 @@ def scriptable(model: Any) -> nn.Module:
         try:
             with model._plain() as plain:
                 return _static(plain, fusion)
-        except NotImplementedError as error:
+        except Unwritable as error:
             reason = f"torch.jit.script got its original forward, as {error}"
     fusion.tell(reason)
     with model._plain() as plain:
@@ -38,7 +42,7 @@ def scriptable(model: Any) -> nn.Module:
 def _static(model: nn.Module, fusion: Any) -> nn.Module:
     args, kwargs = fusion.example
     if kwargs or not all(isinstance(t, Tensor) for t in args):
-        raise NotImplementedError("it takes tensors by position alone")
+        raise Unwritable("it takes tensors by position alone")
     static = _bare(model)
     names = [f"input_{i}" for i in range(len(args))]
     source = [f"def forward(self, {', '.join(f'{name}: torch.Tensor' for name in names)}):"]
@@ -96,11 +100,9 @@ def _captured(
     except torch._dynamo.exc.TorchDynamoException as error:  # a break, or the model's own error
         mode_name = "training" if mode else "evaluation"
         reason = str(error).splitlines()[0]
-        raise NotImplementedError(
-            f"there is no one graph of it in {mode_name}: {reason}"
-        ) from error
+        raise Unwritable(f"there is no one graph of it in {mode_name}: {reason}") from error
     if len(found) != 1:
-        raise NotImplementedError("it computes nothing with tensors")
+        raise Unwritable("it computes nothing with tensors")
     module, example_inputs = found[0]
     tensors = dict(zip(names, inputs, strict=True))
     tensors |= {
@@ -154,9 +156,7 @@ def _given(
                 for d, size in enumerate(other.meta["example_value"].shape):
                     if isinstance(size, torch.SymInt) and size.node.expr == example.node.expr:
                         return f"{_given(other, t, tensors, (), ())}.size({d})"
-    raise NotImplementedError(
-        f"its graph reads {node.name}, which is neither an input nor a parameter"
-    )
+    raise Unwritable(f"its graph reads {node.name}, which is neither an input nor a parameter")
 
 
 def _written(result: Any, places: Mapping[int, str]) -> str:
@@ -170,4 +170,4 @@ def _written(result: Any, places: Mapping[int, str]) -> str:
         return f"[{inner}]" if isinstance(result, list) else f"({inner},)"
     if result is None or isinstance(result, (bool, int, float, str)):
         return repr(result)
-    raise NotImplementedError(f"its result has a {type(result).__name__} in it")
+    raise Unwritable(f"its result has a {type(result).__name__} in it")
