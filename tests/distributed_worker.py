@@ -411,6 +411,29 @@ def check_fused_model(split: str, memory: str) -> None:
         torch.testing.assert_close(ours, theirs, **exact)
 
 
+class Necked(nn.Module):
+    """The batch norm at the end is in no chain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.neck = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.neck(torch.relu(self.bn(self.conv(x))).exp()) * 2
+
+
+def check_batch_norm_in_no_chain() -> None:
+    model = Necked().double()
+    unfused = copy.deepcopy(model)
+    fused = nn.SyncBatchNorm.convert_sync_batchnorm(fusedconvbn.fuse(model))
+    joined = torch.randn(2 * dist.get_world_size(), 3, 6, 5, dtype=torch.float64)
+    own = joined.chunk(dist.get_world_size())[dist.get_rank()]
+    ours, theirs = fused(own), unfused(joined).chunk(dist.get_world_size())[dist.get_rank()]
+    torch.testing.assert_close(ours, theirs, **exact)
+    for ours, theirs in zip(fused.buffers(), unfused.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, **exact)
+
+
 # ---------------------------------------------------------------------------------- compilers, errors
 
 

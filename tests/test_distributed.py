@@ -70,6 +70,10 @@ def test_a_fused_model(pool, split, memory):
     pool(2).run(worker.check_fused_model, split, memory)
 
 
+def test_a_synchronised_batch_norm_in_no_chain(pool):
+    pool(2).run(worker.check_batch_norm_in_no_chain)
+
+
 def test_one_all_reduce_in_forward_and_one_in_backward(pool):
     pool(2).run(worker.check_collectives)
 
