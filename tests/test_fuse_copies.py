@@ -407,6 +407,7 @@ def test_a_scripted_model_trains_in_a_fresh_process(tmp_path):
     scripted = torch.jit.script(fused)
     assert list(scripted.state_dict()) == list(made.state_dict())
     assert "conv_bn_chain" in str(scripted.inlined_graph) and is_fused(fused)
+    assert "conv_bn_chain" in str(torch.jit.script(copy.deepcopy(fused)).inlined_graph)
     state = copy.deepcopy(made.state_dict())
     for mode in (True, False, True):
         for batch in (picture(), torch.randn(7, 3, 6, 5)):

@@ -88,9 +88,8 @@ def _captures() -> Iterator[None]:
     forwards = {kind: kind.forward for kind in (_BatchNorm, nn.SyncBatchNorm)}
     with ExitStack() as stack:
         stack.enter_context(torch._dynamo.config.patch(_SETTINGS))
-        stack.enter_context(
-            _disable_current_modes()
-        )  # Dynamo captures nothing under a mode, such as a FLOP counter
+        # Dynamo captures nothing under a mode, such as a FLOP counter.
+        stack.enter_context(_disable_current_modes())
         _capturing += 1
         try:
             for kind in forwards:
@@ -125,18 +124,16 @@ def captured(
     """
     # A code object of its own: Dynamo counts recompilations by code.
     own = types.FunctionType(_root.__code__.replace(), _root.__globals__)
-    alive = weakref.ref(
-        backend
-    )  # Dynamo keeps every backend for good, and so what it knows of a model
+    # Dynamo keeps every backend for good, and so what it knows of a model.
+    alive = weakref.ref(backend)
     context = torch._dynamo.optimize(
         lambda module, inputs: alive()(module, inputs), nopython=whole, dynamic=dynamic
     )
     convert = context.callback
 
+    # Called where something is to be captured, and only there.
     @functools.wraps(convert)
-    def convert_with_settings(
-        *args: Any, **kwargs: Any
-    ) -> Any:  # only called where something is to be captured
+    def convert_with_settings(*args: Any, **kwargs: Any) -> Any:
         with _captures():
             return convert(*args, **kwargs)
 

@@ -115,9 +115,8 @@ class Graph:
             saved = [first + i for i, link in enumerate(match.inner()) if link.name in names]
             call.args = (*call.args[:8], saved, *call.args[9:])
         self.module.recompile()
-        for inner in (
-            self._inside
-        ):  # lives during the checkpoint's backward alone, and was computed twice already
+        # What is inside a checkpoint lives during its backward alone, and was computed twice already.
+        for inner in self._inside:
             inner.save([link.name for link in inner.links])
 
 

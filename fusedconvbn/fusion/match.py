@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..chain import Conv, Gate, Norm
+from ..chain import Conv, Gate, Norm, parse_activation
 from .calls import (
     ADD,
     MUL,
@@ -295,10 +295,8 @@ class Matcher:
             return
         del self.open[x]
         link = match.links[-1]
-        link.op, link.result = (
-            replace(link.op, activation=_base(activation), parameter=_parameter(activation)),
-            node,
-        )
+        base, parameter = parse_activation(activation)
+        link.op, link.result = replace(link.op, activation=base, parameter=parameter), node
         match.nodes.append(node)
         self.open[node] = match
 
@@ -443,14 +441,6 @@ def _module(node: fx.Node) -> str:
     """The innermost module that makes a call, as a number in a string."""
     stack = node.meta.get("nn_module_stack") or {"": None}
     return next(reversed(stack)).split("@")[0]
-
-
-def _base(activation: str) -> str:
-    return activation.split("(")[0]
-
-
-def _parameter(activation: str) -> float | None:
-    return float(activation.split("(")[1][:-1]) if "(" in activation else None
 
 
 def _is_gate(gate: Any, x: Any) -> bool:

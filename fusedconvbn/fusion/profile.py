@@ -84,9 +84,8 @@ def _run(
 
     inputs = [of_input(t) for t in example_inputs]
     with saved_storages(device_of(inputs), saw) as storages:
-        result = interpreter.run(
-            *inputs
-        )  # is held until the count is done: what is saved has to live
+        # Held until the count is done: what is saved has to live.
+        result = interpreter.run(*inputs)
         found.saved = sum(storages.values())
         del result
     return found

@@ -20,9 +20,7 @@ def rewrite(graph: fx.Graph, matches: Sequence[Match]) -> list[tuple[fx.Node, Ma
     readers = Counter(part for m in matches if _reads_statistics(m) for part in m.input)
     calls: dict[fx.Node, fx.Node] = {}  # by the ends of the chains
     made = []
-    statistics: dict[
-        Any, fx.Node
-    ] = {}  # of the parts of concatenations, which several chains may read
+    statistics: dict[Any, fx.Node] = {}  # of parts of concatenations, for all chains that read them
     for match in matches:
         shared = _reads_statistics(match) and any(readers[part] > 1 for part in match.input)
         input = [calls.get(part, part) for part in match.input]
@@ -33,7 +31,7 @@ def rewrite(graph: fx.Graph, matches: Sequence[Match]) -> list[tuple[fx.Node, Ma
                 _channel_stats(graph, input, packed.process_group, statistics) if shared else None
             )
             call = graph.call_function(torch.ops.fusedconvbn.conv_bn_chain, packed.call((), known))
-        call.meta = {**match.end.meta, "chain": match.name}
+        call.meta = dict(match.end.meta)
         match.end.replace_all_uses_with(call)
         calls[match.end] = call
         for node in reversed(match.nodes):
@@ -79,9 +77,8 @@ def rewrite_pooling(graph: fx.Graph) -> None:
             continue
         with graph.inserting_before(node):
             function, rest = position_mean, (dims,)
-            if (
-                dims is None
-            ):  # PyTorch's keeps its input and eight bytes for each value of its result
+            # PyTorch's max pool keeps its input and eight bytes for each value of its result.
+            if dims is None:
                 function, rest = torch.ops.fusedconvbn.max_pool2d, options
             pooled = graph.call_function(function, (node.args[0], *rest))
         pooled.meta = node.meta
