@@ -443,6 +443,18 @@ def test_a_script_of_what_has_no_graph_is_that_of_the_original():
 # ------------------------------------------------------------------------------------------ torch.compile
 
 
+def trains_like(call, model, made, x):
+    """Of `call`, which runs `model`, and `made`: results and gradients in both modes."""
+    for mode in (True, False):
+        for m in (made, model):
+            m.train(mode).zero_grad()
+        ours, theirs = call(x), made(x)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        ours.sum().backward(), theirs.sum().backward()
+        for p, q in zip(made.parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(q.grad, p.grad, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("backend", ("eager", "aot_eager", "inductor"))
 @pytest.mark.parametrize("around", (False, True), ids=("model", "function"))
 def test_an_outer_compile_keeps_the_chains(backend, around):
@@ -450,14 +462,7 @@ def test_an_outer_compile_keeps_the_chains(backend, around):
     fused = fuse(copy.deepcopy(made), x, memory=0.6, inplace=True)
     call = (lambda x: fused(x) * 1) if around else fused
     compiled = torch.compile(call, fullgraph=True, backend=backend)
-    for mode in (True, False):
-        for m in (made, fused):
-            m.train(mode).zero_grad()
-        ours, theirs = compiled(x), made(x)
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-        ours.sum().backward(), theirs.sum().backward()
-        for p, q in zip(made.parameters(), fused.parameters(), strict=True):
-            torch.testing.assert_close(q.grad, p.grad, rtol=1e-3, atol=1e-3)
+    trains_like(compiled, fused, made, x)
     for p, q in zip(made.buffers(), fused.buffers(), strict=True):
         torch.testing.assert_close(q, p, rtol=1e-4, atol=1e-4)
     made.train(), fused.train()
@@ -478,14 +483,7 @@ def test_the_backend(inner):
     made, x = small(), picture()
     options = {"memory": "min", "inner": inner}
     compiled = torch.compile(copy.deepcopy(made), backend="fusedconvbn", options=options)
-    for mode in (True, False):
-        for m in (made, compiled):
-            m.train(mode).zero_grad()
-        ours, theirs = compiled(x), made(x)
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-        ours.sum().backward(), theirs.sum().backward()
-        for p, q in zip(made.parameters(), compiled.parameters(), strict=True):
-            torch.testing.assert_close(q.grad, p.grad, rtol=1e-3, atol=1e-3)
+    trains_like(compiled, compiled, made, x)
     made.train(), compiled.train()
     assert saved(compiled, x) < 0.8 * saved(made, x)
 
