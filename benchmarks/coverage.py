@@ -7,8 +7,8 @@
 
 Each model has a process and a time limit of its own, random weights and small inputs. It is fused at memory="auto" and "min" and
 trained for three steps of SGD in float64 beside eager, from the same state, with the same random numbers; losses, gradients,
-parameters, buffers and the output in evaluation mode are compared, and the bytes saved for backward. What a process found is added to build/coverage.jsonl at once; at the end all of it is written to
-benchmarks/results/coverage.json and docs/coverage.md.
+parameters, buffers and the output in evaluation mode are compared, and the bytes saved for backward. What a process found is added
+to build/coverage.jsonl at once; at the end all of it is written to benchmarks/results/coverage.json and docs/coverage.md.
 """
 
 import argparse
@@ -150,6 +150,11 @@ def saved_bytes(model: nn.Module, inputs: Any) -> int:
     return memory.saved
 
 
+def without_paths(text: str) -> str:
+    """Without the folders of this machine."""
+    return re.sub(r"/[^\s'\"]*/site-packages/", "", text).replace(f"{ROOT}/", "")
+
+
 @contextlib.contextmanager
 def our_warnings(row: Row) -> Iterator[None]:
     with warnings.catch_warnings(record=True) as caught:
@@ -159,7 +164,7 @@ def our_warnings(row: Row) -> Iterator[None]:
         finally:
             package = str(Path(fusedconvbn.__file__).parent)
             ours = [w for w in caught if w.filename.startswith(package) or "fuse" in str(w.message)]
-            texts = {str(w.message).replace(str(ROOT), ".") for w in ours}
+            texts = {without_paths(str(w.message)) for w in ours}
             row["warnings"] = sorted(texts.union(row.get("warnings", [])))
 
 
@@ -186,7 +191,8 @@ def stages(entry: Entry, row: Row, eager_only: bool) -> Iterator[str]:
         row |= {"reported_pairs": report.pairs, "fused": report.fused_pairs}
         row |= {"predicted_eager": report.eager, "predicted_least": report.least}
         row["refused"] = dict(Counter(report.refused.values()).most_common(8))
-        row["untraceable"] = dict(Counter(report.untraceable.values()).most_common(4))
+        breaks = Counter(map(without_paths, report.untraceable.values()))
+        row["untraceable"] = dict(breaks.most_common(4))
         row |= {"auto": {"predicted": report.saved}, "min": {"predicted": report.least}}
     for memory in () if eager_only else ("auto", "min"):
         yield f"fuse {memory}"
@@ -231,7 +237,7 @@ def work(key: str, path: Path, eager_only: bool) -> None:
             frame = frame.tb_next
         code = frame.tb_frame.f_code
         row["where"] = f"{Path(code.co_filename).name}:{frame.tb_lineno} {code.co_qualname}"
-        text = str(error).strip().replace(str(ROOT), ".")
+        text = without_paths(str(error).strip())
         row["broke"] = f"{stage}: {type(error).__name__}: {text.partition(chr(10))[0]}"
     path.write_text(json.dumps({**row, "seconds": time.perf_counter() - start}), "utf-8")
 

@@ -20,7 +20,7 @@ TIMM = """
     efficientnet_cc_b0_4e efficientnet_es efficientnet_lite0 tf_efficientnet_b0 tf_efficientnetv2_b0 mixnet_s mnasnet_100
     mobilenetv1_100 mobilenetv2_100 mobilenet_edgetpu_v2_xs fbnetc_100 spnasnet_100 tinynet_a hardcorenas_a
     mobilenetv3_large_100 mobilenetv3_small_100 mobilenetv4_conv_small mobilenetv4_hybrid_medium fbnetv3_b lcnet_100
-    densenet121 densenetblur121d dpn48b dla34 dla60_res2net hrnet_w18_small ese_vovnet19b_dw ese_vovnet39b vovnet39a
+    densenet121 densenetblur121d dpn48b dla34 dla60_res2net hrnet_w18_small ese_vovnet19b_dw ese_vovnet39b vovnet39a@224
     cspresnet50 cspresnext50 cspdarknet53 cs3darknet_s cs3sedarknet_l repvgg_a0 mobileone_s0 gernet_s botnet26t_256@128
     halonet26t@256 lambda_resnet26t@128 ghostnet_100 ghostnetv2_100 rexnet_100 res2net50_26w_4s res2next50 resnest14d
     skresnet18 tresnet_m legacy_xception xception41 inception_v3@96 inception_v4@96 inception_resnet_v2@96 nasnetalarge

@@ -1,12 +1,14 @@
 """fuse(model): whatever Python does in a forward happens at every call, and what changes is seen."""
 
 import argparse
+import contextlib
 import copy
 import enum
 import functools
 import gc
 import io
 import random
+import threading
 import warnings
 import weakref
 from collections import OrderedDict
@@ -32,7 +34,7 @@ from fusing import (
 from torch import nn
 
 from fusedconvbn import explain, fuse, track_memory, unfuse
-from fusedconvbn.fusion import capture, progress
+from fusedconvbn.fusion import api, capture, progress
 
 
 class Reversed(torch.autograd.Function):
@@ -460,11 +462,30 @@ def test_a_bar_is_shown_to_who_waits(monkeypatch):
         def isatty(self):
             return True
 
+        def flush(self):
+            drawn.set()
+
+    drawn = threading.Event()
     monkeypatch.setattr(progress, "_PATIENCE", 0.0)
     monkeypatch.setattr("sys.stderr", terminal := Terminal())
-    fuse(small(), picture())
+    with progress.progress("fuse Net", 3) as stage:
+        stage("capture")
+        assert drawn.wait(60)
     shown = terminal.getvalue()
-    assert "fuse Sequential" in shown and "capture" in shown and shown.endswith("\r\033[K")
+    assert "fuse Net" in shown and "capture" in shown and shown.endswith("\r\033[K")
+
+
+def test_fuse_says_how_far_it_is(monkeypatch):
+    said = []
+
+    @contextlib.contextmanager
+    def progress(title, stages):
+        said.extend((title, stages))
+        yield said.append
+
+    monkeypatch.setattr(api, "progress", progress)
+    fuse(small(), picture())
+    assert said == ["fuse Sequential", 3, "capture", "chains", "plan"]
 
 
 def test_many_models_in_one_process_stay_fused():
