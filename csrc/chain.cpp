@@ -13,7 +13,7 @@ using at::Tensor;
 
 namespace {
 
-enum class Kind : int64_t { conv = 0, norm, gate, parts };
+enum class Kind : int64_t { conv = 0, norm, gate, parts, prelu };
 
 template <typename T>
 void append(std::vector<T>& to, const std::vector<T>& from) {
@@ -54,6 +54,11 @@ void PackedChain::push(const Gate&, const Tensor& values) {
   links.push_back(int64_t(Kind::gate));
 }
 
+void PackedChain::push(const Prelu&, const Tensor& slopes) {
+  tensors.push_back(slopes);
+  links.push_back(int64_t(Kind::prelu));
+}
+
 Chain unpack(at::IntArrayRef links, at::ArrayRef<double> scalars, size_t tensor_count) {
   // For users of the packed form alone; conv_bn has checked its arguments by name.
   constexpr auto malformed = "malformed chain: `links` ends inside a link or names what there is not";
@@ -92,6 +97,9 @@ Chain unpack(at::IntArrayRef links, at::ArrayRef<double> scalars, size_t tensor_
     } else if (kind == int64_t(Kind::gate)) {
       link.weight = next_tensor(true);
       link.op = Gate{};
+    } else if (kind == int64_t(Kind::prelu)) {
+      link.weight = next_tensor(true);
+      link.op = Prelu{};
     } else {
       TORCH_CHECK_VALUE(kind == int64_t(Kind::norm) && 2 * norms + 1 < scalars.size(), malformed);
       link.weight = next_tensor(next());

@@ -3,6 +3,7 @@
 //   conv   T' = conv(T, weight) + bias
 //   norm   T' = act(u),  u = (T − μ)·a + β [+ residual]   per channel, with the batch statistics of T
 //   gate   T' = T·s                                       s is (N, C, 1, …): a value per sample and channel
+//   prelu  T' = T where T > 0, T·s elsewhere              s is (C) or (1): a value per channel, or one
 //
 // The backward of a link reads its input; a norm link's also its residual, or, where act' shows in it, its result,
 // and nothing else. A plan names the maps that are kept; of the inner ones the others are remade in backward from the
@@ -23,7 +24,8 @@
 // A link of arithmetic `running` is given μ and v, which do not depend on T: dT = a·du. One of arithmetic `none` has
 // neither statistics nor γ and β: it is its activation, u = T [+ residual], dT = du.
 //
-// Of a gate: ds = Σ dout·T over the positions, dT = dout·s.
+// Of a gate: ds = Σ dout·T over the positions, dT = dout·s. Of a prelu: dT is dout where T > 0, dout·s elsewhere, and
+// ds = Σ dout·T over what is elsewhere.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -50,14 +52,17 @@ struct Norm {
 
 struct Gate {};
 
+struct Prelu {};
+
 struct Link {
-  std::variant<Conv, Norm, Gate> op;
-  // places in `tensors`, -1 when absent; the weight of a gate is s
+  std::variant<Conv, Norm, Gate, Prelu> op;
+  // places in `tensors`, -1 when absent; the weight of a gate or prelu is s
   int64_t weight = -1, bias = -1, residual = -1, statistics = -1;
 
   const Conv* conv() const { return std::get_if<Conv>(&op); }
   const Norm* norm() const { return std::get_if<Norm>(&op); }
   bool gate() const { return std::holds_alternative<Gate>(op); }
+  bool prelu() const { return std::holds_alternative<Prelu>(op); }
   bool normalises() const { return norm() && norm()->normalises(); }
 };
 
@@ -73,6 +78,7 @@ struct PackedChain {
                                     //       stride[d], padding[d], dilation[d], output_padding[d]
                                     // norm: 1, has_weight, has_bias, has_residual, arithmetic, activation
                                     // gate: 2
+                                    // prelu: 4
                                     // before them, if T_0 has parts: 3, parts
   std::vector<double> scalars;      // of each norm link eps and the parameter of its activation
 
@@ -81,6 +87,7 @@ struct PackedChain {
   void push(const Norm& norm, const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& bias,
             const std::optional<at::Tensor>& residual, const std::optional<at::Tensor>& statistics = {});
   void push(const Gate& gate, const at::Tensor& values);
+  void push(const Prelu& prelu, const at::Tensor& slopes);
 };
 
 Chain unpack(at::IntArrayRef links, at::ArrayRef<double> scalars, size_t tensor_count);

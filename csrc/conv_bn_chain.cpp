@@ -1,8 +1,8 @@
-// A chain as models run it: convolutions, batch norms in either mode with their running statistics, gates. Composite,
-// as conv_bn is.
+// A chain as models run it: convolutions, batch norms in either mode with their running statistics, gates, PReLUs.
+// Composite, as conv_bn is.
 //
 //   tensors, links, scalars   the packed form of chain.h, its norm links of arithmetic batchnorm; the result of the
-//                             last convolution or norm may have a residual that is broadcast
+//                             last norm may have a residual that is broadcast, with nothing but a prelu behind it
 //   buffers                   of each norm link in turn running_mean, running_var and num_batches_tracked
 //   buffer_counts             how many of them: 0, the last alone, the first two, or 3
 //   momenta                   of each norm link; NaN for none
@@ -15,6 +15,7 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/batch_norm.h>
 #include <ATen/ops/convolution.h>
+#include <ATen/ops/prelu.h>
 #include <ATen/ops/stack.h>
 
 #include <algorithm>
@@ -50,7 +51,7 @@ bool broadcasts_to(const Tensor& t, c10::SymIntArrayRef sizes) {
 struct ModelLink {
   std::optional<ConvArguments> conv;
   std::optional<NormArguments> norm;
-  Tensor gate;
+  Tensor gate, slopes;
   Sizes sizes;  // of its result
 };
 
@@ -60,6 +61,7 @@ struct Model {
   // What the kernels do not add: a residual of another dtype, or larger than the map, with the activation behind it.
   Optional tail;
   Activation tail_activation;
+  Tensor tail_slopes;
 
   bool in_training() const {
     return std::any_of(links.begin(), links.end(), [](const auto& l) { return l.norm && l.norm->training; });
@@ -87,7 +89,7 @@ Model checked(at::TensorList tensors, at::TensorList buffers, const Chain& chain
     TORCH_CHECK_VALUE(chain.parts == 1, "conv_bn_chain: expected one input in front of a gate, got ", chain.parts);
     if (!is_gate(s, x) && is_gate(x, s)) std::swap(x, s);
     if (is_gate(s, x)) {
-      model.links.push_back({.conv = {}, .norm = {}, .gate = s, .sizes = x.sym_sizes().vec()});
+      model.links.push_back({.conv = {}, .norm = {}, .gate = s, .slopes = {}, .sizes = x.sym_sizes().vec()});
     } else {
       x = x * s;
     }
@@ -120,11 +122,19 @@ Model checked(at::TensorList tensors, at::TensorList buffers, const Chain& chain
       convolved = true;
     } else if (link.gate()) {
       made.gate = tensors[link.weight];
+    } else if (link.prelu()) {
+      const auto& slopes = tensors[link.weight];
+      check_tensor(op, "slopes", slopes, input);
+      TORCH_CHECK_VALUE(slopes.dim() == 1 && (slopes.sym_size(0) == 1 || slopes.sym_size(0) == sizes[1]), op,
+                        ": expected slopes of shape [1] or [", sizes[1], "], got ", slopes.sym_sizes());
+      (model.tail ? model.tail_slopes : made.slopes) = slopes;
+      if (model.tail) continue;
     } else {
       const bool train = training[n] != 0;
       TORCH_CHECK_VALUE(link.norm()->arithmetic == Arithmetic::batchnorm, op, ": expected arithmetic batchnorm, got ",
                         int64_t(link.norm()->arithmetic));
-      TORCH_CHECK_VALUE(link.residual < 0 || i + 1 == chain.size(), op, ": expected a residual at the last link alone");
+      const bool last = i + 1 == chain.size() || (i + 2 == chain.size() && chain[i + 1].prelu());
+      TORCH_CHECK_VALUE(link.residual < 0 || last, op, ": expected a residual at the last norm link alone");
       NormArguments norm{*link.norm(), optional(link.weight), optional(link.bias), {}, {}, {}, {}, train, {}};
       if (!std::isnan(momenta[n])) norm.momentum = momenta[n];
       const auto given = buffer_counts[n];
@@ -169,7 +179,7 @@ Tensor run_empty(const Model& model, RunningUpdates& updates) {
       t = finish(t, norm.residual, norm.norm.activation);
       if (norm.training) updates.count(norm);
     } else {
-      t = t * link.gate;
+      t = link.gate.defined() ? t * link.gate : at::prelu(t, link.slopes.to(t.scalar_type()));
     }
   }
   return t;
@@ -183,7 +193,8 @@ size_t first_trained(const Model& model) {
   for (size_t i = 0; i < model.links.size(); ++i) {
     const auto& link = model.links[i];
     if (link.conv && (link.conv->weight.requires_grad() || trained(link.conv->bias))) return i;
-    if (link.gate.defined() && link.gate.requires_grad()) return i;
+    for (const auto& t : {link.gate, link.slopes})
+      if (t.defined() && t.requires_grad()) return i;
     if (link.norm && (trained(link.norm->weight) || trained(link.norm->bias) || trained(link.norm->residual)))
       return !link.norm->training && i > 0 && model.links[i - 1].conv ? i - 1 : i;  // which is folded into it
   }
@@ -236,8 +247,10 @@ Tensor run(const Model& model, at::TensorList parts, size_t first, size_t last, 
         push(i, *ending, norm.weight, norm.bias, norm.residual,
              Optional(at::stack({norm.running_mean->to(wide), norm.running_var->to(wide)})));
       }
-    } else {
+    } else if (link.gate.defined()) {
       push(i, Gate{}, link.gate);
+    } else {
+      push(i, Prelu{}, link.slopes);
     }
   }
   const bool grad = any_requires_grad(packed.tensors);
@@ -299,6 +312,7 @@ Tensor conv_bn_chain(at::TensorList tensors, at::TensorList buffers, at::IntArra
                  first == 0 ? input_statistics : std::nullopt, updates);
   }
   if (model.tail) output = activate(output + *model.tail, model.tail_activation);
+  if (model.tail_slopes.defined()) output = at::prelu(output, model.tail_slopes.to(output.scalar_type()));
   updates.write();
   return output;
 }

@@ -1,6 +1,8 @@
 // Runs a chain forward and backward on a device; all that is particular to the device is in its channel kernels.
 #include <ATen/CachedTensorUtils.h>
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/_prelu_kernel.h>
+#include <ATen/ops/_prelu_kernel_backward.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/full_like.h>
@@ -96,6 +98,8 @@ class Execution {
         conv_backward(*conv, i);
       else if (chain_[i].gate())
         gate_backward(i);
+      else if (chain_[i].prelu())
+        prelu_backward(i);
       else if (chain_[i].normalises() && !only_residual(i))
         norm_backward(*chain_[i].norm(), i);
       else
@@ -154,6 +158,10 @@ class Execution {
         if (chain_[i].gate()) {
           maps_[i + 1] = in_place ? y : at::empty_like(y);
           at::mul_out(maps_[i + 1], y, gate(i, y));
+          continue;
+        }
+        if (chain_[i].prelu()) {
+          maps_[i + 1] = at::_prelu_kernel(y, slopes(i, y));
           continue;
         }
         const auto& norm = *chain_[i].norm();
@@ -221,6 +229,16 @@ class Execution {
     TORCH_CHECK_VALUE(s.sizes() == sizes && s.device() == y.device(), "expected a gate of shape ", sizes, " on ",
                       y.device(), ", got ", s.toString(), s.sizes());
     return s.to(y.scalar_type());
+  }
+
+  // s of a prelu, as it multiplies y
+  Tensor slopes(size_t i, const Tensor& y) const {
+    const auto& s = tensor(chain_[i].weight);
+    TORCH_CHECK_VALUE(s.dim() == 1 && (s.size(0) == 1 || s.size(0) == y.size(1)) && s.device() == y.device(),
+                      "expected one slope or ", y.size(1), " on ", y.device(), ", got ", s.toString(), s.sizes());
+    std::vector<int64_t> sizes(y.dim(), 1);
+    sizes[1] = s.size(0);
+    return s.to(y.scalar_type()).view(sizes);
   }
 
   Tensor statistics(const Norm& norm, size_t i, const Tensor& y) const {
@@ -315,7 +333,7 @@ class Execution {
       reached_[i + 1] = reached_[i] || this->wanted(link.weight) || bias || this->wanted(link.residual);
       const bool needs_u = link.norm() && !link.norm()->activation.none() && !result(i).defined();
       const bool reads = link.conv() || needs_u || (link.normalises() && !only_residual(i)) ||
-                         (link.gate() && this->wanted(link.weight));
+                         (link.gate() && this->wanted(link.weight)) || link.prelu();
       read_[i] = reached_[i + 1] && reads;
     }
   }
@@ -371,6 +389,20 @@ class Execution {
     if (!reached_[i]) return grad_.reset();
     const auto s = gate(i, grad_);
     grad_ = grad_owned_ ? grad_.mul_(s) : grad_ * s;
+    grad_owned_ = true;
+  }
+
+  void prelu_backward(size_t i) {
+    const auto& link = chain_[i];
+    const auto y = dense(std::exchange(maps_[i], {}), i);
+    const auto s = slopes(i, y);
+    auto [din, ds] = at::_prelu_kernel_backward(dense_like("gradient", grad_, y), y, s);
+    if (wanted(link.weight)) {
+      const auto& weight = tensor(link.weight);
+      grads_[link.weight] = ds.sum_to_size(s.sizes()).to(weight.scalar_type()).view(weight.sizes());
+    }
+    if (!reached_[i]) return grad_.reset();
+    grad_ = std::move(din);
     grad_owned_ = true;
   }
 

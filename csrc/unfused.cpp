@@ -8,6 +8,7 @@
 #include <ATen/ops/hardtanh.h>
 #include <ATen/ops/leaky_relu.h>
 #include <ATen/ops/mish.h>
+#include <ATen/ops/prelu.h>
 #include <ATen/ops/relu.h>
 #include <ATen/ops/sigmoid.h>
 #include <ATen/ops/silu.h>
@@ -71,6 +72,10 @@ ChainResult unfused_chain(at::TensorList tensors, at::IntArrayRef links, at::Arr
     }
     if (chain[i].gate()) {
       maps.push_back(t * weight->to(t.scalar_type()));
+      continue;
+    }
+    if (chain[i].prelu()) {
+      maps.push_back(at::prelu(t, weight->to(t.scalar_type())));
       continue;
     }
     const auto& norm = *chain[i].norm();

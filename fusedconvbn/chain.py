@@ -66,6 +66,16 @@ class Gate:
 
 
 @dataclass
+class Prelu:
+    """T' = T where T > 0, T·weight elsewhere, where weight is (C) or (1)."""
+
+    weight: Tensor
+
+
+Link = Conv | Norm | Gate | Prelu
+
+
+@dataclass
 class Packed:
     """The arguments of the operators. The private ones take `tensors` and `options`."""
 
@@ -97,15 +107,15 @@ class Packed:
         )
 
 
-def pack(input: Any, chain: Sequence[Conv | Norm | Gate]) -> Packed:
+def pack(input: Any, chain: Sequence[Link]) -> Packed:
     """Packs a chain. A list as input is the virtual concatenation of its tensors."""
     packed = Packed(list(input) if isinstance(input, (list, tuple)) else [input])
     if len(packed.tensors) > 1:
         packed.links += [3, len(packed.tensors)]
     for link in chain:
-        if isinstance(link, Gate):
+        if isinstance(link, (Gate, Prelu)):
             packed.tensors.append(link.weight)
-            packed.links.append(2)
+            packed.links.append(2 if isinstance(link, Gate) else 4)
             continue
         given = (link.weight, link.bias, getattr(link, "residual", None))
         packed.tensors += [t for t in given if t is not None]
@@ -130,17 +140,17 @@ def pack(input: Any, chain: Sequence[Conv | Norm | Gate]) -> Packed:
 
 def unpack(
     tensors: Sequence[Any], links: Sequence[int], scalars: Sequence[float]
-) -> tuple[list[Any], list[Conv | Norm | Gate]]:
+) -> tuple[list[Any], list[Link]]:
     """The way back, for a chain that is well formed: the inputs and the links, with what `tensors` has for their tensors."""
     numbers, values, given = iter(links), iter(scalars), iter(tensors)
     parts = 1
     if links[0] == 3:
         _, parts = next(numbers), next(numbers)
     input = list(islice(given, parts))
-    chain: list[Conv | Norm | Gate] = []
+    chain: list[Link] = []
     for kind in numbers:
-        if kind == 2:
-            chain.append(Gate(next(given)))
+        if kind in (2, 4):
+            chain.append((Gate if kind == 2 else Prelu)(next(given)))
         elif kind == 0:
             has_bias, transposed, groups, dims = islice(numbers, 4)
             weight, bias = next(given), next(given) if has_bias else None

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from ._imports import when_imported
-from .chain import Conv, Gate, Norm, unpack
+from .chain import Conv, Gate, Norm, Prelu, unpack
 
-_KINDS = {Conv: "convolution", Norm: "batch norm", Gate: "gate"}
+_KINDS = {Conv: "convolution", Norm: "batch norm", Gate: "gate", Prelu: "PReLU"}
 
 
 def _named(

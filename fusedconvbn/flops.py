@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ._imports import when_imported
-from .chain import Conv, Gate, Norm, unpack
+from .chain import Conv, Norm, Prelu, unpack
 
 RECOMPUTED = "fusedconvbn.recomputed"  # the counter's row for what backward does beyond eager's
 
@@ -103,7 +103,7 @@ def backward_flops(
         if isinstance(link, Norm) or (isinstance(link, Conv) and not chain.batch_statistics(i + 1)):
             given.append(link.bias)  # one that cancels is not reached
         reached.append(reached[i] or any(place in wanted for place in given))
-        reads = isinstance(link, Conv) or (isinstance(link, Gate) and link.weight in wanted)
+        reads = isinstance(link, (Conv, Prelu)) or link.weight in wanted
         if isinstance(link, Norm):
             slope_at_hand = link.activation == "none" or result(i)
             others = reached[i] or link.weight in wanted or link.bias in wanted

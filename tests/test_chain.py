@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fusedconvbn.chain import Conv, Gate, Norm, pack
+from fusedconvbn.chain import Conv, Gate, Norm, Prelu, pack
 
 ops = torch.ops.fusedconvbn
 
@@ -17,11 +17,14 @@ def draw(*shape):
 
 
 def links(pattern, channels=3):
-    """`pattern` has a letter for each link: c, d (depthwise), t (transposed), p (wide and 1×1), n, f (frozen norm) or g (gate)."""
+    """`pattern` has a letter for each link: c, d (depthwise), t (transposed), p (wide and 1×1), n, f (frozen norm), g (gate),
+    r (prelu) or s (with one slope)."""
     made = []
     for letter in pattern:
         if letter == "g":
             made.append(Gate(draw(2, channels, 1, 1)))
+        elif letter in "rs":
+            made.append(Prelu(draw(channels if letter == "r" else 1)))
         elif letter == "f":
             statistics = torch.stack([torch.randn(channels), torch.rand(channels) + 0.3]).double()
             made.append(
@@ -58,6 +61,8 @@ def unfused(input, chain):
     for link in chain:
         if isinstance(link, Gate):
             input = input * link.weight
+        elif isinstance(link, Prelu):
+            input = F.prelu(input, link.weight)
         elif isinstance(link, Norm):
             running = (None, None) if link.statistics is None else link.statistics
             training = link.statistics is None
@@ -105,6 +110,11 @@ PATTERNS = (
     "ncfg",
     "cfgdn",
     "npnc",
+    "cnr",
+    "ncsc",
+    "cnrcns",
+    "nrgcn",
+    "rcfs",
 )
 
 
@@ -132,7 +142,9 @@ def test_every_plan_gives_the_unfused_gradients(pattern, device):
             torch.testing.assert_close(grad.cpu(), value, rtol=1e-8, atol=1e-8, msg=str(kept))
 
 
-@pytest.mark.parametrize("pattern", ("cnc", "ncn", "cncn", "dncnt", "cndncn", "gcn", "cfgdn"))
+@pytest.mark.parametrize(
+    "pattern", ("cnc", "ncn", "cncn", "dncnt", "cndncn", "gcn", "cfgdn", "cnrc", "nsn")
+)
 def test_gradcheck_under_every_plan(pattern):
     chain, input = links(pattern), draw(2, 3, 3, 2)
     packed = pack(input, chain)
@@ -343,3 +355,18 @@ def test_norm_vectors_of_another_length():
     packed = pack(draw(2, 3, 4, 3), [Norm(draw(1), None)])
     with pytest.raises(ValueError, match="expected a vector of 3 values"):
         ops._chain_forward(packed.tensors, *packed.options, [])
+
+
+@pytest.mark.parametrize(
+    ("input", "chain", "message"),
+    [
+        ([5], [Norm(), Prelu(draw(2))], r"link 1: expected slopes of shape \[1\] or \[5\], got \[2\]"),
+        ([5], [Norm(), Prelu(draw(1, 1))], r"link 1: expected slopes of shape \[1\] or \[5\], got \[1, 1\]"),
+        ([5], [Norm(residual=draw(2, 5, 4, 3)), Norm()], "link 0: expected a residual at the last norm link alone"),
+        ([2, 3], [Gate(draw(2, 5, 1, 1)), Norm()], "expected one input in front of a gate, got 2"),
+    ],
+)  # fmt: skip
+def test_errors_name_the_link(input, chain, message):
+    packed = pack([draw(2, channels, 4, 3) for channels in input], chain)
+    with pytest.raises(ValueError, match=message):
+        ops.conv_bn_chain(*packed.call([]))

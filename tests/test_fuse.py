@@ -58,6 +58,7 @@ ACTIVATIONS = {
     "mish": (nn.Mish(), F.mish, lambda x: x * torch.tanh(F.softplus(x))),
     "sigmoid": (nn.Sigmoid(), torch.sigmoid, lambda x: x.sigmoid()),
     "tanh": (nn.Tanh(), torch.tanh, lambda x: x.tanh_()),
+    "prelu": (nn.PReLU(), nn.PReLU(5, 0.1), lambda x: x.prelu(x.new_tensor([0.2]))),
 }
 
 
@@ -321,6 +322,23 @@ def test_the_residual_may_be_broadcast_or_larger():
         made = model(forward, **pair())
         same(made, image(), image(*shape))
         assert chains(made, doubled(image()), doubled(image(*shape))) == [FIRST]
+
+
+def test_a_prelu_in_a_chain():
+    def forward(self, x, shift):
+        x = self.one(self.bn(self.conv(x)))
+        return self.many(self.bn2(self.conv2(x)) + shift)
+
+    for shape in ((8, 1, 1), (3, 8, 7, 6), (2, 1, 3, 8, 7, 6)):
+        slopes = {"one": nn.PReLU(), "many": nn.PReLU(1 if len(shape) > 4 else 8)}
+        made = model(forward, **pair(), conv2=conv(8, 8), bn2=nn.BatchNorm2d(8), **slopes)
+        for memory in ("auto", "min"):
+            same(made, image(), image(*shape), memory=memory)
+        same(made, image(), image(*shape), train=False)
+        found = chains(made, doubled(image()), doubled(image(*shape)))
+        assert found == ["conv → bn → one → conv2 → bn2 → many"]
+    apart = model(lambda self, x: self.one(x) * self.bn(self.conv(x)), **pair(), one=nn.PReLU())
+    same(apart, image(), less=False)
 
 
 def test_addition_in_place_into_what_others_read():

@@ -719,17 +719,25 @@ class GateOptions:
 
 
 @dataclass(frozen=True)
+class PreluOptions:
+    one: bool  # slope for all channels
+
+
+ChainOptions = Geometry | NormOptions | GateOptions | PreluOptions
+
+
+@dataclass(frozen=True)
 class ChainCall:
     input: tuple[int, ...]
     parts: int  # that the input is the concatenation of
-    links: tuple[Geometry | NormOptions | GateOptions, ...]
+    links: tuple[ChainOptions, ...]
     biases: tuple[bool, ...]
     kept: tuple[int, ...]
     requires_grad: int  # a bit for each tensor
     layout: str
     seed: int
 
-    def build(self) -> tuple[Tensor | list[Tensor], list[chain.Conv | chain.Norm | chain.Gate]]:
+    def build(self) -> tuple[Tensor | list[Tensor], list[chain.Link]]:
         generator = torch.Generator().manual_seed(self.seed)
 
         def draw(*shape):
@@ -745,6 +753,9 @@ class ChainCall:
                 continue
             if isinstance(link, GateOptions):
                 made.append(chain.Gate(draw(*shape[:2], *(1 for _ in shape[2:]))))
+                continue
+            if isinstance(link, PreluOptions):
+                made.append(chain.Prelu(draw(1 if link.one else shape[1])))
                 continue
             weight, shift = (draw(shape[1]) if given else None for given in link.affine)
             fits = link.residual == "input" and shape == self.input and self.parts == 1
@@ -786,7 +797,9 @@ def chain_calls(draw):
             links.append(geometry)
             shape = geometry.out_shape
         elif draw(st.integers(0, 5)) == 0:
-            links.append(GateOptions())
+            links.append(
+                draw(st.sampled_from((GateOptions(), PreluOptions(True), PreluOptions(False))))
+            )
         else:
             arithmetic = draw(st.sampled_from(chain.ARITHMETICS))
             affine = draw(st.tuples(st.booleans(), st.booleans()))
@@ -811,9 +824,7 @@ def chain_calls(draw):
     )
 
 
-def unfused_chain(
-    tensors: list[Tensor], parts: int, links: list[chain.Conv | chain.Norm | chain.Gate]
-) -> Tensor:
+def unfused_chain(tensors: list[Tensor], parts: int, links: list[chain.Link]) -> Tensor:
     """What the chain computes, in ordinary operations, with `tensors` in the place of its own. Gives the example up
     where rounding decides."""
     rest = iter(tensors[parts:])
@@ -821,6 +832,10 @@ def unfused_chain(
     for link in links:
         if isinstance(link, chain.Gate):
             t = t * next(rest)
+            continue
+        if isinstance(link, chain.Prelu):
+            assume(t.abs().min() > 1e-6)  # else rounding decides on which side a value is
+            t = F.prelu(t, next(rest))
             continue
         weight = next(rest) if link.weight is not None else None
         bias = next(rest) if link.bias is not None else None

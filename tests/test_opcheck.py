@@ -4,7 +4,7 @@ import pytest
 import torch
 from cases import CASES
 
-from fusedconvbn.chain import Conv, Gate, Norm, pack
+from fusedconvbn.chain import Conv, Gate, Norm, Prelu, pack
 
 ops = torch.ops.fusedconvbn
 
@@ -80,7 +80,7 @@ def test_chain_whose_input_and_weight_differ_in_memory_format(formats):
 
 
 def wide_chain(dtype, channels_last, requires_grad=True):
-    """A virtual concatenation, a gate, and a norm in eval mode."""
+    """A virtual concatenation, a gate, a PReLU, and a norm in eval mode."""
     format = torch.channels_last if channels_last else torch.contiguous_format
 
     def draw(*shape):
@@ -92,6 +92,7 @@ def wide_chain(dtype, channels_last, requires_grad=True):
         Norm(draw(5), draw(5), activation="relu"),
         Conv(draw(4, 5, 3, 2), padding=(1, 0)),
         Gate(draw(2, 4, 1, 1)),
+        Prelu(draw(4)),
         Norm(draw(4), draw(4), arithmetic="running", statistics=statistics, activation="silu"),
     ]
     return pack([draw(2, 2, 7, 5), draw(2, 3, 7, 5)], links)

@@ -50,6 +50,7 @@ def chain_call(kept):
             chain.Conv(draw(4, 3, 3, 3), padding=[1, 1]),
             chain.Norm(draw(4), draw(4), activation="relu"),
             chain.Gate(draw(2, 4, 1, 1)),
+            chain.Prelu(draw(4)),
             chain.Conv(draw(16, 4, 1, 1)),
             chain.Norm(draw(16), draw(16), residual, activation="relu"),
         ]

@@ -11,7 +11,7 @@ from torch import nn
 from fusedconvbn import FusedConvBNSequential, track_memory
 
 
-def modules():
+def modules(last=None):
     return [
         nn.Conv2d(6, 4, 1, bias=False),
         nn.BatchNorm2d(4),
@@ -21,7 +21,7 @@ def modules():
         nn.LeakyReLU(0.2),
         nn.Conv2d(4, 6, 1),
         nn.BatchNorm2d(6),
-        nn.SiLU(),
+        last or nn.SiLU(),
     ]
 
 
@@ -40,10 +40,11 @@ def compare(ours, theirs, *inputs):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("last", (nn.SiLU(), nn.PReLU(6)), ids=str)
 @pytest.mark.parametrize("memory", ("auto", "min"))
 @pytest.mark.parametrize("train", (True, False))
-def test_is_the_sequential(memory, train):
-    made = nn.Sequential(*modules()).double()
+def test_is_the_sequential(memory, train, last):
+    made = nn.Sequential(*modules(copy.deepcopy(last))).double()
     fused = FusedConvBNSequential(*copy.deepcopy(list(made)), memory=memory).train(train)
     made.train(train)
     assert list(fused.state_dict()) == list(made.state_dict())
@@ -73,7 +74,8 @@ def test_saves_its_input_and_what_it_keeps():
 
 
 def test_script_and_compile():
-    fused = FusedConvBNSequential(OrderedDict((f"m{i}", m) for i, m in enumerate(modules())))
+    made = [*modules()[:5], nn.PReLU(), *modules(nn.PReLU(6))[6:]]
+    fused = FusedConvBNSequential(OrderedDict((f"m{i}", m) for i, m in enumerate(made)))
     other = copy.deepcopy(fused)
     scripted = torch.jit.script(fused)
     stream = io.BytesIO()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch._subclasses import FakeTensor
 
-from ..chain import PARAMETERS, Conv, Norm, pack
+from ..chain import PARAMETERS, Conv, Norm, Prelu, pack
 
 _CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
 _TRANSPOSED = {torch.conv_transpose1d: 1, torch.conv_transpose2d: 2, torch.conv_transpose3d: 3}
@@ -36,6 +36,7 @@ _ACTIVATIONS: dict[Any, str] = {
     F.hardswish: "hardswish",
     F.mish: "mish",
 }
+_PRELUS = (F.prelu, torch.prelu, "prelu")
 _HARDSIGMOID = (F.hardsigmoid,)
 _SOFTPLUS = (F.softplus,)
 _ERF = (torch.erf, torch.special.erf, "erf")
@@ -244,6 +245,16 @@ def activation_of(node: fx.Node) -> tuple[fx.Node, str] | None:
     elif target in (torch.clamp_min, torch.clamp_min_, "clamp_min", "clamp_min_"):
         name = _clamped(given(0, "min"), None)
     return None if name is None else (x, name)
+
+
+def prelu_of(node: fx.Node) -> tuple[fx.Node, Prelu] | None:
+    """The input and the link of a PReLU."""
+    given = arguments(node, "input", "weight") if node.target in _PRELUS else None
+    if given is None or not all(is_map(value(t)) for t in (*given.values(), node)):
+        return None
+    x, slopes = (value(t) for t in given.values())
+    plain = x.dtype == slopes.dtype == value(node).dtype and x.dim() >= 2 and slopes.dim() == 1
+    return (given["input"], Prelu(given["weight"])) if plain else None
 
 
 def _with_parameter(base: str, parameter: Any) -> str | None:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..chain import Conv, Gate, Norm, parse_activation
+from ..chain import Conv, Gate, Norm, Prelu, parse_activation
+from ..chain import Link as ChainLink
 from .calls import (
     ADD,
     MUL,
@@ -20,6 +21,7 @@ from .calls import (
     norm_of,
     normalise,
     parts_of,
+    prelu_of,
     storage,
     value,
 )
@@ -27,7 +29,7 @@ from .calls import (
 
 @dataclass
 class Link:
-    """A convolution or a batch norm of a chain.
+    """A convolution, a batch norm or a PReLU of a chain.
 
     Attributes:
         op: with nodes in the place of tensors.
@@ -36,7 +38,7 @@ class Link:
         result: the node of its result, the activation's if there is one behind it.
     """
 
-    op: Conv | Norm
+    op: Conv | Norm | Prelu
     name: str
     input: fx.Node
     result: fx.Node
@@ -66,18 +68,16 @@ class Match:
         return " → ".join(link.name for link in self.links)
 
     @property
-    def ops(self) -> list[Conv | Norm | Gate]:
+    def ops(self) -> list[ChainLink]:
         """The links as :func:`fusedconvbn.chain.pack` takes them."""
-        ops: list[Conv | Norm | Gate] = [link.op for link in self.links]
-        if self.residual is not None:
-            ops[-1] = replace(ops[-1], residual=self.residual)
+        ops: list[ChainLink] = [link.op for link in self.links]
         return ops if self.gate is None else [Gate(self.gate), *ops]
 
     def inner(self) -> list[Link]:
         """Those whose results the chain may save or recompute; the first one's is map 1, or 2 behind a gate."""
         return self.links[:-1]
 
-    def extend(self, node: fx.Node, x: fx.Node, op: Conv | Norm, name: str) -> None:
+    def extend(self, node: fx.Node, x: fx.Node, op: Conv | Norm | Prelu, name: str) -> None:
         self.nodes.append(node)
         self.links.append(Link(op, name, x, node))
 
@@ -219,6 +219,8 @@ class Matcher:
             self._visit_add(node)
         elif (found := activation_of(node)) is not None:
             self._activate(node, *found)
+        elif prelu := prelu_of(node):
+            self._visit_prelu(node, *prelu)
 
     def _visit_norm(self, node: fx.Node) -> None:
         name = self.norms[node] = self.names.of(node)
@@ -255,7 +257,11 @@ class Matcher:
         self.open[node] = match
 
     def _continues(self, match: Match, x: fx.Node, node: fx.Node) -> bool:
-        return match.residual is None and single_use(x) and self.region[x] == self.region[node]
+        return match.residual is None and self._follows(x, node)
+
+    def _follows(self, x: fx.Node, node: fx.Node) -> bool:
+        """Whether a node is the only reader of x, under the same modes."""
+        return single_use(x) and self.region[x] == self.region[node]
 
     @staticmethod
     def _one_group(match: Match, op: Norm) -> bool:
@@ -286,18 +292,21 @@ class Matcher:
 
     def _activate(self, node: fx.Node, x: fx.Node, activation: str) -> None:
         match = self.open.get(x)
-        if (
-            match is None
-            or not single_use(x)
-            or not match.takes_activation()
-            or self.region[x] != self.region[node]
-        ):
+        if match is None or not match.takes_activation() or not self._follows(x, node):
             return
         del self.open[x]
         link = match.links[-1]
         base, parameter = parse_activation(activation)
         link.op, link.result = replace(link.op, activation=base, parameter=parameter), node
         match.nodes.append(node)
+        self.open[node] = match
+
+    def _visit_prelu(self, node: fx.Node, x: fx.Node, op: Prelu) -> None:
+        match = self.open.get(x)
+        if match is None or not isinstance(match.links[-1].op, Norm) or not self._follows(x, node):
+            return
+        del self.open[x]
+        match.extend(node, x, op, self.names.of(node))
         self.open[node] = match
 
     def _visit_add(self, node: fx.Node) -> None:
@@ -309,13 +318,11 @@ class Matcher:
             if match is None or match.residual is not None or not match.takes_activation():
                 continue
             if (
-                this is other
-                or not single_use(this)
-                or not is_map(value(other))
-                or not self._may_be_lost(node, other)
+                this is not other
+                and is_map(value(other))
+                and self._may_be_lost(node, other)
+                and self._follows(this, node)
             ):
-                continue
-            if self.region[this] == self.region[node]:
                 candidates.append((len(match.links), match, this, other))
         if not candidates:
             return
@@ -323,7 +330,8 @@ class Matcher:
         del self.open[this]
         match.residual = other
         match.nodes.append(node)
-        match.links[-1].result = node
+        link = match.links[-1]
+        link.op, link.result = replace(link.op, residual=other), node
         self.open[node] = match
 
     # ------------------------------------------------------------------------------- what would be wrong

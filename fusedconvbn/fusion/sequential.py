@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from ..activations import activation_name
 from ..batch_norm import ATTRIBUTES, batch_norm_attributes, batch_norm_link
-from ..chain import Conv, Norm, pack, parse_activation
+from ..chain import Conv, Link, Norm, Prelu, pack, parse_activation
 from ..hooks import make_parameters, refuse_hooks_in_script, refuse_other_hooks
 from ..options import BATCH_NORMS, CONVOLUTIONS, ConvOptions, refuse_lazy
 from ..synchronised import Synchronised
@@ -27,8 +27,8 @@ class FusedConvBNSequential(nn.Sequential):
     statistics are those of ``nn.Sequential`` with the same modules.
 
     Args:
-        modules: ``nn.Conv*``, ``nn.ConvTranspose*``, ``nn.BatchNorm*`` or ``nn.SyncBatchNorm``, each activation behind a
-            batch norm; or one ``OrderedDict`` of them. A convolution with a ``padding_mode`` other than zeros comes first.
+        modules: ``nn.Conv*``, ``nn.ConvTranspose*``, ``nn.BatchNorm*`` or ``nn.SyncBatchNorm``, each activation, which may be
+            ``nn.PReLU``, behind a batch norm; or one ``OrderedDict`` of them. A convolution with a ``padding_mode`` other than zeros comes first.
         memory: ``"auto"`` saves what would take long to recompute, ``"min"`` nothing.
 
     Shape:
@@ -59,7 +59,7 @@ class FusedConvBNSequential(nn.Sequential):
         list(self._links())
 
     def _links(self) -> Iterator[tuple[str, nn.Module, str]]:
-        """The name of each convolution and batch norm, the module, and the activation behind it."""
+        """The name of each convolution, batch norm and PReLU, the module, and the activation behind it."""
         links: list[list[Any]] = []
         for name, module in self._modules.items():
             where = f"FusedConvBNSequential: expected module {name!r}"
@@ -71,8 +71,9 @@ class FusedConvBNSequential(nn.Sequential):
             if isinstance(module, (*CONVOLUTIONS, *BATCH_NORMS)):
                 links.append([name, module, "none"])
                 continue
+            learned = isinstance(module, nn.PReLU)
             try:
-                activation = activation_name(module)
+                activation = "prelu" if learned else activation_name(module)
             except ValueError as error:
                 raise ValueError(
                     f"{where} to be a convolution, batch norm or activation, got {module}"
@@ -81,12 +82,15 @@ class FusedConvBNSequential(nn.Sequential):
                 continue
             if not links or not isinstance(links[-1][1], BATCH_NORMS) or links[-1][2] != "none":
                 raise ValueError(f"{where} to stand behind a batch norm, got {module}")
-            links[-1][2] = activation
+            if learned:
+                links.append([name, module, "none"])
+            else:
+                links[-1][2] = activation
         if not links:
             raise ValueError("FusedConvBNSequential: expected at least one module, got none")
         return (tuple(link) for link in links)
 
-    def _saved(self, ops: Sequence[Conv | Norm], modules: Sequence[nn.Module]) -> list[int]:
+    def _saved(self, ops: Sequence[Link], modules: Sequence[nn.Module]) -> list[int]:
         """The places of the inner maps that would take longer to recompute than their bytes are worth."""
         saved = []
         for i, (op, module) in enumerate(zip(ops[:-1], modules, strict=False), 1):
@@ -103,7 +107,7 @@ class FusedConvBNSequential(nn.Sequential):
         for name, module in self._modules.items():
             refuse_other_hooks("FusedConvBNSequential", f"module {name!r}", module)
         make_parameters(self)
-        if residual is not None and not isinstance(links[-1][1], BATCH_NORMS):
+        if residual is not None and isinstance(links[-1][1], CONVOLUTIONS):
             raise ValueError(
                 "FusedConvBNSequential: expected no residual, as the last module is a convolution"
             )
@@ -111,9 +115,7 @@ class FusedConvBNSequential(nn.Sequential):
         if pad:
             whole = input if isinstance(input, Tensor) else torch.cat(list(input), 1)
             parts = F.pad(whole, pad, mode)
-        runs: list[list[tuple[Conv | Norm, nn.Module]]] = [
-            []
-        ]  # one operator, one group of processes
+        runs: list[list[tuple[Link, nn.Module]]] = [[]]  # one operator, one group of processes
         group = None
         for _, module, activation in links:
             op = _op(module, activation)
@@ -123,7 +125,8 @@ class FusedConvBNSequential(nn.Sequential):
                 group = op.group
             runs[-1].append((op, module))
         if residual is not None:
-            runs[-1][-1][0].residual = residual
+            last = [op for op, _ in runs[-1] if isinstance(op, Norm)][-1]
+            last.residual = residual
         for run in runs:
             ops, modules = [op for op, _ in run], [module for _, module in run]
             packed = pack(parts, ops)
@@ -142,10 +145,9 @@ class FusedConvBNSequential(nn.Sequential):
         ops, norms = [], []
         for name, module, activation in links:
             op = _op(module, activation)
-            given = [n for n in ("weight", "bias") if getattr(module, n) is not None]
-            op.weight, op.bias = None, None
-            for n in given:
-                setattr(op, n, graph.get_attr(f"{name}.{n}"))
+            for n in ("weight", "bias"):
+                if getattr(op, n, None) is not None:
+                    setattr(op, n, graph.get_attr(f"{name}.{n}"))
             if isinstance(op, Norm):
                 attributes = tuple(graph.get_attr(f"{name}.{n}") for n in ATTRIBUTES)
                 norms.append(
@@ -171,7 +173,9 @@ def _padding(module: nn.Module) -> tuple[list[int], str]:
     return ([], "") if options is None else (options.pad, options.pad_mode)
 
 
-def _op(module: nn.Module, activation: str) -> Conv | Norm:
+def _op(module: nn.Module, activation: str) -> Link:
+    if isinstance(module, nn.PReLU):
+        return Prelu(module.weight)
     if isinstance(module, CONVOLUTIONS):
         stride, padding, dilation, output_padding, _, _ = ConvOptions.of(module)
         options = (
