@@ -34,7 +34,7 @@ from fusing import (
 from torch import nn
 
 from fusedconvbn import explain, fuse, track_memory, unfuse
-from fusedconvbn.fusion import api, capture, progress
+from fusedconvbn.fusion import capture, find, progress
 
 
 class Reversed(torch.autograd.Function):
@@ -483,7 +483,7 @@ def test_fuse_says_how_far_it_is(monkeypatch):
         said.extend((title, stages))
         yield said.append
 
-    monkeypatch.setattr(api, "progress", progress)
+    monkeypatch.setattr(find, "progress", progress)
     fuse(small(), picture())
     assert said == ["fuse Sequential", 3, "capture", "chains", "plan"]
 

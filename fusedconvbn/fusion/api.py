@@ -1,48 +1,20 @@
 """Whole models: one call that fuses, one that gives the original back."""
 
-import copy
-import random
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from ..memory import saved_storages
 from ..options import refuse_lazy
+from .copies import copied
 from .plan import Plan, parse_memory
-from .progress import progress
 
-
-@dataclass
-class Findings:
-    """What was found in a model and decided about it; :class:`fusedconvbn.fusion.report.Report` says it in words.
-
-    Attributes:
-        graphs: that were captured.
-        untraceable: where the graph breaks, so that there are several or a part of the model is in none, and why.
-        eager, least: bytes that the model saves as it is, and with no inner map saved.
-        plan: what is saved.
-    """
-
-    plan: Plan
-    graphs: list[Any] = field(default_factory=list)
-    untraceable: dict[str, str] = field(default_factory=dict)
-    eager: int = 0
-    least: int = 0
-
-    @property
-    def maps(self) -> list[Any]:
-        return [m for graph in self.graphs for m in graph.maps]
-
-    @property
-    def saved(self) -> int:
-        return self.least + sum(m.nbytes for m in self.maps if m.name in self.plan.saved)
+if TYPE_CHECKING:
+    from .find import Findings
 
 
 def fuse(
@@ -96,16 +68,16 @@ def fuse(
         >>> model = fusedconvbn.fuse(torchvision.models.resnet50(), torch.randn(64, 3, 224, 224), memory="auto")
         >>> model(images).sum().backward()
     """
-    memory = _checked(model, example_inputs, memory, calibrate)
-    model = _uncompiled(model)
-    plan = Plan(memory)
-    example = None
-    if example_inputs is not None:
-        found = find(model, example_inputs, memory, calibrate)
-        plan, example = found.plan, _stand_ins(example_inputs)
-        _warn_if_useless(type(model).__name__, found)
+    memory = checked(model, example_inputs, memory, calibrate)
+    model = uncompiled(model)
+    plan, example = Plan(memory), None
+    from .find import find  # imports TorchDynamo, which takes as long as torch itself
     from .model import fused
 
+    if example_inputs is not None:
+        found = find(model, *arguments(example_inputs), memory, calibrate)
+        plan, example = found.plan, _stand_ins(example_inputs)
+        _warn_if_useless(type(model).__name__, found)
     return fused(unfuse(model, inplace=inplace), plan, example)
 
 
@@ -139,7 +111,7 @@ def is_fused(model: nn.Module) -> bool:
     return hasattr(type(model), "_fusion")
 
 
-def _checked(
+def checked(
     model: nn.Module, example_inputs: Any, memory: Any, calibrate: bool
 ) -> float | int | str:
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
@@ -155,26 +127,13 @@ def _checked(
     return memory
 
 
-def _uncompiled(model: nn.Module) -> nn.Module:
+def uncompiled(model: nn.Module) -> nn.Module:
     """The model that ``torch.compile`` was given: a captured graph cannot be captured again."""
     return getattr(model, "_orig_mod", model)
 
 
 def _sharing_copy(model: nn.Module) -> nn.Module:
-    # deepcopy takes what its memo has for an object as its copy. Besides parameters and buffers, which are shared, what
-    # a hook made of them for the last call, as pruning does.
-    shared = [
-        t
-        for m in model.modules()
-        for t in (*m.__dict__.values(), *m._parameters.values(), *m._buffers.values())
-    ]
-    try:
-        return copy.deepcopy(model, {id(t): t for t in shared if isinstance(t, Tensor)})
-    except Exception as error:
-        raise TypeError(
-            f"fuse: expected a model that copy.deepcopy takes, got {type(error).__name__}: {error}; "
-            "inplace=True makes no copy"
-        ) from error
+    return copied(model, (), lambda t: t, "inplace=True makes no copy")[0]
 
 
 def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -192,7 +151,7 @@ def _stand_ins(example_inputs: Any) -> Any:
     return pytree.tree_map_only(Tensor, mode.from_tensor, arguments(example_inputs))
 
 
-def _warn_if_useless(name: str, found: Findings) -> None:
+def _warn_if_useless(name: str, found: "Findings") -> None:
     fused, norms = (
         sum(len(g.matches) for g in found.graphs),
         sum(g.norms * g.runs for g in found.graphs),
@@ -210,169 +169,3 @@ def _warn_if_useless(name: str, found: Findings) -> None:
             "fusedconvbn.explain says where they are",
             stacklevel=3,
         )
-
-
-# ------------------------------------------------------------------------------------------------- finding
-
-
-def find(
-    model: nn.Module, example_inputs: Any, memory: float | int | str, calibrate: bool
-) -> Findings:
-    """Captures a model in training mode (in the modes its modules are in, if the model itself is in it) and plans.
-
-    Raises:
-        OutOfReach: the budget is less than what can be reached.
-    """
-    args, kwargs = arguments(example_inputs)
-    found = Findings(Plan(memory))
-    with progress(f"fuse {type(model).__name__}", 3) as stage, _training(model):
-        with torch.enable_grad():
-            _capture(model, args, kwargs, found, stage)
-        stage("plan")
-        if calibrate:
-            from .calibration import measured_seconds
-
-            for graph in found.graphs:
-                graph.maps = measured_seconds(graph.maps, graph.links)
-        _plan(found)
-    return found
-
-
-def _plan(found: Findings) -> None:
-    if found.graphs:
-        step_flops = sum(graph.step_flops * graph.runs for graph in found.graphs)
-        found.plan.decide(found.maps, found.eager, found.least, step_flops, found.graphs[0].device)
-        found.plan.complete = True
-
-
-@contextmanager
-def _training(model: nn.Module) -> Iterator[None]:
-    modes = {m: m.training for m in model.modules()}
-    try:
-        if not model.training:
-            model.train()
-        yield
-    finally:
-        for m, mode in modes.items():
-            m.training = mode
-
-
-def _capture(
-    model: nn.Module,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    found: Findings,
-    stage: Callable[[str], None],
-) -> None:
-    from .capture import capture_whole, groups_of, paths_of
-    from .graph import Graph
-    from .model import original_forward
-
-    stage("capture")
-    whole = capture_whole(model, original_forward(model), args, kwargs)
-    if not isinstance(whole, dict):
-        stage("chains")
-        graph = Graph.of(*whole, paths_of(model), groups_of(model))
-        graph.runs = 1
-        found.graphs, found.eager, found.least = [graph], graph.eager.saved, graph.least.saved
-        return
-    found.untraceable = whole
-    stage("its parts")
-    try:
-        _run_in_parts(model, args, kwargs, found, _fake_copy)
-    except Exception:  # a branch depends on a value, say
-        found.graphs = []
-        _run_in_parts(model, args, kwargs, found, _real_copy)
-    found.graphs = [graph for graph in found.graphs if graph.runs]
-    found.plan.parts = len(found.graphs)
-
-
-def _run_in_parts(
-    model: nn.Module,
-    args: Any,
-    kwargs: Any,
-    found: Findings,
-    copied: Callable[..., tuple[nn.Module, Any]],
-) -> None:
-    """Runs copies of a model whose graph breaks, once as it is and once with its chains."""
-    from .capture import captured, groups_of, paths_of
-    from .graph import Graph
-    from .model import original_forward
-
-    totals = []
-    for fused in (False, True):
-        other, (other_args, other_kwargs) = copied(model, (tuple(args), dict(kwargs)))
-        paths, groups = paths_of(other), groups_of(other)
-
-        def backend(module: Any, example_inputs: Any) -> Any:
-            if not fused:  # noqa: B023
-                return module.forward
-            graph = Graph.of(module, example_inputs, paths, groups)  # noqa: B023
-            found.graphs.append(graph)
-
-            def run(*inputs: Any) -> Any:
-                graph.runs += 1  # Dynamo runs one graph for several modules where it can
-                return module.forward(*inputs)
-
-            return run
-
-        call = captured(backend, dynamic=False)
-        tensors = [
-            t for t in pytree.tree_leaves((other_args, other_kwargs)) if isinstance(t, Tensor)
-        ]
-        device = tensors[0].device if tensors else torch.device("cpu")
-        with _random_states_kept(device), saved_storages(device) as storages:
-            result = call(other, "0", original_forward(other), other_args, other_kwargs)
-            totals.append(sum(storages.values()))
-            del result
-    found.eager, found.least = totals
-    for graph in found.graphs:
-        graph.maps = [m.times(graph.runs) for m in graph.maps]
-
-
-@contextmanager
-def _random_states_kept(device: torch.device) -> Iterator[None]:
-    python = random.getstate()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        yield
-    random.setstate(python)
-
-
-def _fake_copy(model: nn.Module, inputs: Any) -> tuple[nn.Module, Any]:
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    return _copy_with(model, inputs, mode.from_tensor)
-
-
-def _real_copy(model: nn.Module, inputs: Any) -> tuple[nn.Module, Any]:
-    from .profile import copy_of
-
-    return _copy_with(model, inputs, copy_of)
-
-
-def _copy_with(
-    model: nn.Module, inputs: Any, of_tensor: Callable[[Tensor], Tensor]
-) -> tuple[nn.Module, Any]:
-    """A copy of a model and of its inputs, with others in the place of their tensors: one for each."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for t in (
-            *module._parameters.values(),
-            *module._buffers.values(),
-            *module.__dict__.values(),
-        ):
-            if isinstance(t, Tensor) and id(t) not in memo:
-                other = of_tensor(t)
-                is_parameter = isinstance(t, nn.Parameter)
-                memo[id(t)] = (
-                    nn.Parameter(other, t.requires_grad)
-                    if is_parameter and type(other) is Tensor
-                    else other
-                )
-    inputs = pytree.tree_map_only(Tensor, lambda t: memo.setdefault(id(t), of_tensor(t)), inputs)
-    try:
-        return copy.deepcopy((model, inputs), memo)
-    except Exception as error:
-        raise TypeError(
-            "fuse: expected a model that copy.deepcopy takes, as its graph breaks and a copy has to run, got "
-            f"{type(error).__name__}: {error}; without example_inputs the plan is made at the first call"
-        ) from error

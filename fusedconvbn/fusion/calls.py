@@ -2,7 +2,6 @@
 
 import math
 import operator
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -12,17 +11,12 @@ from torch._subclasses import FakeTensor
 
 from ..chain import PARAMETERS, Conv, Norm, Prelu, pack
 
-_CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
+CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
 _TRANSPOSED = {torch.conv_transpose1d: 1, torch.conv_transpose2d: 2, torch.conv_transpose3d: 3}
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ADD = (operator.add, operator.iadd, torch.add, "add", "add_")
 MUL = (operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", "multiply")
-_DIV = (operator.truediv, operator.itruediv, torch.div, torch.true_divide, "div", "div_")
 _CAT = (torch.cat, torch.concat, torch.concatenate)
-_DROPOUTS = (
-    *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout),
-    *(F.alpha_dropout, F.feature_alpha_dropout, torch.feature_dropout),
-)
 _IN_PLACE = (
     *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv),
     *(operator.imod, operator.ipow, operator.iand, operator.ior, operator.ixor),
@@ -37,9 +31,6 @@ _ACTIVATIONS: dict[Any, str] = {
     F.mish: "mish",
 }
 _PRELUS = (F.prelu, torch.prelu, "prelu")
-_HARDSIGMOID = (F.hardsigmoid,)
-_SOFTPLUS = (F.softplus,)
-_ERF = (torch.erf, torch.special.erf, "erf")
 
 
 def value(node: Any) -> Any:
@@ -72,7 +63,7 @@ def arguments(node: fx.Node, *names: str, **defaults: Any) -> dict[str, Any] | N
     return given if given.keys() <= set(names) and names[0] in given else None
 
 
-def _ints(given: Any, count: int) -> list[int] | None:
+def ints(given: Any, count: int) -> list[int] | None:
     values = list(given) if isinstance(given, (tuple, list)) else [given] * count
     values = values * count if len(values) == 1 else values
     return values if len(values) == count and all(type(v) is int for v in values) else None
@@ -81,7 +72,7 @@ def _ints(given: Any, count: int) -> list[int] | None:
 def conv_of(node: fx.Node) -> tuple[fx.Node, Conv] | None:
     """The input and the convolution of a call of F.conv* or F.conv_transpose*."""
     transposed = node.target in _TRANSPOSED
-    dims = (_TRANSPOSED if transposed else _CONVOLUTIONS).get(node.target)
+    dims = (_TRANSPOSED if transposed else CONVOLUTIONS).get(node.target)
     if dims is None:
         return None
     rest = ("output_padding", "groups", "dilation") if transposed else ("dilation", "groups")
@@ -104,7 +95,7 @@ def conv_of(node: fx.Node) -> tuple[fx.Node, Conv] | None:
     if value(given["input"]).dim() != dims + 2 or type(given["groups"]) is not int:
         return None
     lists = [
-        _ints(given.get(n, 0), dims) for n in ("stride", "padding", "dilation", "output_padding")
+        ints(given.get(n, 0), dims) for n in ("stride", "padding", "dilation", "output_padding")
     ]
     if None in lists:
         return None
@@ -272,124 +263,7 @@ def _clamped(low: Any, high: Any) -> str | None:
     return {None: "relu", math.inf: "relu", 6: "relu6"}.get(high)
 
 
-# ------------------------------------------------------------------------------- activations written by hand
-
-_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
-    "silu": F.silu,
-    "hardswish": F.hardswish,
-    "mish": F.mish,
-    "gelu": F.gelu,
-}
-
-
-def _only_argument(node: Any, targets: Iterable[Any]) -> Any:
-    """x of f(x), where f is one of `targets`."""
-    if not isinstance(node, fx.Node) or node.target not in targets:
-        return None
-    rest = {k: v for k, v in node.kwargs.items() if k not in ("inplace", "input")}
-    x = node.args[0] if node.args else node.kwargs.get("input")
-    return None if rest or any(not isinstance(a, bool) for a in node.args[1:]) else x
-
-
-def _is_plus(node: Any, x: fx.Node, number: float) -> bool:
-    """x + number"""
-    if (
-        not isinstance(node, fx.Node)
-        or node.target not in ADD
-        or node.kwargs
-        or len(node.args) != 2
-    ):
-        return False
-    a, b = node.args
-    return (a is x and b == number) or (b is x and a == number)
-
-
-class _Product:
-    """A product of nodes and a number, taken apart."""
-
-    def __init__(self, node: Any) -> None:
-        self.number, self.factors, self.nodes = 1.0, [], []
-        self._take(node)
-
-    def _take(self, node: Any, divide: bool = False) -> None:
-        if isinstance(node, (int, float)) and node != 0:
-            self.number *= 1 / node if divide else node
-        elif (
-            isinstance(node, fx.Node)
-            and node.target in (*MUL, *_DIV)
-            and len(node.args) == 2
-            and not node.kwargs
-        ):
-            a, b = node.args
-            if node.target in _DIV and not isinstance(b, (int, float)):
-                self.factors.append(node)
-                return
-            self.nodes.append(node)
-            self._take(a)
-            self._take(b, divide=node.target in _DIV)
-        else:
-            self.factors.append(node)
-
-
-def _by_hand(product: _Product) -> tuple[fx.Node, str, list[fx.Node]] | None:
-    """x, the name and the nodes of an activation that is x·g(x) times a number."""
-    if len(product.factors) != 2 or not all(isinstance(f, fx.Node) for f in product.factors):
-        return None
-
-    def near(number: float) -> bool:
-        return math.isclose(product.number, number, rel_tol=1e-6)
-
-    for x, g in (product.factors, product.factors[::-1]):
-        inner = g.args[0] if g.args else None
-        activation = activation_of(g)
-        if near(1) and activation == (x, "sigmoid"):
-            return x, "silu", [g]
-        if near(1) and _only_argument(g, _HARDSIGMOID) is x:
-            return x, "hardswish", [g]
-        if near(1) and activation == (inner, "tanh") and _only_argument(inner, _SOFTPLUS) is x:
-            return x, "mish", [g, inner]
-        if near(1 / 6) and activation == (inner, "relu6") and _is_plus(inner, x, 3):
-            return x, "hardswish", [g, inner]
-        # x·(1 + erf(x/√2))/2
-        if near(0.5) and g.target in ADD and len(g.args) == 2 and 1 in g.args:
-            erf = next(a for a in g.args if a != 1)
-            scaled = _only_argument(erf, _ERF)
-            if isinstance(scaled, fx.Node):
-                parts = _Product(scaled)
-                if parts.factors == [x] and math.isclose(
-                    parts.number, math.sqrt(0.5), rel_tol=1e-6
-                ):
-                    return x, "gelu", [g, erf, *parts.nodes]
-    return None
-
-
-def name_activations(graph: fx.Graph) -> None:
-    """Puts ``F.silu(x)`` in the place of ``x * sigmoid(x)``, and so for the others that have no function of their own in a
-    model."""
-    for root in list(graph.nodes):
-        if (
-            root.op not in ("call_function", "call_method")
-            or root.target not in (*MUL, *_DIV)
-            or not is_map(value(root))
-        ):
-            continue
-        product = _Product(root)
-        found = _by_hand(product)
-        if found is None:
-            continue
-        x, name, nodes = found
-        inner = {*nodes, *product.nodes} - {root}
-        if not {user for node in inner for user in node.users} <= {*inner, root}:
-            continue  # read by others too
-        with graph.inserting_before(root):
-            named = graph.call_function(_FUNCTIONS[name], (x,))
-        named.meta = {**root.meta, "stands_for": [node.name for node in (*inner, root)]}
-        root.replace_all_uses_with(named)
-        for node in sorted({*inner, root}, reverse=True):
-            graph.erase_node(node)
-
-
-# ----------------------------------------------------------------------------------------- writes and copies
+# ---------------------------------------------------------------------------------------- writes and concatenations
 
 
 def mutated(node: fx.Node) -> list[fx.Node]:
@@ -443,65 +317,3 @@ def parts_of(node: fx.Node) -> list[fx.Node] | None:
         for p in parts
     )
     return list(parts) if alike else None
-
-
-def is_copy(node: fx.Node) -> bool:
-    """Whether a node returns its input as it is: dropout that drops nothing."""
-    if node.target not in _DROPOUTS:
-        return False
-    given = arguments(node, "input", "p", "training", "inplace", p=0.5, training=True)
-    given = given or arguments(node, "input", "p", "train")
-    return given is not None and (
-        given["p"] == 0 or given.get("training", given.get("train")) is False
-    )
-
-
-def plain(graph: fx.Graph) -> None:
-    """Makes the readers of a tensor that was written to in place readers of the result, and takes out what does nothing, so that
-    each value has one node."""
-    order = {n: i for i, n in enumerate(graph.nodes)}
-    for node in list(graph.nodes):
-        if node.op not in ("call_function", "call_method"):
-            continue
-        x = node.args[0] if node.args else node.kwargs.get("input")
-        if not isinstance(x, fx.Node):
-            continue
-        if is_copy(node):
-            node.replace_all_uses_with(x)
-            graph.erase_node(node)
-        elif writes_in_place(node) and storage(node) is not None and storage(node) == storage(x):
-            x.replace_all_uses_with(node, delete_user_cb=lambda user: order[user] > order[node])  # noqa: B023
-    _pad_same(graph)
-    name_activations(graph)
-
-
-def _pad_same(graph: fx.Graph) -> None:
-    """Writes a convolution's padding by name in numbers, behind F.pad where it is not the same on both sides."""
-    for node in list(graph.nodes):
-        dims = _CONVOLUTIONS.get(node.target) if node.op == "call_function" else None
-        names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-        given = arguments(node, *names, bias=None, stride=1, dilation=1, groups=1) if dims else None
-        if (
-            given is None
-            or not isinstance(given.get("padding"), str)
-            or not is_map(value(given["weight"]))
-        ):
-            continue
-        dilation = _ints(given["dilation"], dims)
-        kernel = value(given["weight"]).shape[2:]
-        if dilation is None or not all(isinstance(k, int) for k in kernel):
-            continue
-        same = given["padding"] == "same"
-        total = [d * (k - 1) if same else 0 for d, k in zip(dilation, kernel, strict=True)]
-        if any(t % 2 for t in total):
-            ends = [end for t in reversed(total) for end in (0, t % 2)]
-            with graph.inserting_before(node):
-                padded = graph.call_function(F.pad, (given["input"], ends))
-            x = value(given["input"])
-            padded.meta = {
-                **node.meta,
-                "example_value": F.pad(x.detach(), ends) if is_map(x) else None,
-            }
-            given["input"] = padded
-        node.args = tuple({**given, "padding": tuple(t // 2 for t in total)}[n] for n in names)
-        node.kwargs = {}

@@ -9,8 +9,9 @@ from torch import fx
 from torch.utils.checkpoint import checkpoint
 
 from ..chain import Conv
-from .calls import conv_of, mutated, plain, value
+from .calls import conv_of, mutated, value
 from .match import Link, Match, Matcher, nbytes_of, values_of
+from .normal_form import to_normal_form
 from .plan import InnerMap, flops_per_value, seconds_per_value
 from .profile import Profile, device_of, profile
 from .rewrite import rewrite, rewrite_pooling
@@ -80,7 +81,7 @@ class Graph:
         for body in _bodies(module):
             found._inside.append(cls.of(body, (), paths, groups, measured=False, compiled=compiled))
         graph = module.graph
-        plain(graph)
+        to_normal_form(graph)
         matcher = Matcher(graph, paths, groups)
         found.matches, found.refused = matcher.matches, matcher.refused
         found.norms, found.pairs, found.fused_pairs = (

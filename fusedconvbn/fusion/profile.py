@@ -11,6 +11,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from ..memory import saved_storages
+from .copies import copy_of
 
 
 @dataclass
@@ -58,10 +59,6 @@ def profile(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Profile:
         device = device_of(example_inputs)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             return _run(module, example_inputs, copy_of)
-
-
-def copy_of(t: Tensor) -> Tensor:
-    return t.detach().clone().requires_grad_(t.requires_grad)
 
 
 def _run(

@@ -2,14 +2,17 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ..memory import MIB
-from .api import Findings, _checked, _uncompiled, find
+from .api import arguments, checked, uncompiled
 from .match import Match
 from .plan import OutOfReach, knapsack
+
+if TYPE_CHECKING:
+    from .find import Findings
 
 
 @dataclass
@@ -173,17 +176,20 @@ def explain(
     """
     if example_inputs is None:
         raise ValueError("explain: expected example_inputs, got None")
-    memory = _checked(model, example_inputs, memory, calibrate)
-    model, reason = _uncompiled(model), ""
+    memory = checked(model, example_inputs, memory, calibrate)
+    model, reason = uncompiled(model), ""
+    args, kwargs = arguments(example_inputs)
+    from .find import find
+
     try:
-        found = find(model, example_inputs, memory, calibrate)
+        found = find(model, args, kwargs, memory, calibrate)
     except OutOfReach as error:
         reason = str(error)
-        found = find(model, example_inputs, "min", calibrate)
+        found = find(model, args, kwargs, "min", calibrate)
     return _report(type(model).__name__, found, reason)
 
 
-def _report(name: str, found: Findings, out_of_reach: str) -> Report:
+def _report(name: str, found: "Findings", out_of_reach: str) -> Report:
     chains: list[ChainReport] = []
     for graph in found.graphs:
         maps = {m.name: m for m in graph.maps}
@@ -220,7 +226,7 @@ def _report(name: str, found: Findings, out_of_reach: str) -> Report:
     )
 
 
-def _front(found: Findings, points: int = 32) -> list[tuple[int, int, float]]:
+def _front(found: "Findings", points: int = 32) -> list[tuple[int, int, float]]:
     maps = found.maps
     total = sum(m.nbytes for m in maps)
     front = []

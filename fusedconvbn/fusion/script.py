@@ -1,6 +1,5 @@
 """A fused model for TorchScript: a module of the captured graphs, one for each mode, under the model's own names."""
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,8 +11,8 @@ from torch.fx.graph_module import _forward_from_src
 from torch.utils import _pytree as pytree
 
 from .capture import captured, groups_of, paths_of
+from .copies import copied, copy_of
 from .graph import Graph
-from .profile import copy_of
 
 
 class Unwritable(Exception):
@@ -75,9 +74,7 @@ def _captured(
 ) -> tuple[fx.GraphModule, list[str], str]:
     """The graph of a mode, what it is called with, and the model's result in terms of its outputs."""
     # A copy, as what Python does in the forward is done to it.
-    memo = {id(t): copy_of(t) for t in (*model.buffers(),)}
-    memo |= {id(t): nn.Parameter(t.detach().clone(), t.requires_grad) for t in model.parameters()}
-    other = copy.deepcopy(model, memo)
+    other, _ = copied(model, (), copy_of, "torch.jit.script captures one")
     if other.training != mode:
         other.train(mode)
     inputs = [

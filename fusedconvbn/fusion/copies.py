@@ -1,0 +1,43 @@
+"""Copies of models."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+
+def copied(
+    model: nn.Module, inputs: Any, of_tensor: Callable[[Tensor], Tensor], advice: str
+) -> tuple[nn.Module, Any]:
+    """A copy of a model and of its inputs, with what `of_tensor` makes of them in the place of their tensors: one for each. Besides
+    parameters and buffers these are what a hook made of them for the last call, as pruning does.
+
+    Raises:
+        TypeError: deepcopy fails; the message ends with `advice`.
+    """
+    memo: dict[int, Any] = {}
+
+    def other(t: Tensor) -> Tensor:
+        if id(t) not in memo:
+            new = of_tensor(t)
+            plain = isinstance(t, nn.Parameter) and type(new) is Tensor
+            memo[id(t)] = nn.Parameter(new, t.requires_grad) if plain else new
+        return memo[id(t)]
+
+    for m in model.modules():
+        for t in (*m._parameters.values(), *m._buffers.values(), *m.__dict__.values()):
+            if isinstance(t, Tensor):
+                other(t)
+    inputs = pytree.tree_map_only(Tensor, other, inputs)
+    try:
+        return copy.deepcopy((model, inputs), memo)
+    except Exception as error:
+        raise TypeError(
+            f"fuse: expected a model that copy.deepcopy takes, got {type(error).__name__}: {error}; {advice}"
+        ) from error
+
+
+def copy_of(t: Tensor) -> Tensor:
+    return t.detach().clone().requires_grad_(t.requires_grad)

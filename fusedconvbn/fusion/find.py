@@ -1,0 +1,167 @@
+"""What is found in a model for its example inputs, and decided about it."""
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from ..memory import saved_storages
+from .calibration import measured_seconds
+from .capture import capture_whole, captured, groups_of, paths_of
+from .copies import copied, copy_of
+from .graph import Graph
+from .model import original_forward
+from .plan import InnerMap, Plan
+from .progress import progress
+
+_ADVICE = "as its graph breaks a copy has to run; without example_inputs the plan is made at the first call"
+
+
+@dataclass
+class Findings:
+    """What was found in a model and decided about it; :class:`fusedconvbn.fusion.report.Report` says it in words.
+
+    Attributes:
+        graphs: that were captured.
+        untraceable: where the graph breaks, so that there are several or a part of the model is in none, and why.
+        eager, least: bytes that the model saves as it is, and with no inner map saved.
+        plan: what is saved.
+    """
+
+    plan: Plan
+    graphs: list[Graph] = field(default_factory=list)
+    untraceable: dict[str, str] = field(default_factory=dict)
+    eager: int = 0
+    least: int = 0
+
+    @property
+    def maps(self) -> list[InnerMap]:
+        return [m for graph in self.graphs for m in graph.maps]
+
+    @property
+    def saved(self) -> int:
+        return self.least + sum(m.nbytes for m in self.maps if m.name in self.plan.saved)
+
+
+def find(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    memory: float | int | str,
+    calibrate: bool,
+) -> Findings:
+    """Captures a model in training mode (in the modes its modules are in, if the model itself is in it) and plans.
+
+    Raises:
+        OutOfReach: the budget is less than what can be reached.
+    """
+    found = Findings(Plan(memory))
+    with progress(f"fuse {type(model).__name__}", 3) as stage, _training(model):
+        with torch.enable_grad():
+            _capture(model, args, kwargs, found, stage)
+        stage("plan")
+        if calibrate:
+            for graph in found.graphs:
+                graph.maps = measured_seconds(graph.maps, graph.links)
+        _plan(found)
+    return found
+
+
+def _plan(found: Findings) -> None:
+    if found.graphs:
+        step_flops = sum(graph.step_flops * graph.runs for graph in found.graphs)
+        found.plan.decide(found.maps, found.eager, found.least, step_flops, found.graphs[0].device)
+        found.plan.complete = True
+
+
+@contextmanager
+def _training(model: nn.Module) -> Iterator[None]:
+    modes = {m: m.training for m in model.modules()}
+    try:
+        if not model.training:
+            model.train()
+        yield
+    finally:
+        for m, mode in modes.items():
+            m.training = mode
+
+
+def _capture(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    found: Findings,
+    stage: Callable[[str], None],
+) -> None:
+    stage("capture")
+    whole = capture_whole(model, original_forward(model), args, kwargs)
+    if not isinstance(whole, dict):
+        stage("chains")
+        graph = Graph.of(*whole, paths_of(model), groups_of(model))
+        graph.runs = 1
+        found.graphs, found.eager, found.least = [graph], graph.eager.saved, graph.least.saved
+        return
+    found.untraceable = whole
+    stage("its parts")
+    try:
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        _run_in_parts(model, args, kwargs, found, mode.from_tensor)
+    except Exception:  # a branch depends on a value, say
+        found.graphs = []
+        _run_in_parts(model, args, kwargs, found, copy_of)
+    found.graphs = [graph for graph in found.graphs if graph.runs]
+    found.plan.parts = len(found.graphs)
+
+
+def _run_in_parts(
+    model: nn.Module,
+    args: Any,
+    kwargs: Any,
+    found: Findings,
+    of_tensor: Callable[[Tensor], Tensor],
+) -> None:
+    """Runs copies of a model whose graph breaks, with tensors of their own: once as it is and once with its chains."""
+    totals = []
+    for fused in (False, True):
+        inputs = (tuple(args), dict(kwargs))
+        other, (other_args, other_kwargs) = copied(model, inputs, of_tensor, _ADVICE)
+        paths, groups = paths_of(other), groups_of(other)
+
+        def backend(module: Any, example_inputs: Any) -> Any:
+            if not fused:  # noqa: B023
+                return module.forward
+            graph = Graph.of(module, example_inputs, paths, groups)  # noqa: B023
+            found.graphs.append(graph)
+
+            def run(*given: Any) -> Any:
+                graph.runs += 1  # Dynamo runs one graph for several modules where it can
+                return module.forward(*given)
+
+            return run
+
+        call = captured(backend, dynamic=False)
+        tensors = [
+            t for t in pytree.tree_leaves((other_args, other_kwargs)) if isinstance(t, Tensor)
+        ]
+        device = tensors[0].device if tensors else torch.device("cpu")
+        with _random_states_kept(device), saved_storages(device) as storages:
+            result = call(other, "0", original_forward(other), other_args, other_kwargs)
+            totals.append(sum(storages.values()))
+            del result
+    found.eager, found.least = totals
+    for graph in found.graphs:
+        graph.maps = [m.times(graph.runs) for m in graph.maps]
+
+
+@contextmanager
+def _random_states_kept(device: torch.device) -> Iterator[None]:
+    python = random.getstate()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
+    random.setstate(python)
