@@ -18,6 +18,7 @@ until so many seconds are over; what does not fit is left out. --variants names 
 
 import argparse
 import copy
+import importlib
 import itertools
 import json
 import math
@@ -135,6 +136,17 @@ REQUIRED_ON_GPU = {
 }
 
 
+def definition(name: str) -> nn.Module:
+    """torchvision's, or timm's of timm:NAME, which is not installed for this."""
+    models = _torchvision.models()
+    library, _, own = name.rpartition(":")
+    return (
+        importlib.import_module(library).create_model(own)
+        if library
+        else models.get_model(name, weights=None)
+    )
+
+
 @dataclass
 class Workload:
     """A model as it is and the images of a step."""
@@ -152,7 +164,7 @@ class Workload:
         if configuration.threads is not None:
             torch.set_num_threads(configuration.threads)
         format = FORMATS[configuration.format]
-        model = _torchvision.models().get_model(name, weights=None)
+        model = definition(name)
         images = torch.randn(arguments.batch, 3, arguments.size, arguments.size)
         model, images = (t.to(arguments.device, memory_format=format) for t in (model, images))
         return cls(name, model, images, getattr(torch, configuration.dtype))
@@ -601,7 +613,9 @@ def resumed(results: Row, path: Path) -> dict[str, dict[str, dict[str, Row]]]:
 
 def main() -> None:
     parser = argument_parser(__doc__, rounds=9)
-    parser.add_argument("--models", nargs="+", default=MODELS, help="names that torchvision knows")
+    parser.add_argument(
+        "--models", nargs="+", default=MODELS, help="names that torchvision knows, or timm:NAME"
+    )
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--size", type=int, default=224, help="of an image")
     names = [str(c) for c in (*ON_CPU, *ON_GPU)]
@@ -619,7 +633,7 @@ def main() -> None:
     names = [f"fuse {memory}" for memory in QUICK] + list(COMPILED)
     parser.add_argument("--variants", nargs="+", choices=names, help="with --seconds; default: all")
     parser.add_argument("--variant", help=argparse.SUPPRESS)
-    parser.add_argument("--beside", nargs="*", type=float, default=[], help=argparse.SUPPRESS)
+    parser.add_argument("--beside", nargs="*", type=float, default=[], help="more budgets")
     parser.add_argument("--resume", action="store_true", help="keep what --output has")
     parser.add_argument("--check", action="store_true", help="only see whether promises are kept")
     parser.add_argument(
@@ -663,7 +677,8 @@ def main() -> None:
                 rows[variant] = {**row, "commit": commit}
                 save(results, output)
         if "eager" not in rows:
-            measured = measure_together(name, configuration, shares_of_compiled(rows))
+            beside = shares_of_compiled(rows) + arguments.beside
+            measured = measure_together(name, configuration, beside)
             rows |= {variant: {**row, "commit": commit} for variant, row in measured.items()}
             save(results, output)
         if "eager" in rows:
