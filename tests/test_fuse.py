@@ -337,6 +337,12 @@ def test_a_prelu_in_a_chain():
         same(made, image(), image(*shape), train=False)
         found = chains(made, doubled(image()), doubled(image(*shape)))
         assert found == ["conv → bn → one → conv2 → bn2 → many"]
+    made, x = made.float(), image(3, 8, 24, 20)
+    fused = fuse(made, (x, x[:1]), memory="min")
+    with torch.autocast("cpu", torch.bfloat16):  # the slopes stay in float
+        ours, theirs = fused(x, x[:1]), made(x, x[:1])
+        torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05)
+        assert saved(fused, x, x[:1]) < 0.6 * saved(made, x, x[:1])
     apart = model(lambda self, x: self.one(x) * self.bn(self.conv(x)), **pair(), one=nn.PReLU())
     same(apart, image(), less=False)
 

@@ -244,8 +244,9 @@ def prelu_of(node: fx.Node) -> tuple[fx.Node, Prelu] | None:
     if given is None or not all(is_map(value(t)) for t in (*given.values(), node)):
         return None
     x, slopes = (value(t) for t in given.values())
-    plain = x.dtype == slopes.dtype == value(node).dtype and x.dim() >= 2 and slopes.dim() == 1
-    return (given["input"], Prelu(given["weight"])) if plain else None
+    alike = _fits(slopes, x) and value(node).dtype == x.dtype
+    fits = alike and x.dim() >= 2 and slopes.dim() == 1
+    return (given["input"], Prelu(given["weight"])) if fits else None
 
 
 def _with_parameter(base: str, parameter: Any) -> str | None:
