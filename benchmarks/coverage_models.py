@@ -23,14 +23,14 @@ TIMM = """
     densenet121 densenetblur121d dpn48b dla34 dla60_res2net hrnet_w18_small ese_vovnet19b_dw ese_vovnet39b vovnet39a@224
     cspresnet50 cspresnext50 cspdarknet53 cs3darknet_s cs3sedarknet_l repvgg_a0 mobileone_s0 gernet_s botnet26t_256@128
     halonet26t@256 lambda_resnet26t@128 ghostnet_100 ghostnetv2_100 rexnet_100 res2net50_26w_4s res2next50 resnest14d
-    skresnet18 tresnet_m legacy_xception xception41 inception_v3@96 inception_v4@96 inception_resnet_v2@96 nasnetalarge
+    skresnet18 tresnet_m legacy_xception xception41 inception_v3@160 inception_v4@160 inception_resnet_v2@160 nasnetalarge
     pnasnet5large vgg11_bn levit_128s@128 levit_conv_128s@128 fastvit_t8 selecsls42b repghostnet_100
     starnet_s1 efficientformer_l1@224 efficientvit_b0 repvit_m0_9 mobilevit_xxs mobilevitv2_050 visformer_tiny@128 shvit_s1@128
     fasternet_t0 hgnetv2_b0 convmixer_768_32
 """
 TORCHVISION = """
     resnet18 resnet50 resnext50_32x4d wide_resnet50_2 densenet121 mobilenet_v2 mobilenet_v3_large efficientnet_b0
-    efficientnet_v2_s regnet_x_400mf regnet_y_400mf shufflenet_v2_x0_5 shufflenet_v2_x1_0 googlenet inception_v3@96
+    efficientnet_v2_s regnet_x_400mf regnet_y_400mf shufflenet_v2_x0_5 shufflenet_v2_x1_0 googlenet inception_v3@160
     mnasnet1_0 vgg11_bn deeplabv3_resnet50 deeplabv3_mobilenet_v3_large fcn_resnet50 lraspp_mobilenet_v3_large
     r3d_18@8x32x32 mc3_18@8x32x32 r2plus1d_18@8x32x32 s3d@16x64x64 retinanet_resnet50_fpn_v2 fasterrcnn_resnet50_fpn_v2
     ssdlite320_mobilenet_v3_large
@@ -40,7 +40,7 @@ PYTORCHCV = """
     densenet40_k12_cifar10@32 diaresnet10 drnc26 espnetv2_wd2 fdmobilenet_wd4 hardnet39ds ibn_resnet50 igcv3_wd2
     menet108_8x1_g3 mixnet_s msdnet22_cifar10@32 nasnet_4a1056 octresnet10_ad2 peleenet proxylessnas_mobile
     pyramidnet110_a48_cifar10@32 resattnet56 resnesta18 scnet50@128 senet16 shakeshakeresnet20_2x16d_cifar10@32 shufflenet_g3_wd4
-    shufflenetv2_wd2 sknet50 sqnxt23_w1 vovnet27s xdensenet121_2 enet_cityscapes erfnet_cityscapes lednet_cityscapes
+    shufflenetv2_wd2 sknet50 sqnxt23_w1@128 vovnet27s xdensenet121_2 enet_cityscapes erfnet_cityscapes lednet_cityscapes
     linknet_cityscapes unet_cityscapes quartznet5x5_en_ls simplepose_resnet18_coco
 """
 SMP = """

@@ -253,11 +253,17 @@ def test_one_convolution_with_a_batch_norm_for_each_level():
     assert chains(Head(), *inputs) == ["conv → bn.0", "conv:2 → bn.1"]
 
 
-def test_branches_that_are_added():
-    """RepVGG: each a chain, the last with the others as its residual."""
+@pytest.mark.parametrize("in_place", (False, True))
+def test_branches_that_are_added(in_place):
+    """RepVGG, and MobileOne: each a chain, the last with the others as its residual."""
 
     def forward(self, x):
-        return F.relu(self.wide(x) + self.narrow(x) + self.bn(x))
+        if not in_place:
+            return F.relu(self.wide(x) + self.narrow(x) + self.bn(x))
+        out = self.wide(x)
+        for branch in (self.narrow, self.bn):
+            out += branch(x)
+        return out.relu_()
 
     wide, narrow = (nn.Sequential(conv(8, 8, k), nn.BatchNorm2d(8)) for k in (3, 1))
     made, x = model(forward, wide=wide, narrow=narrow, bn=nn.BatchNorm2d(8)), image(3, 8, 24, 20)

@@ -73,6 +73,20 @@ def view_written(self, x):
     return self.b(h) * 2
 
 
+def sum_in_a_view(self, x):
+    h = self.conv(x)
+    v = h[:2]
+    v += self.c[0](x[:2])
+    return self.a(h)
+
+
+def sum_under_another_name(self, x):
+    h = self.conv(x)
+    v = h.view(h.shape)
+    v += self.c[0](x)
+    return self.a(h)
+
+
 def loop_of_branches(self, x):
     out = self.c[0](x)
     for branch in self.c[1:]:
@@ -97,6 +111,8 @@ FORWARDS = {
     "mode compared": lambda self, x: self.b(self.a(x)) * (2 if self.training == True else 3),  # noqa: E712
     "mode as key": lambda self, x: self.b(self.a(x)) * {True: 2, False: 3}[self.training],
     "view written": view_written,
+    "sum in a view": sum_in_a_view,
+    "sum under another name": sum_under_another_name,
     "branches added in place": loop_of_branches,
     "size as gate": lambda self, x: self.b(self.conv(x * x.shape[2])),
     "called twice": lambda self, x: self.b(self.a(x)) + self.b(self.a(x * 2)),
@@ -125,6 +141,18 @@ def test_forwards_that_people_write(name, train):
     same(
         made, image(), train=not train, fused=fused.train(not train), less=less, tolerance=tolerance
     )
+
+
+def test_a_sum_in_an_input():
+    def forward(self, x, y):
+        x += self.bn(self.conv(y))
+        return F.relu(x)
+
+    made, x, y = model(forward, conv=conv(8, 8), bn=nn.BatchNorm2d(8)), image(), image()
+    fused, (ours, theirs) = fuse(made, (x, y)), (x.clone(), x.clone())
+    torch.testing.assert_close(fused(ours, y), made(theirs, y))
+    torch.testing.assert_close(ours, theirs)
+    assert not torch.equal(ours, x)
 
 
 # -------------------------------------------------------------------------------------------- what changes

@@ -24,6 +24,7 @@ from .calls import (
     prelu_of,
     storage,
     value,
+    writes_in_place,
 )
 
 
@@ -159,15 +160,13 @@ class Matcher:
         self.pairs: list[fx.Node] = []
         self.refused: dict[str, str] = {}
         self.open: dict[fx.Node, Match] = {}  # by the last node
+        self._accesses()
         for node in graph.nodes:
             group = self.groups.get(_module(node))
             if node.target is normalise and group:  # also where it is in no chain
                 node.kwargs = {**node.kwargs, "process_group": group}
             self._visit(node)
-        self._writes_and_reads()
-        self.matches = [
-            m for m in self.open.values() if m.saves_memory() and self._is_undisturbed(m)
-        ]
+        self.matches = self._undisturbed()
         self.matches += self._sharing_statistics()
         self.matches.sort(key=lambda m: self.order[m.end])
         self._concatenate()
@@ -285,10 +284,16 @@ class Matcher:
                     return Match([whole], nodes=[x], gate=gate)
         return Match([x])
 
-    @staticmethod
-    def _may_be_lost(node: fx.Node, x: fx.Node) -> bool:
-        """Whether nobody misses it when a node does not write to its argument x, if it does."""
-        return all(target is not x or single_use(x) for target in mutated(node))
+    def _may_be_lost(self, node: fx.Node, x: fx.Node) -> bool:
+        """Whether nobody misses it when a node does not write to its argument x, if it does: nobody reads what was there before
+        under another name, as what x is a view of, nor gets it back as an input of the graph."""
+        if x not in mutated(node):
+            return True
+        now = self.order[node]
+        before = [n for n in self.names_of[storage(x)] if self.order[n] < now]
+        outside = any(n.op in ("placeholder", "get_attr") for n in before)
+        read = any(self.order[user] > now for n in before for user in n.users)
+        return single_use(x) and not outside and not read
 
     def _activate(self, node: fx.Node, x: fx.Node, activation: str) -> None:
         match = self.open.get(x)
@@ -336,19 +341,34 @@ class Matcher:
 
     # ------------------------------------------------------------------------------- what would be wrong
 
-    def _writes_and_reads(self) -> None:
-        self.writes: dict[int, list[fx.Node]] = defaultdict(list)  # by what they write to
-        self.readers: dict[int, list[fx.Node]] = defaultdict(list)
+    def _accesses(self) -> None:
+        """Of each piece of memory: the nodes whose value lies in it, and those that write to it or read it."""
+        self.names_of: dict[int | None, list[fx.Node]] = defaultdict(list)
+        self.writes: dict[int | None, list[fx.Node]] = defaultdict(list)
+        self.readers: dict[int | None, list[fx.Node]] = defaultdict(list)
         for node in self.graph.nodes:
+            self.names_of[storage(node)].append(node)
             for target in mutated(node):
                 self.writes[storage(target)].append(node)
             for read in node.all_input_nodes:
                 self.readers[storage(read)].append(node)
 
+    def _undisturbed(self) -> list[Match]:
+        """The chains that nothing disturbs. What they do in place is not done in place any more, and so disturbs none of them."""
+        chains = [m for m in self.open.values() if m.saves_memory()]
+        while True:
+            self.gone = {
+                n for m in chains for n in m.nodes if is_map(value(n)) and writes_in_place(n)
+            }
+            left = [m for m in chains if self._is_undisturbed(m)]
+            if len(left) == len(chains):
+                return left
+            chains = left
+
     def _is_undisturbed(self, match: Match) -> bool:
         """Whether nothing that a chain reads is written to before it runs, which is where it ends, nor what it writes to read;
         and whether its residual is not written to afterwards, where eager would not have saved it."""
-        own = set(match.nodes)
+        own = {*match.nodes, *self.gone}
         first, last = self.order[match.nodes[0]], self.order[match.end]
         behind = storage(match.residual) if match.residual is not None else None
         disturbing = [
@@ -358,12 +378,13 @@ class Matcher:
             if node not in own
             and (first < self.order[node] < last or (kind == behind and self.order[node] > last))
         ]
-        written = {storage(t) for node in match.nodes for t in mutated(node)} - {None}
+        stay = [node for node in match.nodes if node not in self.gone]
+        written = {storage(t) for node in stay for t in mutated(node)} - {None}
         disturbing += [
             node
             for kind in written
             for node in self.readers.get(kind, ())
-            if node not in own and first < self.order[node] < last
+            if node not in match.nodes and first < self.order[node] < last
         ]
         for link in match.links if disturbing else ():
             self.refused[link.name] = (
@@ -404,6 +425,7 @@ class Matcher:
                 self.order[w] > self.order[p]
                 for p in parts
                 for w in self.writes.get(storage(p), ())
+                if w not in self.gone
             )
             return not written and all(
                 user in by_chains or parts_of(user) is not None for user in cat.users
