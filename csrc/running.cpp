@@ -3,6 +3,7 @@
 #include <ATen/Dispatch.h>
 #include <ATen/SavedTensorHooks.h>
 #include <ATen/TensorOperators.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/where.h>
 #include <torch/csrc/autograd/function.h>
 
@@ -66,7 +67,17 @@ void move(const Tensor& running, const T* statistics, double factor, const Optio
     const T batch = statistics[c] * T(factor) + (shift ? shift[c] : T(0));
     value[c] = T((1 - momentum) * value[c] + momentum * batch);
   }
-  running.unsafeGetTensorImpl()->bump_version();
+}
+
+// As PyTorch's own batch norm writes them: without a new version, as that has them saved for backward where it runs on
+// the same statistics.
+void write_to(const Tensor& running, const Tensor& value) {
+  if (!is_plain(running)) {
+    running.copy_(value);
+    return;
+  }
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  running.copy_(value);
 }
 
 }  // namespace
@@ -112,7 +123,7 @@ void RunningUpdates::add(const NormArguments& norm, const Tensor& statistics, c1
     auto value = moved(running, batch, norm.momentum, count_);
     if (synchronised)
       value = at::where(counts > 0, value, running.to(value.scalar_type()));  // else nobody has a sample
-    writes_.push_back([running, value] { running.copy_(value); });
+    writes_.push_back([running, value] { write_to(running, value); });
   };
   write(running_mean, mean);
   write(running_var, var);

@@ -157,7 +157,8 @@ def _warn_if_useless(name: str, found: "Findings") -> None:
         sum(g.norms * g.runs for g in found.graphs),
     )
     if not fused:
-        what = f"none of its {norms} batch norms can be" if norms else "it runs no batch norm"
+        none = "no captured graph of it runs one" if found.untraceable else "it runs no batch norm"
+        what = f"none of its {norms} batch norms can be" if norms else none
         reasons = {reason for g in found.graphs for reason in g.refused.values()} | set(
             found.untraceable.values()
         )

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 from torch._subclasses import FakeTensor
+from torch.utils import _pytree as pytree
 
 from ..chain import PARAMETERS, Conv, Norm, Prelu, pack
 
@@ -285,7 +286,8 @@ def mutated(node: fx.Node) -> list[fx.Node]:
         names = ("running_mean", "running_var", "num_batches_tracked") if training else ()
         return [given[n] for n in names if isinstance(given.get(n), fx.Node)]
     if writes_in_place(node) or node.target is operator.setitem:
-        written += [a for a in node.args[:1] if isinstance(a, fx.Node)]
+        first = pytree.tree_leaves(node.args[:1])  # of torch._foreach_mul_ a list
+        written += [a for a in first if isinstance(a, fx.Node)]
     return written
 
 

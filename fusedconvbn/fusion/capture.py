@@ -2,6 +2,7 @@
 
 import functools
 import os
+import threading
 import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,16 +12,21 @@ from typing import Any
 import torch
 import torch._dynamo
 from torch import Tensor, fx, nn
+from torch._dynamo.types import ConvertFrameReturn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import _disable_current_modes
 
+from .. import memory
 from ..synchronised import Synchronised
 from .calls import normalise
 
-# While a fused model is captured: hooks that are registered later are seen, no model runs out of recompilations in the middle of a
-# training, and DDP's buckets do not cut the graph.
+# While a fused model is captured: hooks that are registered later are seen, numpy draws its own random numbers, x.item() breaks no
+# graph (as it breaks none that is asked for whole), no model runs out of recompilations in the middle of a training, and DDP's
+# buckets do not cut the graph.
 _SETTINGS = {
     "skip_nnmodule_hook_guards": False,
+    "use_numpy_random_stream": True,
+    "capture_scalar_outputs": True,
     "recompile_limit": 256,
     "accumulated_recompile_limit": 65536,
     "optimize_ddp": False,
@@ -30,6 +36,7 @@ Backend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 
 torch._dynamo.allow_in_graph(normalise)
 _capturing = 0
+_lock = threading.RLock()  # one thread at a time exchanges the forwards
 
 
 def is_capturing() -> bool:
@@ -76,17 +83,22 @@ def _only_watches(hook: Any) -> bool:
     )
 
 
+def global_hooks() -> list[Any]:
+    """The hooks on all modules that are captured; Dynamo does not see when there are others."""
+    return [hook for hooks in _GLOBAL_HOOKS for hook in hooks.values() if not _only_watches(hook)]
+
+
 @contextmanager
 def _captures() -> Iterator[None]:
     global _capturing
-    watching = [
-        (hooks, key, hook)
-        for hooks in _GLOBAL_HOOKS
-        for key, hook in hooks.items()
-        if _only_watches(hook)
-    ]
-    forwards = {kind: kind.forward for kind in (_BatchNorm, nn.SyncBatchNorm)}
-    with ExitStack() as stack:
+    with _lock, ExitStack() as stack:
+        watching = [
+            (hooks, key, hook)
+            for hooks in _GLOBAL_HOOKS
+            for key, hook in hooks.items()
+            if _only_watches(hook)
+        ]
+        forwards = {kind: kind.forward for kind in (_BatchNorm, nn.SyncBatchNorm)}
         stack.enter_context(torch._dynamo.config.patch(_SETTINGS))
         # Dynamo captures nothing under a mode, such as a FLOP counter.
         stack.enter_context(_disable_current_modes())
@@ -133,9 +145,11 @@ def captured(
 
     # Called where something is to be captured, and only there.
     @functools.wraps(convert)
-    def convert_with_settings(*args: Any, **kwargs: Any) -> Any:
+    def convert_with_settings(frame: Any, *args: Any, **kwargs: Any) -> Any:
+        if frame.f_code.co_filename == memory.__file__:  # a hook that counts what is saved
+            return ConvertFrameReturn()
         with _captures():
-            return convert(*args, **kwargs)
+            return convert(frame, *args, **kwargs)
 
     context.callback = convert_with_settings
     call = context(own)

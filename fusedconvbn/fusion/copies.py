@@ -23,7 +23,8 @@ def copied(
         if id(t) not in memo:
             new = of_tensor(t)
             plain = isinstance(t, nn.Parameter) and type(new) is Tensor
-            memo[id(t)] = nn.Parameter(new, t.requires_grad) if plain else new
+            new = memo[id(t)] = nn.Parameter(new, t.requires_grad) if plain else new
+            memo[id(new)] = new  # is not copied again
         return memo[id(t)]
 
     for m in model.modules():

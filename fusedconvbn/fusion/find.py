@@ -1,6 +1,7 @@
 """What is found in a model for its example inputs, and decided about it."""
 
 import random
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -62,9 +63,9 @@ def find(
         OutOfReach: the budget is less than what can be reached.
     """
     found = Findings(Plan(memory))
-    with progress(f"fuse {type(model).__name__}", 3) as stage, _training(model):
+    with progress(f"fuse {type(model).__name__}", 3) as stage, _training(model) as trained:
         with torch.enable_grad():
-            _capture(model, args, kwargs, found, stage)
+            _capture(trained, args, kwargs, found, stage)
         stage("plan")
         if calibrate:
             for graph in found.graphs:
@@ -81,12 +82,16 @@ def _plan(found: Findings) -> None:
 
 
 @contextmanager
-def _training(model: nn.Module) -> Iterator[None]:
+def _training(model: nn.Module) -> Iterator[nn.Module]:
+    """A model in training mode: a copy where `train` is one that does more than to set the mode."""
     modes = {m: m.training for m in model.modules()}
     try:
         if not model.training:
+            if any(type(m).train is not nn.Module.train for m in modes):
+                advice = "as its train() is one of its own, and fuse must not call it on the model"
+                model, _ = copied(model, (), copy_of, advice)
             model.train()
-        yield
+        yield model
     finally:
         for m, mode in modes.items():
             m.training = mode
@@ -161,7 +166,10 @@ def _run_in_parts(
 
 @contextmanager
 def _random_states_kept(device: torch.device) -> Iterator[None]:
-    python = random.getstate()
+    numpy = sys.modules.get("numpy")
+    python, of_numpy = random.getstate(), numpy and numpy.random.get_state()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield
     random.setstate(python)
+    if numpy:
+        numpy.random.set_state(of_numpy)

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from ..chain import Conv, Gate, Norm, Prelu, parse_activation
 from ..chain import Link as ChainLink
+from .accesses import Accesses
 from .calls import (
     ADD,
     MUL,
@@ -153,22 +154,20 @@ class Matcher:
         self.graph = graph
         self.groups = groups or {}
         self.names = Names(paths)
-        self.order = {node: i for i, node in enumerate(graph.nodes)}
+        self.accesses = Accesses(graph)
+        self.order = self.accesses.order
         self.region = self._regions()
         self.counters = self._counters()
         self.norms: dict[fx.Node, str] = {}
         self.pairs: list[fx.Node] = []
         self.refused: dict[str, str] = {}
         self.open: dict[fx.Node, Match] = {}  # by the last node
-        self._accesses()
         for node in graph.nodes:
             group = self.groups.get(_module(node))
             if node.target is normalise and group:  # also where it is in no chain
                 node.kwargs = {**node.kwargs, "process_group": group}
             self._visit(node)
-        self.matches = self._undisturbed()
-        self.matches += self._sharing_statistics()
-        self.matches.sort(key=lambda m: self.order[m.end])
+        self.matches = sorted(self._undisturbed(), key=lambda m: self.order[m.end])
         self._concatenate()
         self._explain_the_rest()
 
@@ -280,20 +279,9 @@ class Matcher:
         ):
             for whole, gate in (x.args, x.args[::-1]):
                 gate = _unexpanded(gate, whole)
-                if _is_gate(value(gate), value(whole)) and self._may_be_lost(x, whole):
+                if _is_gate(value(gate), value(whole)) and self.accesses.may_be_lost(x, whole):
                     return Match([whole], nodes=[x], gate=gate)
         return Match([x])
-
-    def _may_be_lost(self, node: fx.Node, x: fx.Node) -> bool:
-        """Whether nobody misses it when a node does not write to its argument x, if it does: nobody reads what was there before
-        under another name, as what x is a view of, nor gets it back as an input of the graph."""
-        if x not in mutated(node):
-            return True
-        now = self.order[node]
-        before = [n for n in self.names_of[storage(x)] if self.order[n] < now]
-        outside = any(n.op in ("placeholder", "get_attr") for n in before)
-        read = any(self.order[user] > now for n in before for user in n.users)
-        return single_use(x) and not outside and not read
 
     def _activate(self, node: fx.Node, x: fx.Node, activation: str) -> None:
         match = self.open.get(x)
@@ -325,7 +313,7 @@ class Matcher:
             if (
                 this is not other
                 and is_map(value(other))
-                and self._may_be_lost(node, other)
+                and self.accesses.may_be_lost(node, other)
                 and self._follows(this, node)
             ):
                 candidates.append((len(match.links), match, this, other))
@@ -340,18 +328,6 @@ class Matcher:
         self.open[node] = match
 
     # ------------------------------------------------------------------------------- what would be wrong
-
-    def _accesses(self) -> None:
-        """Of each piece of memory: the nodes whose value lies in it, and those that write to it or read it."""
-        self.names_of: dict[int | None, list[fx.Node]] = defaultdict(list)
-        self.writes: dict[int | None, list[fx.Node]] = defaultdict(list)
-        self.readers: dict[int | None, list[fx.Node]] = defaultdict(list)
-        for node in self.graph.nodes:
-            self.names_of[storage(node)].append(node)
-            for target in mutated(node):
-                self.writes[storage(target)].append(node)
-            for read in node.all_input_nodes:
-                self.readers[storage(read)].append(node)
 
     def _undisturbed(self) -> list[Match]:
         """The chains that nothing disturbs. What they do in place is not done in place any more, and so disturbs none of them."""
@@ -374,7 +350,7 @@ class Matcher:
         disturbing = [
             node
             for kind in {storage(n) for n in match.reads()} - {None}
-            for node in self.writes.get(kind, ())
+            for node in self.accesses.writes.get(kind, ())
             if node not in own
             and (first < self.order[node] < last or (kind == behind and self.order[node] > last))
         ]
@@ -383,7 +359,7 @@ class Matcher:
         disturbing += [
             node
             for kind in written
-            for node in self.readers.get(kind, ())
+            for node in self.accesses.readers.get(kind, ())
             if node not in match.nodes and first < self.order[node] < last
         ]
         for link in match.links if disturbing else ():
@@ -391,23 +367,6 @@ class Matcher:
                 f"`{disturbing[0].name}` of the graph disturbs what it reads or writes to"
             )
         return not disturbing
-
-    def _sharing_statistics(self) -> list[Match]:
-        """Batch norms that are in no chain, but whose running statistics a chain moves: PyTorch's would save these for backward,
-        and autograd see there that they were written to."""
-        fused = {node for m in self.matches for node in m.nodes}
-        moved = {storage(t) for node in fused for t in mutated(node)}
-        alone = []
-        for node, name in self.norms.items():
-            if (
-                node not in fused
-                and any(storage(t) in moved for t in mutated(node))
-                and not isinstance(norm_of(node), str)
-            ):
-                x, op = norm_of(node)
-                alone.append(Match([x]))
-                alone[-1].extend(node, x, op, name)
-        return alone
 
     # -------------------------------------------------------------------------------- virtual concatenation
 
@@ -424,7 +383,7 @@ class Matcher:
             written = any(
                 self.order[w] > self.order[p]
                 for p in parts
-                for w in self.writes.get(storage(p), ())
+                for w in self.accesses.writes.get(storage(p), ())
                 if w not in self.gone
             )
             return not written and all(

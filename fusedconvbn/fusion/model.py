@@ -16,7 +16,7 @@ from torch import fx, nn
 from torch.autograd import forward_ad
 
 from .calls import is_training
-from .capture import captured, groups_of, is_capturing, paths_of
+from .capture import captured, global_hooks, groups_of, is_capturing, paths_of
 from .graph import Graph
 from .plan import Plan
 
@@ -28,6 +28,9 @@ class Fused:
     model run around its forward, and what that calls is captured. Copies and pickles are made of the model's own class."""
 
     _fusion: "Fusion"
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """The user's own, which may want arguments or keep a register, is for classes of theirs."""
 
     @contextmanager
     def _plain(self) -> Iterator[nn.Module]:
@@ -85,7 +88,7 @@ class Fusion:
         self.runs = self.captures = 0
         self._told = False
         self._version = 0
-        self._methods = _methods(model)
+        self._methods, self._hooks = _methods(model), global_hooks()
         self._captured: Callable[..., Any] | None = None
         self._static = False
         self._model = weakref.ref(model)
@@ -121,15 +124,24 @@ class Fusion:
         if static != self._static or self._captured is None:
             self._static = static
             self._captured = captured(self._backend, dynamic=False if static else None)
-        if self._methods_changed():
-            for method in self._methods[2]:
+        if (methods := self._methods_changed()) or self._hooks != global_hooks():
+            for method in self._methods[2] if methods else ():
                 torch._dynamo.eval_frame.reset_code(method.__code__)
-            self._methods = _methods(model)
+            self._methods, self._hooks = _methods(model), global_hooks()
             self._version += 1
         runs = self.runs
-        result = self._captured(model, str(self._version), self.forward, args, kwargs)
-        if self.runs == runs:
-            self.tell(_why_eager())
+        try:
+            result = self._captured(model, str(self._version), self.forward, args, kwargs)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            if self.runs > runs:
+                raise
+            result = self.forward(
+                model, *args, **kwargs
+            )  # raises the model's own error, if it is one
+            self.tell(f"TorchDynamo cannot capture it: {str(error).strip().splitlines()[0]}")
+        else:
+            if self.runs == runs:
+                self.tell(_why_eager())
         return result
 
     def run_traced(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

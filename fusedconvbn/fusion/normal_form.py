@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from .accesses import Accesses
 from .calls import (
     ADD,
     CONVOLUTIONS,
@@ -18,6 +19,7 @@ from .calls import (
     arguments,
     ints,
     is_map,
+    mutated,
     storage,
     value,
     writes_in_place,
@@ -188,6 +190,7 @@ def _by_hand(product: _Product) -> tuple[fx.Node, str, list[fx.Node]] | None:
 def _name_activations(graph: fx.Graph) -> None:
     """Puts ``F.silu(x)`` in the place of ``x * sigmoid(x)``, and so for the others that have no function of their own in a
     model."""
+    accesses = Accesses(graph)
     for root in list(graph.nodes):
         if (
             root.op not in ("call_function", "call_method")
@@ -197,7 +200,7 @@ def _name_activations(graph: fx.Graph) -> None:
             continue
         product = _Product(root)
         found = _by_hand(product)
-        if found is None:
+        if found is None or not all(accesses.may_be_lost(root, t) for t in mutated(root)):
             continue
         x, name, nodes = found
         inner = {*nodes, *product.nodes} - {root}
