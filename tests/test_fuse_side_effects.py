@@ -248,6 +248,26 @@ def test_numbers_taken_out_of_tensors_break_no_graph():
     assert len(fused.means) == 4 and all(type(mean) is float for mean in fused.means)
 
 
+def test_sizes_that_depend_on_values():
+    def forward(self, x):
+        wide = int((x[0, 0, 0] > -9).sum().item())
+        return self.b(self.a(x[..., 2:wide]))
+
+    def by_sample(self, x):
+        few = int((x[0, 0, 0] > -9).sum().item()) - 18
+        return self.b(self.a(x[:few]))
+
+    made, x = model(by_sample, a=unit(), b=unit()), image(3, 8, 24, 20)
+    assert [where.partition(":")[0] for where in explain(made, x).untraceable] == [f"at {__file__}"]
+    made = model(forward, a=unit(), b=unit())
+    for memory in ("auto", "min", 0.5):
+        assert explain(made, x, memory=memory).fused_pairs > 0
+        for inputs in (None, x) if isinstance(memory, str) else (x,):
+            fused = fuse(copy.deepcopy(made), inputs, memory=memory, inplace=True)
+            torch.testing.assert_close(fused(x), copy.deepcopy(made)(x), rtol=1e-4, atol=1e-4)
+            assert saved(fused, x) < 0.8 * saved(made, x)
+
+
 def test_a_branch_on_a_number_taken_out_of_a_tensor():
     class Block(nn.Module):
         def __init__(self):

@@ -195,11 +195,9 @@ def capture_whole(
 
 
 def _where_and_why(error: Any) -> dict[str, str]:
-    frames = [
-        f
-        for f in getattr(error, "real_stack", None) or ()
-        if not f.filename.startswith(os.path.dirname(torch.__file__))
-    ]
+    libraries = tuple(os.path.dirname(module.__file__) for module in (torch, memory))
+    stack = getattr(error, "real_stack", None) or ()
+    frames = [f for f in stack if not f.filename.startswith(libraries)]
     where = f"at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
     lines = [line.strip() for line in str(error).split("\n")]
     explanation = next((line for line in lines if line.startswith("Explanation: ")), "")
