@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fusedconvbn import explain, fuse, track_memory
 from fusedconvbn.fusion import capture
+from fusedconvbn.fusion import model as fusion_model
 
 
 def sum_in_an_input(self, x, y):
@@ -282,3 +283,21 @@ def test_a_branch_on_a_number_taken_out_of_a_tensor():
         fused = fuse(made, inputs, memory="min")
         assert saved(fused, x) < 0.5 * saved(made, x)
     assert explain(made, x).pairs == 4
+
+
+def test_what_cannot_be_captured_runs_unfused_and_is_tried_once(monkeypatch):
+    made, x, tries = unit(), image(), []
+    fused = fuse(copy.deepcopy(made))
+
+    def failing(*args, **kwargs):
+        tries.append(1)
+        raise NotImplementedError("another torch")
+
+    monkeypatch.setattr(fusion_model, "fused_graph", failing)
+    with pytest.warns(
+        UserWarning, match="runs unfused: TorchDynamo cannot capture it.*another torch"
+    ):
+        torch.testing.assert_close(fused(x), made(x))
+    torch.testing.assert_close(fused(x), made(x))
+    torch.testing.assert_close(dict(fused.named_buffers()), dict(made.named_buffers()))
+    assert len(tries) == 1

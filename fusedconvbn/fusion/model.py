@@ -87,7 +87,7 @@ class Fusion:
         self.own = model.__dict__.get("forward")  # of this object alone
         self.runs = self.captures = 0
         self._told = False
-        self._version = 0
+        self._version, self._failed = 0, -1
         self._methods, self._hooks = _methods(model), global_hooks()
         self._captured: Callable[..., Any] | None = None
         self._static = False
@@ -116,7 +116,7 @@ class Fusion:
             del model.__dict__["forward"]
 
     def run(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if _is_traced():
+        if _is_traced() or self._failed == self._version:
             return self.forward(model, *args, **kwargs)
         # Dynamo runs one graph for modules that differ in sizes, where it makes those dynamic: a plan for several graphs
         # holds for the sizes that it was made for. A model that is called with many others gets dynamic ones.
@@ -135,13 +135,13 @@ class Fusion:
         except torch._dynamo.exc.TorchDynamoException as error:
             if self.runs > runs:
                 raise
-            result = self.forward(
-                model, *args, **kwargs
-            )  # raises the model's own error, if it is one
-            self.tell(f"TorchDynamo cannot capture it: {str(error).strip().splitlines()[0]}")
-        else:
-            if self.runs == runs:
-                self.tell(_why_eager())
+            result = self.forward(model, *args, **kwargs)  # raises an error that is the model's own
+            self._failed = self._version
+            what = " ".join(str(error).split("\n")[:2])
+            self.tell(f"TorchDynamo cannot capture it: {what}")
+            return result
+        if self.runs == runs:
+            self.tell(_why_eager())
         return result
 
     def run_traced(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
