@@ -51,17 +51,19 @@ def test_a_stage_that_fails_or_hangs_does_not_stop_the_next(tmp_path, monkeypatc
     out.mkdir()
     (out / "gpu-models-128.json").write_text("of another day, which would be gone on with")
     (work / "machine.json").write_text('{"device": "a GPU"}')
-    runner = run.Run(out, work, seconds=15)
-    runner.together([stage("good", 5, "print('3 passed'); print()")])
-    runner.together([stage("bad", 5, "print('a line'); raise SystemExit('no such kernel')")])
+    runner = run.Run(out, work, seconds=24)
+    runner.together([stage("good", 10, "print('3 passed'); print()")])
+    runner.together([stage("bad", 10, "print('a line'); raise SystemExit('no such kernel')")])
     together = {"hangs": INTERRUPTED, "stubborn": STUBBORN, "beside": "print('all the same')"}
-    runner.together([stage(name, 2.5, code) for name, code in together.items()])
-    runner.together([stage("good again", 5, "print(1)")])
-    runner.together([stage("empty", 5, "print('== 2 skipped in 1 s ==')")])
+    runner.together([stage(name, 5, code) for name, code in together.items()])
+    runner.together([stage("good again", 10, "print(1)")])
+    runner.together([stage("empty", 10, "print('== 2 skipped in 1 s ==')")])
     runner.together([stage("too long", 60, "import time; time.sleep(60)")])
-    runner.together([stage("late", 5, "print(1)")])
+    runner.together([stage("late", 10, "print(1)")])
     runner.print_table()
-    assert time.monotonic() - start < 15 + 1  # seconds that the runner was given
+    assert (
+        time.monotonic() - start < 24 + 5
+    )  # seconds that the runner was given, and those of a busy machine
     summary = json.loads((out / "gpu-summary.json").read_text())
     ended = {s["stage"]: (s["status"], s["said"]) for s in summary["stages"]}
     child = ended.pop("stubborn")[1]
