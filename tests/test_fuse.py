@@ -260,9 +260,10 @@ def test_branches_that_are_added(in_place):
     def forward(self, x):
         if not in_place:
             return F.relu(self.wide(x) + self.narrow(x) + self.bn(x))
-        out = self.wide(x)
-        for branch in (self.narrow, self.bn):
+        out = 0
+        for branch in (self.wide, self.narrow, self.bn):
             out += branch(x)
+        out += 0
         return out.relu_()
 
     wide, narrow = (nn.Sequential(conv(8, 8, k), nn.BatchNorm2d(8)) for k in (3, 1))

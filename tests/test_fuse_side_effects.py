@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from fusing import conv, image, model, pair, saved, unit
+from fusing import conv, image, model, pair, same, saved, unit
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -301,3 +301,13 @@ def test_what_cannot_be_captured_runs_unfused_and_is_tried_once(monkeypatch):
     torch.testing.assert_close(fused(x), made(x))
     torch.testing.assert_close(dict(fused.named_buffers()), dict(made.named_buffers()))
     assert len(tries) == 1
+
+
+def test_a_sum_with_zero_is_another_tensor():
+    def forward(self, x):
+        h = self.bn(self.conv(x))
+        y = h + 0
+        y += 1
+        return h * y + self.a(x)
+
+    same(model(forward, **pair(), a=unit()), image())

@@ -49,19 +49,30 @@ def to_normal_form(graph: fx.Graph) -> None:
         if node.op not in ("call_function", "call_method"):
             continue
         x = node.args[0] if node.args else node.kwargs.get("input")
-        if not isinstance(x, fx.Node):
-            continue
-        if _is_copy(node):
-            node.replace_all_uses_with(x)
+        same = x if _drops_nothing(node) else _without_zero(node)
+        if isinstance(same, fx.Node):
+            node.replace_all_uses_with(same)
             graph.erase_node(node)
+        elif not isinstance(x, fx.Node):
+            continue
         elif writes_in_place(node) and storage(node) is not None and storage(node) == storage(x):
             x.replace_all_uses_with(node, delete_user_cb=lambda user: order[user] > order[node])  # noqa: B023
     _pad_same(graph)
     _name_activations(graph)
 
 
-def _is_copy(node: fx.Node) -> bool:
-    """Whether a node returns its input as it is: dropout that drops nothing."""
+def _without_zero(node: fx.Node) -> fx.Node | None:
+    """x of a sum of it and the number 0, with which a sum of branches begins, where it may stand for the sum: it is written in place,
+    or nobody else reads x."""
+    if node.target not in ADD or len(node.args) != 2 or node.kwargs:
+        return None
+    x, zero = node.args if isinstance(node.args[0], fx.Node) else node.args[::-1]
+    nothing = type(zero) in (int, float) and zero == 0 and is_map(value(x))
+    return x if nothing and (writes_in_place(node) or len(x.users) == 1) else None
+
+
+def _drops_nothing(node: fx.Node) -> bool:
+    """Whether a node is dropout that returns its input as it is."""
     if node.target not in _DROPOUTS:
         return False
     given = arguments(node, "input", "p", "training", "inplace", p=0.5, training=True)
