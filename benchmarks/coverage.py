@@ -274,8 +274,12 @@ def right(row: Row) -> bool:
 
 
 def is_rounding(row: Row) -> bool:
-    """Whether it differs by no more than eager does from itself with weights that differ in their last bit."""
-    return "broke" not in row and not right(row) and error(row) <= 2 * row["rounding"]
+    """Whether it differs by the order of magnitude by which eager does from itself, with weights that differ in their last bit."""
+    return "broke" not in row and not right(row) and error(row) <= 10 * row["rounding"]
+
+
+def is_late(row: Row) -> bool:
+    return "not done after" in row.get("broke", "")
 
 
 def share(row: Row, memory: str) -> float | None:
@@ -294,6 +298,8 @@ def slowest(row: Row) -> float:
 
 
 def note(row: Row) -> str:
+    if is_late(row):
+        return row["broke"]
     if "broke" in row:
         return f"**broke**, {row['broke']}" + (f" ({row['where']})" if "where" in row else "")
     parts = []
@@ -322,11 +328,14 @@ def page(results: Row) -> str:
     rows = sorted(results["models"], key=lambda r: (r["library"], r["model"].lower()))
     measured = [r for r in rows if share(r, "min") is not None]
     pairs, fused = (sum(r.get(key, 0) for r in rows) for key in ("pairs", "fused"))
-    good, rounded = sum(map(right, rows)), sum(map(is_rounding, rows))
+    verdicts = [sum(map(verdict, rows)) for verdict in (right, is_rounding, is_late)]
+    verdicts.append(len(rows) - sum(verdicts))
     summary = {
         "models tried": f"{len(rows)}, of {len({r['library'] for r in rows})} libraries",
         "with pairs": str(sum(r.get("pairs", 0) > 0 for r in rows)),
-        "right / as far off as eager with other roundings / wrong or broken": f"{good} / {rounded} / {len(rows) - good - rounded}",
+        "right / as far off as eager with other roundings / not done in time / wrong or broken": " / ".join(
+            map(str, verdicts)
+        ),
         "largest difference of a right one": f"{max((error(r) for r in rows if right(r)), default=0.0):.0e}",
         "pairs that ran": str(pairs),
         "pairs fused": f"{fused} ({fused / max(pairs, 1):.1%})",
