@@ -20,13 +20,11 @@ from .. import memory
 from ..synchronised import Synchronised
 from .calls import normalise
 
-# While a fused model is captured: hooks that are registered later are seen, numpy draws its own random numbers, x.item() breaks no
-# graph (as it breaks none that is asked for whole), no model runs out of recompilations in the middle of a training, and DDP's
-# buckets do not cut the graph.
+# While a fused model is captured: hooks that are registered later are seen, numpy draws its own random numbers, no model runs out of
+# recompilations in the middle of a training, and DDP's buckets do not cut the graph.
 _SETTINGS = {
     "skip_nnmodule_hook_guards": False,
     "use_numpy_random_stream": True,
-    "capture_scalar_outputs": True,
     "recompile_limit": 256,
     "accumulated_recompile_limit": 65536,
     "optimize_ddp": False,
@@ -188,6 +186,9 @@ def capture_whole(
     try:
         captured(backend, whole=True, dynamic=False)(model, "0", forward, tuple(args), dict(kwargs))
     except _Stop:
+        # Where the graph is to be whole Dynamo captures x.item(), at which it breaks in a call.
+        if any(node.target == "item" for node in found[0][0].graph.nodes):
+            return {"": "Graph break from `Tensor.item()`"}
         return found[0]
     except torch._dynamo.exc.TorchDynamoException as error:
         return _where_and_why(error)
