@@ -13,18 +13,22 @@ import torch
 import torch._dynamo
 from torch import Tensor, fx, nn
 from torch._dynamo.types import ConvertFrameReturn
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import memory
 from ..synchronised import Synchronised
-from .calls import normalise
+from .calls import normalise, value
 
-# While a fused model is captured: hooks that are registered later are seen, numpy draws its own random numbers, no model runs out of
-# recompilations in the middle of a training, and DDP's buckets do not cut the graph.
+# While a fused model is captured: hooks that are registered later are seen, numpy draws its own random numbers, numbers and sizes that
+# depend on values break the graph, no model runs out of recompilations in the middle of a training, and DDP's buckets do not
+# cut the graph.
 _SETTINGS = {
     "skip_nnmodule_hook_guards": False,
     "use_numpy_random_stream": True,
+    "capture_scalar_outputs": False,
+    "capture_dynamic_output_shape_ops": False,
     "recompile_limit": 256,
     "accumulated_recompile_limit": 65536,
     "optimize_ddp": False,
@@ -186,13 +190,18 @@ def capture_whole(
     try:
         captured(backend, whole=True, dynamic=False)(model, "0", forward, tuple(args), dict(kwargs))
     except _Stop:
-        # Where the graph is to be whole Dynamo captures x.item(), at which it breaks in a call.
-        if any(node.target == "item" for node in found[0][0].graph.nodes):
-            return {"": "Graph break from `Tensor.item()`"}
+        # Where the graph is to be whole Dynamo captures what breaks it in a call.
+        if any(_depends_on_values(value(node)) for node in found[0][0].graph.nodes):
+            return {"": "it takes numbers or sizes out of tensors, as x.item() does"}
         return found[0]
     except torch._dynamo.exc.TorchDynamoException as error:
         return _where_and_why(error)
     return {"": "it computes nothing with tensors"}
+
+
+def _depends_on_values(t: Any) -> bool:
+    symbolic = isinstance(t, (Tensor, torch.SymInt, torch.SymFloat, torch.SymBool))
+    return symbolic and bool(free_unbacked_symbols(t))
 
 
 def _where_and_why(error: Any) -> dict[str, str]:

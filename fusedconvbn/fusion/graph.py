@@ -93,9 +93,7 @@ class Graph:
             3 * _flops(op, node) for node in graph.nodes if (op := conv_of(node)) is not None
         )
         found.device = device_of([value(n) for n in graph.nodes]).type
-        # A map whose size depends on values is in no plan, and so is recomputed.
-        inner = [link for match in found.matches for link in match.inner()]
-        found.links = [link for link in inner if values_of(value(link.result))]
+        found.links = [link for match in found.matches for link in match.inner()]
         found.maps = [_inner_map(link, found.device) for link in found.links]
         found.calls = rewrite(graph, found.matches)
         if found.matches and not compiled:

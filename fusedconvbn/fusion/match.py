@@ -451,8 +451,8 @@ def nbytes_of(t: Tensor) -> int:
 
 
 def values_of(t: Tensor) -> int:
-    """Of a size that is a symbol, the one that it had when it was captured; 0 where it depends on values, and is not known."""
+    """Of a size that may be a symbol, the one that it had when it was captured."""
     values = 1
     for size in t.shape:
-        values *= size if isinstance(size, int) else size.node.hint or 0
+        values *= size if isinstance(size, int) else size.node.hint
     return values

@@ -87,7 +87,7 @@ class Fusion:
         self.own = model.__dict__.get("forward")  # of this object alone
         self.runs = self.captures = 0
         self._told = False
-        self._version, self._failed = 0, -1
+        self._version, self._failed = 0, set[tuple[int, bool, bool]]()
         self._methods, self._hooks = _methods(model), global_hooks()
         self._captured: Callable[..., Any] | None = None
         self._static = False
@@ -116,7 +116,7 @@ class Fusion:
             del model.__dict__["forward"]
 
     def run(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if _is_traced() or self._failed == self._version:
+        if _is_traced():
             return self.forward(model, *args, **kwargs)
         # Dynamo runs one graph for modules that differ in sizes, where it makes those dynamic: a plan for several graphs
         # holds for the sizes that it was made for. A model that is called with many others gets dynamic ones.
@@ -129,6 +129,9 @@ class Fusion:
                 torch._dynamo.eval_frame.reset_code(method.__code__)
             self._methods, self._hooks = _methods(model), global_hooks()
             self._version += 1
+        way = (self._version, model.training, torch.is_grad_enabled())
+        if way in self._failed:
+            return self.forward(model, *args, **kwargs)
         runs = self.runs
         try:
             result = self._captured(model, str(self._version), self.forward, args, kwargs)
@@ -136,7 +139,7 @@ class Fusion:
             if self.runs > runs:
                 raise
             result = self.forward(model, *args, **kwargs)  # raises an error that is the model's own
-            self._failed = self._version
+            self._failed.add(way)
             what = " ".join(str(error).split("\n")[:2])
             self.tell(f"TorchDynamo cannot capture it: {what}")
             return result

@@ -194,7 +194,7 @@ def _report(name: str, found: "Findings", out_of_reach: str) -> Report:
     for graph in found.graphs:
         maps = {m.name: m for m in graph.maps}
         for call, match in graph.calls:
-            inner = [maps[link.name] for link in match.inner() if link.name in maps]
+            inner = [maps[link.name] for link in match.inner()]
             saved = [m.name in found.plan.saved for m in inner]
             before = graph.runs * sum(graph.eager.by_node.get(n, 0) for n in match.stands_for)
             after = graph.runs * graph.least.by_node.get(call.name, 0)
