@@ -8,7 +8,8 @@ from .calls import mutated, storage
 
 
 class Accesses:
-    """
+    """What the nodes of a graph do to memory.
+
     Attributes:
         order: the place of each node.
         names: by the identity of memory, the nodes whose value lies in it.
