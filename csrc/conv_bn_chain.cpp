@@ -296,11 +296,12 @@ Tensor conv_bn_chain(at::TensorList tensors, at::TensorList buffers, at::IntArra
     output = run_empty(model, updates);
   } else {
     const auto first = first_trained(model);
+    const bool multiplied = chain[0].gate() && !(model.links.size() && model.links[0].gate.defined());
     std::vector<int64_t> inner;
     for (const auto k : kept) {
       TORCH_CHECK_VALUE(k > 0 && k < int64_t(chain.size()), "conv_bn_chain: expected kept between 1 and ",
                         chain.size() - 1, ", got ", kept);
-      inner.push_back(k - int64_t(chain.size() - model.links.size()));  // a product is no link
+      inner.push_back(k - multiplied);  // a product is no link
     }
     auto parts = model.parts;
     if (first > 0) {

@@ -339,7 +339,7 @@ def test_a_prelu_in_a_chain():
     for shape in ((8, 1, 1), (3, 8, 7, 6), (2, 1, 3, 8, 7, 6)):
         slopes = {"one": nn.PReLU(), "many": nn.PReLU(1 if len(shape) > 4 else 8)}
         made = model(forward, **pair(), conv2=conv(8, 8), bn2=nn.BatchNorm2d(8), **slopes)
-        for memory in ("auto", "min"):
+        for memory in ("auto", "min", 1.0):
             same(made, image(), image(*shape), memory=memory)
         same(made, image(), image(*shape), train=False)
         found = chains(made, doubled(image()), doubled(image(*shape)))
