@@ -28,6 +28,12 @@ c10::ScalarType statistics_dtype(const at::Tensor& y) {
   return y.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
+int64_t samples_of(const at::Tensor& y, const NormVectors& norm) {
+  for (const auto& t : {norm.statistics, norm.weight, norm.bias})
+    if (t.defined()) return t.size(-1) / y.size(1);
+  return 1;
+}
+
 std::optional<ChannelLayout> channel_layout(const at::Tensor& y) {
   const int64_t batch = y.size(0), channels = y.size(1);
   const int64_t inner = y.numel() == 0 ? 0 : y.numel() / (batch * channels);
@@ -42,15 +48,18 @@ std::optional<ChannelLayout> channel_layout(const at::Tensor& y) {
   };
   // One value per plane is both; then the channels are the long run. One channel likewise.
   const bool contiguous = y.is_contiguous();
-  if (contiguous && (inner > 1 || channels == 1)) return ChannelLayout{batch, channels, inner, false};
-  if (contiguous || channels_innermost()) return ChannelLayout{batch * inner, channels, 1, true};
+  if (contiguous && (inner > 1 || channels == 1)) return ChannelLayout{1, batch, channels, inner, false};
+  if (contiguous || channels_innermost()) return ChannelLayout{1, batch * inner, channels, 1, true};
   return std::nullopt;
 }
 
-ChannelLayout dense_layout(const at::Tensor& y) {
-  const auto layout = channel_layout(y);
-  TORCH_INTERNAL_ASSERT(layout, "a map of strides ", y.strides(), " reached a kernel");
-  return *layout;
+ChannelLayout dense_layout(const at::Tensor& y, int64_t samples) {
+  const auto found = channel_layout(y);
+  TORCH_INTERNAL_ASSERT(found, "a map of strides ", y.strides(), " reached a kernel");
+  auto layout = *found;
+  (layout.channels_last ? layout.samples : layout.channels) *= samples;
+  layout.outer /= samples;
+  return layout;
 }
 
 }  // namespace fusedconvbn

@@ -6,9 +6,10 @@
 namespace fusedconvbn {
 
 struct Normalisation {
-  double eps;
-  bool tutorial;  // its arithmetic
-  double count;   // R
+  double eps = 0;
+  bool tutorial = false;  // its arithmetic
+  double count = 1;       // R
+  bool counted = false;   // R of each channel is a row of the statistics
 };
 
 // s of the table in chain.h
@@ -19,46 +20,47 @@ FUSEDCONVBN_INLINE acc unbiased_std(const Normalisation& n, acc var) {
 
 template <typename acc>
 FUSEDCONVBN_INLINE acc inverse_std(const Normalisation& n, acc var) {  // r
-  return n.tutorial ? 1 / (unbiased_std(n, var) + acc(n.eps)) : 1 / std::sqrt(var + acc(n.eps));
+  return n.tutorial ? 1 / (unbiased_std(n, var) + acc(n.eps)) : inverse_root(var + acc(n.eps));
 }
 
-// Rows of `result`: a = γ·r, β, r.
+// slope·(T − μ) + offset is what the statistics add to a·du in dT: −κ·S2·(T − μ) − (a/R)·S1.
 template <typename acc>
-struct AffineVectors {
-  const acc *var, *weight, *bias;  // each of the latter two may be null
-  acc* result;
-  int64_t channels;
-  Normalisation how;
+struct Linear {
+  acc slope = 0, offset = 0;
 
-  FUSEDCONVBN_INLINE void operator()(int64_t c) const {
-    const acc r = inverse_std(how, var[c]);
-    result[c] = weight ? r * weight[c] : r;
-    result[channels + c] = bias ? bias[c] : acc(0);
-    result[2 * channels + c] = r;
+  Linear() = default;
+  FUSEDCONVBN_INLINE Linear(const Normalisation& n, acc var, acc a, acc r, acc count, acc S1, acc S2) {
+    const acc R = n.counted ? (count < 1 ? acc(1) : count) : acc(n.count);
+    acc rho = r;
+    if (n.tutorial) {  // in a constant channel S2 is 0 as well as s, and so is the term
+      const acc s = unbiased_std(n, var);
+      rho = s == 0 ? acc(0) : acc(n.count / (n.count - 1)) / s;
+    }
+    const acc factor = -a / R;
+    slope = factor * r * S2 * rho;
+    offset = factor * S1;
   }
 };
 
-// Rows of `result`: the slope −κ·S2 and the offset −(a/R)·S1 of dT, and dγ = r·S2.
+// One batch more in the running statistics of a channel:
+//   running = (1 − momentum)·running + momentum·batch      of the mean + bias, and of the unbiased variance v·R/(R−1)
+// (Not running + momentum·(batch − running): that of an infinite one is NaN.)
 template <typename acc>
-struct GradVectors {
-  const acc *sums, *total;  // S1 and S2 of this process and of all
-  const acc *var, *vectors;
-  const acc* counts;  // R, or null where it is how.count
-  acc* result;
+struct RunningChannel {
+  const acc *statistics, *bias;  // bias may be null
   int64_t channels;
-  Normalisation how;
+  double momentum;  // NaN: 1/n of the n-th batch, which is `count`
+  double values;    // R; 0: row 2 of the statistics has it, and where that is 0 nobody has a sample
+  double count;
 
-  FUSEDCONVBN_INLINE void operator()(int64_t c) const {
-    const acc r = vectors[2 * channels + c], R = counts ? (counts[c] < 1 ? acc(1) : counts[c]) : acc(how.count);
-    acc rho = r;
-    if (how.tutorial) {  // in a constant channel S2 is 0 as well as s, and so is the term
-      const acc s = unbiased_std(how, var[c]);
-      rho = s == 0 ? acc(0) : acc(how.count / (how.count - 1)) / s;
-    }
-    const acc factor = -vectors[c] / R;
-    result[c] = factor * r * total[channels + c] * rho;
-    result[channels + c] = factor * total[c];
-    result[2 * channels + c] = r * sums[channels + c];
+  FUSEDCONVBN_INLINE void move(int64_t c, acc& mean, acc& var) const {
+    const double R = values > 0 ? values : double(statistics[2 * channels + c]);
+    if (R == 0) return;
+    const double part = momentum == momentum ? momentum : 1 / count;
+    const acc unbiased = statistics[channels + c] * acc(R / (R > 2 ? R - 1 : 1));
+    const acc batch = statistics[c] + (bias ? bias[c] : acc(0));
+    mean = acc((1 - part) * mean + part * batch);
+    var = acc((1 - part) * var + part * unbiased);
   }
 };
 

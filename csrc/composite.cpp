@@ -28,7 +28,7 @@ bool is_plain(at::TensorList tensors) {
   for (const auto& t : tensors) keys = keys | t.key_set();
   const auto all = c10::DispatchKeySet(c10::DispatchKeySet::FULL).remove(c10::DispatchKey::BackendSelect);
   const auto key = c10::impl::computeDispatchKeySet(keys, all).highestPriorityTypeId();
-  return key == c10::DispatchKey::CPU || key == c10::DispatchKey::CUDA;
+  return c10::toFunctionalityKey(key) == c10::DispatchKey::Dense && key != c10::DispatchKey::Meta;
 }
 
 bool any_requires_grad(at::TensorList tensors) {

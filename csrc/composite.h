@@ -13,7 +13,7 @@ at::Tensor finish(at::Tensor out, const std::optional<at::Tensor>& residual, con
 // What reads the graph, to export or compile it, is to find plain convolutions in it where no gradient is asked for.
 bool is_traced(const at::Tensor& t);
 
-// Whether nothing stands between a call with these tensors and its kernel on CPU or CUDA but autograd and autocast: no
+// Whether nothing stands between a call with these tensors and the kernel of their device but autograd and autocast: no
 // tracing, subclass, mode, transform or lazy negation.
 bool is_plain(at::TensorList tensors);
 

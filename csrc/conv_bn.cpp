@@ -150,12 +150,12 @@ Tensor conv_bn(const Tensor& input, const Tensor& weight, const Optional& bias, 
   if (!training) return folded(input, conv, norm);
 
   RunningUpdates updates;
-  updates.count(norm);
   Tensor output;
   if (input.sym_size(0) == 0 && process_group.empty()) {  // nothing to normalise, nothing to average
     output = finish(at::batch_norm(plain_convolution(conv, input), bn_weight, bn_bias, {}, {}, true,
                                    /*momentum=*/0, eps, false),
                     residual, norm.norm.activation);
+    updates.add(norm);
   } else {
     PackedChain chain(input);
     chain.push(conv.conv, weight, bias);

@@ -177,7 +177,7 @@ Tensor run_empty(const Model& model, RunningUpdates& updates) {
       t = at::batch_norm(t, norm.weight, norm.bias, running ? norm.running_mean : Optional(),
                          running ? norm.running_var : Optional(), norm.training, /*momentum=*/0, norm.norm.eps, false);
       t = finish(t, norm.residual, norm.norm.activation);
-      if (norm.training) updates.count(norm);
+      if (norm.training) updates.add(norm);
     } else {
       t = link.gate.defined() ? t * link.gate : at::prelu(t, link.slopes.to(t.scalar_type()));
     }
@@ -273,7 +273,6 @@ Tensor run(const Model& model, at::TensorList parts, size_t first, size_t last, 
     const auto& statistics = *found++;
     const auto& norm = *links[i].norm;
     if (!norm.training) continue;
-    updates.count(norm);
     const bool bias_left_out = i > first && links[i - 1].conv;
     updates.add(norm, statistics, links[i].sizes, bias_left_out ? links[i - 1].conv->bias : Optional(),
                 !process_group.empty());

@@ -1,4 +1,4 @@
-// exp, expm1 and the normal distribution in a form that the compiler turns into vector code on CPU; CUDA has its own.
+// Roots, exp, expm1 and the normal distribution in a form that the compiler turns into vector code on CPU; CUDA has its own.
 #pragma once
 
 #include <bit>
@@ -36,6 +36,16 @@ struct Exponential {
   }
 };
 #endif
+
+// 1/√x
+template <typename T>
+FUSEDCONVBN_INLINE T inverse_root(T x) {
+#if defined(__CUDACC__)
+  return ::rsqrt(x);
+#else
+  return 1 / std::sqrt(x);
+#endif
+}
 
 FUSEDCONVBN_INLINE float exponential(float x) {
 #if defined(__CUDACC__)

@@ -4,10 +4,9 @@
 #include <ATen/ops/_prelu_kernel.h>
 #include <ATen/ops/_prelu_kernel_backward.h>
 #include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/full_like.h>
-#include <ATen/ops/mul.h>
-#include <ATen/ops/ones_like.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
@@ -42,7 +41,7 @@ Tensor synchronise(const Tensor& own, int64_t count, const std::string& process_
 // What a norm link finds of y.
 Tensor map_statistics(const Tensor& y, const std::string& process_group) {
   const auto own =
-      y.numel() ? channel_kernels(y).stats(y) : at::zeros({2, y.size(1)}, y.options().dtype(statistics_dtype(y)));
+      y.numel() ? channel_kernels(y).stats(y, /*samples=*/1) : at::zeros({2, y.size(1)}, y.options().dtype(statistics_dtype(y)));
   return process_group.empty() ? own : synchronise(own, y.numel() / y.size(1), process_group);
 }
 
@@ -157,7 +156,7 @@ class Execution {
         const bool in_place = free_to_overwrite || !y.is_same(in);
         if (chain_[i].gate()) {
           maps_[i + 1] = in_place ? y : at::empty_like(y);
-          at::mul_out(maps_[i + 1], y, gate(i, y));
+          apply_(maps_[i + 1], y, gate(i, y), {}, {});
           continue;
         }
         if (chain_[i].prelu()) {
@@ -167,8 +166,7 @@ class Execution {
         const auto& norm = *chain_[i].norm();
         if (norm.normalises() && !statistics_[i].defined()) statistics_[i] = statistics(norm, i, y);
         maps_[i + 1] = in_place ? y : at::empty_like(y);
-        if (y.numel() == 0) continue;
-        channel_kernels(y).apply_(maps_[i + 1], y, affine(norm, i, y), norm.activation, residual(i, y));
+        apply_(maps_[i + 1], y, vectors(norm, i, y), norm.activation, residual(i, y));
       }
     }
   }
@@ -221,14 +219,14 @@ class Execution {
     return place < 0 ? Tensor() : dense_like("residual", tensor(place), y);
   }
 
-  // s of a gate, as it multiplies y
-  Tensor gate(size_t i, const Tensor& y) const {
+  // A gate as a norm with vectors for each sample
+  NormVectors gate(size_t i, const Tensor& y) const {
     const auto& s = tensor(chain_[i].weight);
     auto sizes = y.sizes().vec();
     std::fill(sizes.begin() + 2, sizes.end(), 1);
     TORCH_CHECK_VALUE(s.sizes() == sizes && s.device() == y.device(), "expected a gate of shape ", sizes, " on ",
                       y.device(), ", got ", s.toString(), s.sizes());
-    return s.to(y.scalar_type());
+    return {.statistics = {}, .weight = s.to(statistics_dtype(y)).reshape({-1}), .bias = {}, .how = {}};
   }
 
   // s of a prelu, as it multiplies y
@@ -260,32 +258,28 @@ class Execution {
     return t.to(statistics_dtype(y)).contiguous();
   }
 
+  // out may be y.
+  static void apply_(Tensor& out, const Tensor& y, const NormVectors& norm, const Activation& activation,
+                     const Tensor& residual) {
+    if (y.numel()) channel_kernels(y).apply_(out, y, norm, activation, residual);
+  }
+
   // S1 and S2
-  static Tensor channel_sums(const Tensor& dout, const Tensor& y, const Affine& affine, const Activation& activation,
-                             const Joined& joined) {
-    return y.numel() ? channel_kernels(y).grad_stats(dout, y, affine, activation, joined)
-                     : at::zeros({2, y.size(1)}, affine.vectors.options());
+  static Tensor channel_sums(const Tensor& dout, const Tensor& y, int64_t samples, const NormVectors& norm,
+                             const Activation& activation, const Joined& joined, const ParameterGrads& grads) {
+    if (y.numel()) return channel_kernels(y).grad_stats(dout, y, samples, norm, activation, joined, grads);
+    for (auto t : {grads.weight, grads.bias})
+      if (t.defined()) t.zero_();
+    return at::zeros({2, samples * y.size(1)}, y.options().dtype(statistics_dtype(y)).memory_format(std::nullopt));
   }
 
-  // u = y
-  static Affine plain(const Tensor& y) {
-    const auto options = y.options().dtype(statistics_dtype(y)).memory_format(std::nullopt);
-    auto vectors = at::zeros({2, y.size(1)}, options);
-    vectors.select(0, 0).fill_(1);
-    return {at::zeros({1, y.size(1)}, options), vectors};
-  }
-
-  static Tensor zeros_of(const Affine& affine) {
-    return at::zeros({2, affine.vectors.size(1)}, affine.vectors.options());
-  }
-
-  static Normalisation normalisation(const Norm& norm, const Tensor& y) {
-    return {norm.eps, norm.arithmetic == Arithmetic::tutorial, double(y.numel() / y.size(1))};
+  Normalisation normalisation(const Norm& norm, const Tensor& y) const {
+    return {norm.eps, norm.arithmetic == Arithmetic::tutorial, double(y.numel() / y.size(1)), synchronised(norm)};
   }
 
   // Of link i, which reads y.
-  Affine affine(const Norm& norm, size_t i, const Tensor& y) const {
-    if (!norm.normalises()) return plain(y);
+  NormVectors vectors(const Norm& norm, size_t i, const Tensor& y) const {
+    if (!norm.normalises()) return {};
     const auto& statistics = statistics_[i];
     const int64_t rows = synchronised(norm) ? 5 : 2;
     TORCH_CHECK_VALUE(statistics.sizes() == at::IntArrayRef({rows, y.size(1)}) &&
@@ -295,8 +289,8 @@ class Execution {
                       statistics.scalar_type(), " and ", statistics.device());
     TORCH_CHECK_VALUE(norm.arithmetic != Arithmetic::tutorial || process_group_.empty(),
                       "the tutorial's arithmetic is not synchronised");
-    return {statistics, channel_kernels(y).affine_vectors(statistics, channel_vector(chain_[i].weight, y),
-                                                          channel_vector(chain_[i].bias, y), normalisation(norm, y))};
+    return {statistics, channel_vector(chain_[i].weight, y), channel_vector(chain_[i].bias, y),
+            normalisation(norm, y)};
   }
 
   bool synchronised(const Norm& norm) const { return norm.batch_statistics() && !process_group_.empty(); }
@@ -346,8 +340,9 @@ class Execution {
     const bool half = in.scalar_type() == at::kBFloat16 || in.scalar_type() == at::kHalf;
     if (bias && half) {
       const auto dout = dense(grad_);
-      const auto sums = channel_sums(dout, dout, plain(dout), {}, {});
-      grads_[link.bias] = sums.select(0, 0).to(tensor(link.bias).scalar_type(), false, true);
+      const auto dbias = vector_of_grads(link.bias, dout, 1);
+      channel_sums(dout, dout, 1, {}, {}, {}, {.weight = {}, .bias = dbias});
+      set_grad(link.bias, dbias);
     }
     auto [din, dweight, dbias] =
         convolution_backward(conv, grad_, in, weight(i), {reached_[i], wanted(link.weight), bias && !half});
@@ -358,37 +353,21 @@ class Execution {
     grad_owned_ = true;
   }
 
-  // Σ a·b over the positions of each sample and channel, (N, C)
-  static Tensor position_dots(const Tensor& a, const Tensor& b) {
-    const int64_t samples = b.size(0), channels = b.size(1);
-    const auto dots = [](const Tensor& a, const Tensor& b) {
-      return channel_sums(a, b, plain(b), {}, {}).select(0, 1).clone();
-    };
-    if (b.numel() == 0) return at::zeros({samples, channels}, b.options().memory_format(std::nullopt));
-    if (!dense_layout(b).channels_last) {  // then samples are as good as channels
-      auto flat = b.sizes().vec();
-      flat[0] = 1, flat[1] = samples * channels;
-      return dots(a.view(flat), b.view(flat)).view({samples, channels});
-    }
-    std::vector<Tensor> rows;
-    for (int64_t n = 0; n < samples; ++n) rows.push_back(dots(a.narrow(0, n, 1), b.narrow(0, n, 1)));
-    return at::stack(rows);
-  }
-
   void gate_backward(size_t i) {
     const auto& link = chain_[i];
     const Tensor in = std::move(maps_[i]);
-    if (wanted(link.weight)) {
+    if (wanted(link.weight)) {  // ds = Σ dout·T, as the dγ of a norm with mean 0 and r 1
       const auto y = dense(in, i);
-      const auto& s = tensor(link.weight);
-      grads_[link.weight] = position_dots(dense_like("gradient", grad_, y), y)
-                                .to(s.scalar_type())
-                                .view(s.sizes())
-                                .contiguous(s.suggest_memory_format());
+      const int64_t samples = y.size(0);
+      const auto ds = vector_of_grads(link.weight, y, samples);
+      channel_sums(dense_like("gradient", grad_, y), y, samples, {}, {}, {}, {.weight = ds, .bias = {}});
+      set_grad(link.weight, ds);
     }
     if (!reached_[i]) return grad_.reset();
-    const auto s = gate(i, grad_);
-    grad_ = grad_owned_ ? grad_.mul_(s) : grad_ * s;
+    const auto dout = dense(grad_);
+    Tensor din = grad_owned_ || !dout.is_same(grad_) ? dout : at::empty_like(dout);
+    apply_(din, dout, gate(i, dout), {}, {});
+    grad_ = std::move(din);
     grad_owned_ = true;
   }
 
@@ -425,14 +404,13 @@ class Execution {
         if (const auto r = residual(i, y); r.defined()) {
           u = u_owned ? y : at::empty_like(y);
           u_owned = true;
-          if (y.numel()) channel_kernels(y).apply_(u, y, plain(y), Activation{}, r);
+          apply_(u, y, {}, {}, r);
         }
       }
       u = dense(u);
       const auto dout = dense_like("gradient", grad_, u);
       Tensor du = grad_owned_ || !dout.is_same(grad_) ? dout : u_owned ? u : at::empty_like(u);
-      const auto affine = plain(u);
-      if (u.numel()) channel_kernels(u).grad_apply_(du, dout, u, affine, zeros_of(affine), norm.activation);
+      if (u.numel()) channel_kernels(u).grad_apply_(du, dout, u, {}, {}, norm.activation);
       grad_ = std::move(du);
       grad_owned_ = true;
     }
@@ -440,8 +418,16 @@ class Execution {
     if (!reached_[i]) grad_.reset();
   }
 
-  void give(int64_t place, const Tensor& gradient) {
-    if (wanted(place)) grads_[place] = gradient.to(tensor(place).scalar_type(), /*non_blocking=*/false, /*copy=*/true);
+  // Uninitialised, for the gradient of the vector or gate at `place`, if it is wanted.
+  Tensor vector_of_grads(int64_t place, const Tensor& y, int64_t samples) const {
+    if (!wanted(place)) return {};
+    return at::empty({samples * y.size(1)}, y.options().dtype(statistics_dtype(y)).memory_format(std::nullopt));
+  }
+
+  void set_grad(int64_t place, const Tensor& gradient) {
+    if (!gradient.defined()) return;
+    const auto& like = tensor(place);
+    grads_[place] = gradient.to(like.scalar_type()).view(like.sizes()).contiguous(like.suggest_memory_format());
   }
 
   void norm_backward(const Norm& norm, size_t i) {
@@ -451,9 +437,9 @@ class Execution {
     const bool y_owned = remade_[i] || !y.is_same(in);
     const auto& kernels = channel_kernels(y);
     const auto& statistics = statistics_[i];
-    const auto affine = this->affine(norm, i, y);
+    const auto vectors = this->vectors(norm, i, y);
     if (recompute_is_checked() && y.numel() && norm.batch_statistics())
-      check_recomputed(y, kernels.stats(y), statistics.slice(0, statistics.size(0) - 2));
+      check_recomputed(y, kernels.stats(y, /*samples=*/1), statistics.slice(0, statistics.size(0) - 2));
 
     auto dout = dense_like("gradient", grad_, y);
     grad_owned_ |= !dout.is_same(grad_);
@@ -468,7 +454,10 @@ class Execution {
     // du is the gradient of the residual; and a pass that is limited by arithmetic need not do it twice.
     if ((link.residual >= 0 && !activation.none()) || (!activation.cheap() && y.is_cpu()))
       joined.du = grad_owned_ ? dout : at::empty_like(y);
-    const auto sums = channel_sums(dout, y, affine, activation, joined);
+    const ParameterGrads grads{vector_of_grads(link.weight, y, 1), vector_of_grads(link.bias, y, 1)};
+    const auto sums = channel_sums(dout, y, 1, vectors, activation, joined, grads);
+    set_grad(link.weight, grads.weight);
+    set_grad(link.bias, grads.bias);
     if (joined.du.defined()) {
       dout = joined.du;
       grad_owned_ = true;
@@ -477,15 +466,12 @@ class Execution {
     grad_ = dout;
     share_with_residual(i);
 
-    const auto total = !reached_[i] || !synchronised(norm) ? sums : all_reduce_sum(sums, process_group_);
-    const auto vectors = kernels.grad_vectors(sums, total, affine, synchronised(norm), normalisation(norm, y));
-    give(link.weight, vectors.select(0, 2));
-    give(link.bias, sums.select(0, 0));
     if (!reached_[i]) return grad_.reset();
 
-    const auto linear = norm.batch_statistics() ? vectors : zeros_of(affine);
+    Tensor all;  // the sums of all processes, where the statistics depend on y
+    if (norm.batch_statistics()) all = synchronised(norm) ? all_reduce_sum(sums, process_group_) : sums;
     Tensor out = y_owned ? y : grad_owned_ ? dout : at::empty_like(y);
-    if (y.numel()) kernels.grad_apply_(out, dout, y, affine, linear, activation);
+    if (y.numel()) kernels.grad_apply_(out, dout, y, vectors, all, activation);
     grad_ = std::move(out);
     grad_owned_ = true;
   }

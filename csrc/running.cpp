@@ -1,11 +1,12 @@
 #include "running.h"
 
-#include <ATen/Dispatch.h>
 #include <ATen/SavedTensorHooks.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/where.h>
 #include <torch/csrc/autograd/function.h>
+
+#include <limits>
 
 #include "composite.h"
 
@@ -35,8 +36,7 @@ std::pair<Tensor, Tensor> fold(const ConvArguments& conv, const NormArguments& n
 
 namespace {
 
-// running = (1 − momentum)·running + momentum·batch, where no momentum stands for 1/n of the n-th batch. (Not
-// running + momentum·(batch − running): that of an infinite one is NaN.)
+// RunningChannel (channel_vectors.h) in ATen.
 Tensor moved(const Tensor& running, const Tensor& batch, const std::optional<double>& momentum, const Tensor& count) {
   const auto wide = running.to(batch.scalar_type());
   if (momentum) return (wide * (1 - *momentum)).add(batch, *momentum);
@@ -53,20 +53,20 @@ bool is_recomputation() {
 
 bool is_batched(const Tensor& t) { return t.key_set().has(c10::DispatchKey::FuncTorchBatched); }
 
-// Whether t is a few values in memory, for which a dozen operators would take longer than the layer.
-bool in_memory(const Tensor& t, at::ScalarType dtype) {
-  return t.is_cpu() && t.scalar_type() == dtype && t.is_contiguous() && !t.requires_grad() && is_plain(t);
+// Whether t is a few values that a kernel may read, and write to, at once.
+bool in_memory(const Tensor& t, at::ScalarType dtype, c10::Device device) {
+  return !t.defined() || (t.device() == device && t.scalar_type() == dtype && t.is_contiguous() && !t.requires_grad());
 }
 
-// The same there, with factor·statistics + bias for the batch.
-template <typename T>
-void move(const Tensor& running, const T* statistics, double factor, const Optional& bias, double momentum) {
-  auto* value = running.mutable_data_ptr<T>();
-  const auto* shift = bias ? bias->const_data_ptr<T>() : nullptr;
-  for (int64_t c = 0; c < running.numel(); ++c) {
-    const T batch = statistics[c] * T(factor) + (shift ? shift[c] : T(0));
-    value[c] = T((1 - momentum) * value[c] + momentum * batch);
-  }
+bool in_memory(const RunningUpdate& update) {
+  const auto& statistics = update.statistics;
+  if (!statistics.defined()) return false;
+  std::vector<Tensor> all{statistics};
+  for (const auto& t : {update.mean, update.var, update.bias, update.counter})
+    if (t.defined()) all.push_back(t);
+  const auto fits = [&](const Tensor& t) { return in_memory(t, statistics.scalar_type(), statistics.device()); };
+  return is_plain(all) && fits(statistics) && fits(update.mean) && fits(update.var) && fits(update.bias) &&
+         in_memory(update.counter, at::kLong, statistics.device());
 }
 
 // As PyTorch's own batch norm writes them: without a new version, as that has them saved for backward where it runs on
@@ -84,53 +84,63 @@ void write_to(const Tensor& running, const Tensor& value) {
 
 RunningUpdates::RunningUpdates() : counted_(!is_recomputation()) {}
 
-void RunningUpdates::count(const NormArguments& norm) {
-  if (!counted_) return;
-  count_ = norm.num_batches_tracked ? *norm.num_batches_tracked + 1 : Tensor();
-  if (count_.defined())
-    writes_.push_back([counter = *norm.num_batches_tracked, count = count_] { counter.copy_(count); });
-}
-
 void RunningUpdates::add(const NormArguments& norm, const Tensor& statistics, c10::SymIntArrayRef sizes,
                          const Optional& bias, bool synchronised) {
-  if (!counted_ || !norm.running_mean) return;
-  const auto &running_mean = *norm.running_mean, &running_var = *norm.running_var;
-  TORCH_CHECK_VALUE(!is_batched(statistics) || (is_batched(running_mean) && is_batched(running_var)),
-                    "conv_bn: expected running_mean and running_var that vmap maps over, as the statistics of each of "
-                    "its calls are others, got one for all; map over them too, or give none "
-                    "(torch.func.replace_all_batch_norm_modules_ takes them away)");
-  c10::SymInt values = sizes[0];
-  for (const auto& size : sizes.slice(2)) values = values * size;
-  const auto unbiased = c10::SymFloat(values) / c10::SymFloat(values - 1);
-  const auto dtype = statistics.scalar_type();
-  if (!synchronised && norm.momentum && in_memory(statistics, dtype) && in_memory(running_mean, dtype) &&
-      in_memory(running_var, dtype) && (!bias || (is_plain(*bias) && in_memory(bias->detach(), dtype)))) {
-    writes_.push_back([=, momentum = *norm.momentum, factor = unbiased.expect_float()] {
-      AT_DISPATCH_FLOATING_TYPES(dtype, "running statistics", [&] {
-        const auto* batch = statistics.const_data_ptr<scalar_t>();
-        move<scalar_t>(running_mean, batch, 1, bias, momentum);
-        move<scalar_t>(running_var, batch + running_var.numel(), factor, {}, momentum);
-      });
-    });
-    return;
+  if (!counted_) return;
+  const auto counter = norm.num_batches_tracked.value_or(Tensor());
+  const bool moves = norm.running_mean && statistics.defined();
+  if (!moves && !counter.defined()) return;
+  RunningUpdate update{.mean = {}, .var = {}, .counter = counter, .statistics = {}, .bias = {}, .momentum = 0, .values = 0};
+  c10::SymInt values = 0;
+  if (moves) {
+    TORCH_CHECK_VALUE(
+        !is_batched(statistics) || (is_batched(*norm.running_mean) && is_batched(*norm.running_var)),
+        "conv_bn: expected running_mean and running_var that vmap maps over, as the statistics of each of "
+        "its calls are others, got one for all; map over them too, or give none "
+        "(torch.func.replace_all_batch_norm_modules_ takes them away)");
+    values = sizes[0];
+    for (const auto& size : sizes.slice(2)) values = values * size;
+    update = {.mean = *norm.running_mean,
+              .var = *norm.running_var,
+              .counter = counter,
+              .statistics = statistics.detach(),
+              .bias = bias ? bias->detach() : Tensor(),
+              .momentum = norm.momentum.value_or(std::numeric_limits<double>::quiet_NaN()),
+              .values = synchronised ? 0. : double(values.maybe_as_int().value_or(0))};
   }
-  const auto batch = statistics.detach();
-  auto mean = batch.select(0, 0), var = batch.select(0, 1);
-  if (bias) mean = mean + bias->detach();
-  const auto counts = synchronised ? batch.select(0, 2) : Tensor();
-  var = synchronised ? var * (counts / (counts - 1).clamp_min(1)) : var * at::Scalar(unbiased);
+  if (moves && in_memory(update))
+    updates_.push_back(std::move(update));
+  else
+    add_in_aten(update, norm.momentum, values, synchronised);
+}
+
+void RunningUpdates::add_in_aten(const RunningUpdate& update, const std::optional<double>& momentum,
+                                 const c10::SymInt& values, bool synchronised) {
+  const auto count = update.counter.defined() ? update.counter + 1 : Tensor();
+  if (count.defined()) writes_.push_back([counter = update.counter, count] { counter.copy_(count); });
+  if (!update.mean.defined()) return;
+  auto mean = update.statistics.select(0, 0), var = update.statistics.select(0, 1);
+  if (update.bias.defined()) mean = mean + update.bias;
+  const auto counts = synchronised ? update.statistics.select(0, 2) : Tensor();
+  var = synchronised ? var * (counts / (counts - 1).clamp_min(1))
+                     : var * at::Scalar(c10::SymFloat(values) / c10::SymFloat(values - 1));
   const auto write = [&](const Tensor& running, const Tensor& batch) {
-    auto value = moved(running, batch, norm.momentum, count_);
+    auto value = moved(running, batch, momentum, count);
     if (synchronised)
       value = at::where(counts > 0, value, running.to(value.scalar_type()));  // else nobody has a sample
     writes_.push_back([running, value] { write_to(running, value); });
   };
-  write(running_mean, mean);
-  write(running_var, var);
+  write(update.mean, mean);
+  write(update.var, var);
 }
 
 void RunningUpdates::write() const {
   for (const auto& write : writes_) write();
+  if (updates_.empty()) return;
+  for (const auto& update : updates_)
+    if (update.counter.defined() && !update.counter.is_inference())
+      update.counter.unsafeGetTensorImpl()->bump_version();
+  channel_kernels(updates_[0].statistics).update_running(updates_);
 }
 
 }  // namespace fusedconvbn

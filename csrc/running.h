@@ -4,6 +4,7 @@
 #include <functional>
 
 #include "arguments.h"
+#include "channel_kernels.h"
 
 namespace fusedconvbn {
 
@@ -18,19 +19,21 @@ class RunningUpdates {
  public:
   RunningUpdates();
 
-  // One more batch in the counter of `norm`; comes before `add`.
-  void count(const NormArguments& norm);
-
-  // `statistics` as _chain_forward returns them, of a map of `sizes`, less `bias`, which the convolution left out.
-  void add(const NormArguments& norm, const at::Tensor& statistics, c10::SymIntArrayRef sizes, const Optional& bias,
-           bool synchronised);
+  // `statistics` as _chain_forward returns them, of a map of `sizes`, less `bias`, which the convolution left out. Of a
+  // batch without samples there are none, and it is counted alone.
+  void add(const NormArguments& norm, const at::Tensor& statistics = {}, c10::SymIntArrayRef sizes = {},
+           const Optional& bias = {}, bool synchronised = false);
 
   void write() const;
 
  private:
+  // What is traced, or of other types than the kernels': as operators.
+  void add_in_aten(const RunningUpdate& update, const std::optional<double>& momentum, const c10::SymInt& values,
+                   bool synchronised);
+
   const bool counted_;
+  std::vector<RunningUpdate> updates_;
   std::vector<std::function<void()>> writes_;
-  at::Tensor count_;
 };
 
 }  // namespace fusedconvbn

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 CHECKED = ("8.0", "9.0", "10.0")
 CARRIED = "9.0"  # of the machines that are lent: H100 and H200
 MOST_CARRIED = 40 << 20  # bytes
-KERNELS = ("csrc/cuda/channel_launch.cu", "tests/cuda_shim/library.cpp")
+KERNELS = (*sorted(ROOT.glob("csrc/cuda/*.cu")), ROOT / "tests/cuda_shim/library.cpp")
 WARNINGS = ["-Wall", "-Wextra", "-Werror"]
 TORCH_HEADERS = Path(torch.__file__).parent / "include"
 

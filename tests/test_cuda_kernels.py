@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -15,26 +17,43 @@ from build_cuda import build_kernels, find_toolkit
 from conftest import requires_gpu
 
 from fusedconvbn.activations import activation_module
-from fusedconvbn.chain import ACTIVATIONS, PARAMETERS, Norm, pack
+from fusedconvbn.chain import ACTIVATIONS, PARAMETERS, pack
+from fusedconvbn.chain import Norm as Link
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-# channels_last, outer, channels, inner. Vectors hold 2, 4 or 8 values, a block has 256 threads, and a part is cut
-# off when each of them has four vectors.
+# channels_last, samples, outer, channels, inner. Vectors hold 2, 4 or 8 values, a block has 256 threads, and a part is cut
+# off when each of them has four vectors. Contiguous, samples with vectors of their own are channels.
 MAPS = {
-    "one value": (False, 1, 1, 2),
-    "tails": (False, 3, 5, 49),
-    "whole vectors": (False, 2, 3, 64),
-    "shorter than a vector": (False, 5, 7, 3),
-    "C=1, several parts": (False, 3, 1, 9001),
-    "a ragged last part": (False, 1, 3, 8229),
-    "C=1000": (False, 2, 70, 5),
-    "rows, whole vectors": (True, 37, 16, 1),
-    "rows, half a vector": (True, 37, 6, 1),
-    "rows, C=1": (True, 300, 1, 1),
-    "rows, C=1000": (True, 9, 1000, 1),
-    "more rows than a part": (True, 4099, 8, 1),
-    "fewer rows than threads": (True, 2, 24, 1),
+    "one value": (False, 1, 1, 1, 2),
+    "tails": (False, 1, 3, 5, 49),
+    "whole vectors": (False, 1, 2, 3, 64),
+    "shorter than a vector": (False, 1, 5, 7, 3),
+    "C=1, several parts": (False, 1, 3, 1, 9001),
+    "a ragged last part": (False, 1, 1, 3, 8229),
+    "C=1000": (False, 1, 2, 70, 5),
+    "rows, whole vectors": (True, 1, 37, 16, 1),
+    "rows, several vectors in flight": (True, 1, 1200, 16, 1),
+    "rows, half a vector": (True, 1, 37, 12, 1),
+    "rows, half a vector, two as one": (True, 1, 38, 12, 1),
+    "rows, four as one": (True, 1, 36, 6, 1),
+    "rows, no vector": (True, 1, 37, 6, 1),
+    "rows, C=1": (True, 1, 300, 1, 1),
+    "rows, C=1, eight as one": (True, 1, 304, 1, 1),
+    "rows, C=1000": (True, 1, 9, 1000, 1),
+    "rows as wide as no block": (True, 1, 130, 144, 1),
+    "rows, an odd share of a block": (True, 1, 11, 264, 1),
+    "one row": (True, 1, 1, 40, 1),
+    "more rows than a part": (True, 1, 4099, 8, 1),
+    "fewer rows than threads": (True, 1, 2, 24, 1),
+    "samples": (True, 5, 37, 16, 1),
+    "samples, several parts": (True, 2, 2100, 16, 1),
+    "samples, half a vector": (True, 3, 49, 12, 1),
+    "samples, two rows as one": (True, 3, 26, 12, 1),
+    "samples, no vector": (True, 3, 49, 3, 1),
+    "samples, several columns": (True, 3, 5, 300, 1),
+    "thousands of samples": (True, 3001, 2, 8, 1),
+    "thousands of samples of one value": (True, 3000, 1, 3, 1),
 }
 
 
@@ -100,36 +119,109 @@ def library(request, tmp_path_factory):
 
 
 class Kernels:
-    """The four kernels on tensors of the map's memory order: (outer, C, inner), or (outer, C) channels last."""
+    """The four kernels on tensors of a map's memory order, (samples, outer, C, inner)."""
 
     def __init__(self, library, shape, dtype):
         self.library = library
-        self.map = (ctypes.c_int64 * 5)(DTYPES.index(dtype), *shape)
-        self.channels = shape[2]
+        self.map = (ctypes.c_int64 * 6)(DTYPES.index(dtype), *shape)
+        _, samples, outer, channels, inner = shape
+        self.groups = samples * channels
+        self.count = outer * inner
         self.acc = torch.float64 if dtype == torch.float64 else torch.float32
 
-    def _call(self, name, *arguments):
-        for vectors in (a for a in arguments if isinstance(a, list)):
-            assert all(v.dtype == self.acc and v.is_contiguous() for v in vectors)
-        self.library.call(name, self.map, *arguments)
-
     def _reduce(self, name, *arguments):
-        result = torch.full((2, self.channels), 7, dtype=self.acc)
-        self._call(name, *arguments, self.library.scratch(self.map), result)
+        result = torch.full((2, self.groups), 7, dtype=self.acc)
+        scratch = self.library.scratch(self.map)
+        self.library.call(name, self.map, *arguments, scratch, result, *self._gradients)
         return result
+
+    _gradients = ()
 
     def stats(self, y):
         return self._reduce("channel_stats", y)
 
-    def grad_stats(self, dout, y, vectors, activation, residual=None, from_result=None, du=None):
+    def grad_stats(
+        self,
+        dout,
+        y,
+        norm,
+        activation,
+        residual=None,
+        from_result=None,
+        du=None,
+        gradients=(None, None),
+    ):
+        """`gradients` are written: those of the norm's weight and bias."""
         end = (*_activation(activation), residual, from_result, du)
-        return self._reduce("channel_grad_stats", dout, y, vectors, *end)
+        self._gradients = gradients
+        try:
+            return self._reduce("channel_grad_stats", dout, y, *norm.arguments, *end)
+        finally:
+            self._gradients = ()
 
-    def apply_(self, out, y, vectors, activation, residual=None):
-        self._call("channel_apply_", out, y, vectors, *_activation(activation), residual)
+    def apply_(self, out, y, norm, activation, residual=None):
+        self.library.call(
+            "channel_apply_", self.map, out, y, *norm.arguments, *_activation(activation), residual
+        )
 
-    def grad_apply_(self, out, dout, y, vectors, activation):
-        self._call("channel_grad_apply_", out, dout, y, vectors, *_activation(activation))
+    def grad_apply_(self, out, dout, y, norm, sums, activation):
+        self.library.call(
+            "channel_grad_apply_",
+            self.map,
+            out,
+            dout,
+            y,
+            *norm.arguments,
+            sums,
+            *_activation(activation),
+        )
+
+
+@dataclass
+class Norm:
+    """A norm as the kernels are given it; what is None is mean 0 and r 1, γ 1, β 0."""
+
+    statistics: torch.Tensor | None = None  # (2 or 3, G)
+    weight: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    eps: float = 1e-5
+    tutorial: bool = False
+    count: float = 1
+
+    @property
+    def counted(self):
+        return self.statistics is not None and len(self.statistics) == 3
+
+    @property
+    def arguments(self):
+        how = (ctypes.c_double * 4)(self.eps, self.tutorial, self.count, self.counted)
+        return [self.statistics, self.weight, self.bias], how
+
+    def r(self):
+        if self.statistics is None:
+            return torch.ones((), dtype=torch.float64)
+        var = self.statistics[1].double()
+        if self.tutorial:
+            return 1 / ((var * self.count / (self.count - 1)).sqrt() + self.eps)
+        return (var + self.eps).rsqrt()
+
+    def affine(self):
+        """Mean, scale and shift in float64."""
+        mean = torch.zeros(()) if self.statistics is None else self.statistics[0]
+        scale = self.r() if self.weight is None else self.r() * self.weight.double()
+        shift = torch.zeros(()) if self.bias is None else self.bias
+        return mean.double(), scale, shift.double()
+
+    def linear(self, sums):
+        """The table of docs/design.md: −κ·S2 and −(a/R)·S1."""
+        S1, S2 = sums.double()
+        _, a, _ = self.affine()
+        R = self.statistics[2].double().clamp_min(1) if self.counted else self.count
+        rho = self.r()
+        if self.tutorial:
+            s = (self.statistics[1].double() * self.count / (self.count - 1)).sqrt()
+            rho = (self.count / ((self.count - 1) * s)).nan_to_num(posinf=0)
+        return -a / R * self.r() * rho * S2, -a / R * S1
 
 
 def _activation(name):
@@ -139,67 +231,75 @@ def _activation(name):
 
 def _map(shape, dtype, offset=0, mean=0.3):
     """A random map that starts `offset` values behind an aligned address."""
-    channels_last, *sizes = shape
-    count = sizes[0] * sizes[1] * sizes[2]
-    values = torch.randn(count + offset, dtype=torch.float64).add(mean).to(dtype)[offset:]
-    return values.view(sizes if not channels_last else sizes[:2])
+    _, *sizes = shape
+    values = torch.randn(prod(sizes) + offset, dtype=torch.float64).add(mean).to(dtype)[offset:]
+    return values.view(sizes)
 
 
-def _channels(v, y):
-    return v.double()[:, None] if y.dim() == 3 else v.double()
+def _spread(v, y):
+    """A vector of groups beside the values of a map."""
+    return v.double().expand(y.size(0) * y.size(2)).view(y.size(0), 1, y.size(2), 1)
 
 
-def _dims(y):
-    return (0, 2) if y.dim() == 3 else (0,)
+def _sums(values):
+    return values.sum((1, 3)).flatten()
 
 
 def _check_all(kernels, y, dout, dtype, activation):
     """All four kernels against their formulas in float64; the maps are written in place too, as the chain does."""
     act = activation_module(activation)
-    wide, dims = y.double(), _dims(y)
-    count = y.numel() // kernels.channels
+    wide = y.double()
     acc = torch.finfo(kernels.acc).eps
     exact = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[
         dtype
     ]
-    sums_exact = 64 * acc * count**0.5
+    sums_exact = 64 * acc * kernels.count**0.5
 
-    var, mean = torch.var_mean(wide, dims, correction=0)
+    var, mean = (v.flatten() for v in torch.var_mean(wide, (1, 3), correction=0))
     stats = kernels.stats(y)
     torch.testing.assert_close(stats[0].double(), mean, rtol=8 * acc, atol=8 * acc)
     torch.testing.assert_close(stats[1].double(), var, rtol=32 * acc, atol=32 * acc)
 
-    scale, shift, slope, offset = (
-        torch.randn(kernels.channels, dtype=kernels.acc) for _ in range(4)
-    )
-    vectors = [stats[0].contiguous(), scale, shift, slope, offset]
-    mean, scale, shift, slope, offset = (_channels(v, y) for v in vectors)
-    u = ((y.to(kernels.acc) - _channels(vectors[0], y).to(kernels.acc)).double()) * scale + shift
+    stats[1] += 0.1  # of a single value it is 0
+    weight, bias = torch.randn(2, kernels.groups, dtype=kernels.acc)
+    norm = Norm(stats, weight, bias, count=kernels.count)
+    sums = torch.randn(2, kernels.groups, dtype=kernels.acc)
+    mean, scale, shift = (_spread(v, y) for v in norm.affine())
+    slope, offset = (_spread(v, y) for v in norm.linear(sums))
+    u = (wide - mean) * scale + shift
 
     def gradient(u):
         leaf = u.clone().requires_grad_()
         return torch.autograd.grad(act(leaf), leaf, dout.double())[0]
 
-    def check_sums(sums, du):
-        expected = torch.stack((du.sum(dims), (du * (wide - mean)).sum(dims)))
+    def check_sums(sums, du, gradients=None):
+        expected = torch.stack((_sums(du), _sums(du * (wide - mean))))
         torch.testing.assert_close(sums.double(), expected, rtol=sums_exact, atol=sums_exact)
+        if gradients is not None:
+            torch.testing.assert_close(gradients[1], sums[0], rtol=0, atol=0)
+            expected = norm.r() * sums[1].double()
+            torch.testing.assert_close(gradients[0].double(), expected, rtol=8 * acc, atol=8 * acc)
 
     du = gradient(u)
-    check_sums(kernels.grad_stats(dout, y, vectors[:3], activation), du)
-    expected = scale * du + slope * (wide - mean) + offset
-    for target in ("fresh", "y", "dout"):
-        maps = {"y": y.clone(), "dout": dout.clone(), "fresh": torch.full_like(y, 7)}
-        # The aligned and the misaligned address go with the tensor, so clones are put where the original was.
-        maps = {name: _same_alignment(t, y) for name, t in maps.items()}
-        kernels.grad_apply_(maps[target], maps["dout"], maps["y"], vectors, activation)
-        torch.testing.assert_close(maps[target].double(), expected, rtol=exact, atol=exact)
+    gradients = torch.full((2, kernels.groups), 7, dtype=kernels.acc).unbind()
+    check_sums(kernels.grad_stats(dout, y, norm, activation, gradients=gradients), du, gradients)
+    for given in (sums, None):
+        expected = scale * du
+        if given is not None:
+            expected = expected + slope * (wide - mean) + offset
+        for target in ("fresh", "y", "dout"):
+            maps = {"y": y.clone(), "dout": dout.clone(), "fresh": torch.full_like(y, 7)}
+            # The aligned and the misaligned address go with the tensor, so clones are put where the original was.
+            maps = {name: _same_alignment(t, y) for name, t in maps.items()}
+            kernels.grad_apply_(maps[target], maps["dout"], maps["y"], norm, given, activation)
+            torch.testing.assert_close(maps[target].double(), expected, rtol=exact, atol=3 * exact)
 
     residual = _same_alignment(torch.randn(y.shape, dtype=torch.float64).to(dtype), y)
     for added in (None, residual):
         joined = u if added is None else u + added.double()
         for target in ("fresh", "y"):
             maps = {"y": _same_alignment(y, y), "fresh": _same_alignment(torch.full_like(y, 7), y)}
-            kernels.apply_(maps[target], maps["y"], vectors[:3], activation, added)
+            kernels.apply_(maps[target], maps["y"], norm, activation, added)
             torch.testing.assert_close(
                 maps[target].double(), act(joined), rtol=exact, atol=3 * exact
             )
@@ -214,9 +314,7 @@ def _check_all(kernels, y, dout, dtype, activation):
         for in_place in (False, True):
             given = _same_alignment(dout, y)
             written = given if in_place else _same_alignment(torch.full_like(y, 7), y)
-            sums = kernels.grad_stats(
-                given, y, vectors[:3], activation, **{name: other}, du=written
-            )
+            sums = kernels.grad_stats(given, y, norm, activation, **{name: other}, du=written)
             check_sums(sums, gradient(at))
             torch.testing.assert_close(written.double(), gradient(at), rtol=exact, atol=3 * exact)
 
@@ -243,37 +341,37 @@ def test_every_kernel_is_its_formula(library, name, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_maps_that_start_between_vectors(library, channels_last, dtype):
     torch.manual_seed(0)
-    shape = (True, 5, 16, 1) if channels_last else (False, 2, 3, 21)
+    shape = (True, 1, 5, 16, 1) if channels_last else (False, 1, 2, 3, 21)
     kernels = Kernels(library, shape, dtype)
     _check_all(kernels, _map(shape, dtype, offset=1), _map(shape, dtype, offset=1), dtype, "relu")
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_activation(library, activation):
-    shape, dtype = (True, 40, 8, 1), torch.float32
+    shape, dtype = (True, 1, 40, 8, 1), torch.float32
     _check_all(
         Kernels(library, shape, dtype), _map(shape, dtype), _map(shape, dtype), dtype, activation
     )
 
 
-@pytest.mark.parametrize("shape", [(False, 2, 3, 1500), (True, 1500, 3, 1)])
+@pytest.mark.parametrize("shape", [(False, 1, 2, 3, 1500), (True, 1, 1500, 3, 1)])
 def test_statistics_far_from_zero(library, shape):
     torch.manual_seed(0)
     y = _map(shape, torch.float32, mean=1e4)
     y.view(-1)[0] = -3e4  # where a sum that is taken from the first value would lose the variance
     kernels = Kernels(library, shape, torch.float32)
-    var, mean = torch.var_mean(y.double(), _dims(y), correction=0)
+    var, mean = (v.flatten() for v in torch.var_mean(y.double(), (1, 3), correction=0))
     stats = kernels.stats(y).double()
     torch.testing.assert_close(stats[0], mean, rtol=1e-6, atol=0)
     torch.testing.assert_close(stats[1], var, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("shape", [(False, 4, 2, 1023), (True, 4092, 2, 1)])
+@pytest.mark.parametrize("shape", [(False, 1, 4, 2, 1023), (True, 1, 4092, 2, 1)])
 @pytest.mark.parametrize("mean", (1e4, 3e19))
 def test_a_large_mean_costs_the_variance_nothing(library, shape, mean):
     y = _map(shape, torch.float64) * mean / 1e4 + mean
     y = y.float()
-    var, mean = torch.var_mean(y.double(), _dims(y), correction=0)
+    var, mean = (v.flatten() for v in torch.var_mean(y.double(), (1, 3), correction=0))
     stats = Kernels(library, shape, torch.float32).stats(y).double()
     torch.testing.assert_close(stats[0], mean, rtol=1e-6, atol=0)
     torch.testing.assert_close(stats[1], var, rtol=1e-5, atol=0)
@@ -281,9 +379,9 @@ def test_a_large_mean_costs_the_variance_nothing(library, shape, mean):
 
 def test_not_finite_values_stay_in_their_channel(library):
     torch.manual_seed(0)
-    shape = (False, 2, 3, 70)
+    shape = (False, 1, 2, 3, 70)
     y = _map(shape, torch.float32)
-    y[0, 0, 5], y[1, 1, 0] = float("nan"), float("inf")
+    y[0, 0, 0, 5], y[0, 1, 1, 0] = float("nan"), float("inf")
     stats = Kernels(library, shape, torch.float32).stats(y)
     assert stats[:, 0].isnan().all()
     assert not stats[:, 1].isfinite().any()
@@ -302,78 +400,106 @@ def test_same_as_the_cpu_kernels(library, channels_last, dtype):
     if channels_last:
         y, dout = (t.to(memory_format=torch.channels_last) for t in (y, dout))
     weight, bias = torch.rand(c, dtype=acc) + 0.5, torch.randn(c, dtype=acc)
-    chain = pack(y, [Norm(weight, bias, activation="relu")])
+    chain = pack(y, [Link(weight, bias, activation="relu")])
     ops = torch.ops.fusedconvbn
     out, _, (stats,) = ops._chain_forward(chain.tensors, *chain.options, [])
     dy, dweight, dbias = ops._chain_backward(
         dout, chain.tensors, [], [stats], *chain.options, [], [0, 1, 2]
     )
 
-    shape = (True, n * h * w, c, 1) if channels_last else (False, n, c, h * w)
+    shape = (True, 1, n * h * w, c, 1) if channels_last else (False, 1, n, c, h * w)
     kernels = Kernels(library, shape, dtype)
     own_stats = kernels.stats(y)
     tolerance = dict(rtol=16 * torch.finfo(acc).eps, atol=16 * torch.finfo(acc).eps)
     torch.testing.assert_close(own_stats, stats, **tolerance)
-    r = (stats[1] + 1e-5).rsqrt()
-    vectors = [stats[0].contiguous(), r * weight, bias]
-    s1, s2 = kernels.grad_stats(dout, y, vectors, "relu")
-    torch.testing.assert_close(s1, dbias, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(r * s2, dweight, rtol=1e-5, atol=1e-5)
-    count = n * h * w
-    vectors += [-vectors[1] * r * r * s2 / count, -vectors[1] * s1 / count]
+    norm = Norm(stats, weight, bias, count=n * h * w)
+    gradients = torch.empty(2, c, dtype=acc).unbind()
+    sums = kernels.grad_stats(dout, y, norm, "relu", gradients=gradients)
+    torch.testing.assert_close(gradients[0], dweight, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradients[1], dbias, rtol=1e-5, atol=1e-5)
     result = torch.empty_like(y)
-    kernels.grad_apply_(result, dout, y, vectors, "relu")
+    kernels.grad_apply_(result, dout, y, norm, sums, "relu")
     torch.testing.assert_close(result, dy)
-    kernels.apply_(result, y, vectors[:3], "relu")
+    kernels.apply_(result, y, norm, "relu")
     torch.testing.assert_close(result, out)
 
 
-@pytest.mark.parametrize("counted", (False, True))
-@pytest.mark.parametrize("arithmetic", ("batchnorm", "tutorial"))
+@pytest.mark.parametrize("arithmetic", ("batchnorm", "tutorial", "counted"))
+@pytest.mark.parametrize(
+    "absent", ((), ("weight",), ("bias",), ("weight", "bias", "statistics")), ids=str
+)
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32))
-@pytest.mark.parametrize("channels", (1, 256, 300))
-def test_vectors(library, channels, dtype, arithmetic, counted):
-    """The C-sized arithmetic against the table of docs/design.md; channel 0 is constant."""
-    if counted and arithmetic == "tutorial":
-        return  # is not synchronised
-    eps, count, tutorial = 1e-3, 7.0, arithmetic == "tutorial"
-    sums, total, others = torch.randn(3, 2, channels, dtype=dtype)
-    var, gamma = others[0].square(), others[1]
-    beta, counts = torch.randn(2, channels, dtype=dtype)
-    counts = counts.abs().mul(5).round()  # some of them 0
-    var[0] = sums[1, 0] = total[1, 0] = 0
+def test_vectors(library, dtype, absent, arithmetic):
+    """What becomes of a norm's vectors, those that are absent, constant channels and empty processes."""
+    torch.manual_seed(0)
+    shape = (True, 1, 7, 24, 1)
+    kernels = Kernels(library, shape, dtype)
+    y, dout = _map(shape, dtype), _map(shape, dtype)
+    statistics = torch.randn(3 if arithmetic == "counted" else 2, 24, dtype=kernels.acc)
+    statistics[1].square_()
+    weight, bias = torch.randn(2, 24, dtype=kernels.acc)
+    sums = torch.randn(2, 24, dtype=kernels.acc)
+    statistics[1, 0] = sums[1, 0] = 0
+    if arithmetic == "counted":
+        statistics[2].mul_(5).abs_().round_()
+    present = {"statistics": statistics, "weight": weight, "bias": bias}
+    present = {name: t for name, t in present.items() if name not in absent}
+    norm = Norm(**present, eps=1e-3, tutorial=arithmetic == "tutorial", count=7)
+    mean, scale, shift = (_spread(v, y) for v in norm.affine())
+    close = {torch.float64: 1e-12, torch.float32: 1e-4}[dtype]
+    out = torch.empty_like(y)
+    kernels.apply_(out, y, norm, "none")
+    torch.testing.assert_close(out.double(), (y - mean) * scale + shift, rtol=close, atol=close)
+    expected = scale * dout
+    if norm.statistics is not None:
+        slope, offset = (_spread(v, y) for v in norm.linear(sums))
+        expected = expected + slope * (y - mean) + offset
+    kernels.grad_apply_(out, dout, y, norm, None if norm.statistics is None else sums, "none")
+    torch.testing.assert_close(out.double(), expected, rtol=close, atol=close)
 
-    def run(name, *tensors):
-        result = torch.empty(3, channels, dtype=dtype)
-        library.call(
-            name,
-            *map(ctypes.c_int64, (DTYPES.index(dtype), channels)),
-            list(tensors),
-            ctypes.c_double(eps),
-            ctypes.c_bool(tutorial),
-            ctypes.c_double(count),
-            result,
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32))
+def test_running_statistics(library, dtype):
+    """Of norms of other sizes and ways in one launch, as PyTorch moves them."""
+    torch.manual_seed(0)
+    tensors, numbers, expected = [], [], []
+    for channels, momentum, counted, biased, counter in (
+        (5, 0.1, False, True, 7),
+        (300, 0.25, False, False, None),
+        (3, float("nan"), False, False, 4),
+        (6, 0.5, True, False, 0),
+    ):
+        running, statistics = (
+            torch.rand(2, channels, dtype=dtype),
+            torch.rand(3, channels, dtype=dtype),
         )
-        return result.double()
-
-    close = (
-        {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-5}
+        statistics[2] = torch.arange(channels)  # the first has no sample at all, the second one
+        bias = torch.rand(channels, dtype=dtype) if biased else None
+        counter = None if counter is None else torch.tensor(counter)
+        values = statistics[2].double() if counted else torch.full((channels,), 11.0).double()
+        part = 1 / (counter + 1.0) if momentum != momentum else momentum
+        batch = statistics[:2].double().clone()
+        batch[0] += 0 if bias is None else bias
+        batch[1] *= values / (values - 1).clamp_min(1)
+        moved = (1 - part) * running.double() + part * batch
+        expected += [torch.where(values > 0, moved, running.double())]
+        expected += [] if counter is None else [counter + 1]
+        tensors += [*running.unbind(), counter, statistics, bias]
+        numbers += [channels, momentum, 0 if counted else 11]
+    tensors += [None, None, only := torch.tensor(2), None, None]  # of a batch that is counted alone
+    numbers += [0, 0.1, 0]
+    numbers = (ctypes.c_double * len(numbers))(*numbers)
+    before = [t if t is None else t.clone() for t in tensors]
+    library.call(
+        "update_running", ctypes.c_int64(DTYPES.index(dtype)), ctypes.c_int64(5), tensors, numbers
     )
-    std = (var.double() * count / (count - 1)).sqrt()
-    r = 1 / (std + eps) if tutorial else (var.double() + eps).rsqrt()
-    for weight, bias in ((gamma, beta), (None, None)):
-        vectors = run("affine_vectors", var, weight, bias)
-        a = r if weight is None else r * weight.double()
-        b = torch.zeros(channels) if bias is None else bias
-        torch.testing.assert_close(vectors, torch.stack([a, b.double(), r]), **close)
-
-    vectors = torch.stack([a, beta.double(), r]).to(dtype)
-    R = counts.double().clamp_min(1) if counted else count
-    rho = (count / ((count - 1) * std)).nan_to_num(posinf=0) if tutorial else r
-    S1, S2 = total.double()
-    expected = torch.stack([-a / R * r * rho * S2, -a / R * S1, r * sums[1].double()])
-    found = run("grad_vectors", sums, total, var, vectors, counts if counted else None)
-    torch.testing.assert_close(found, expected, **close)
+    found = []
+    for mean, var, counter, *_ in zip(*[iter(tensors[:20])] * 5, strict=True):
+        found += [torch.stack((mean, var)).double()] + ([] if counter is None else [counter])
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    assert only == 3
+    for given, now in zip(before[3::5] + before[4::5], tensors[3::5] + tensors[4::5], strict=True):
+        assert given is None or torch.equal(given, now)
 
 
 @pytest.mark.gpu

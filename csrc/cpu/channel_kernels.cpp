@@ -47,46 +47,85 @@ const ChannelLoops<T>& loops(const ChannelLayout& layout) {
 Shape shape_of(const ChannelLayout& layout) { return {layout.outer, layout.channels, layout.inner}; }
 
 template <typename T>
-const acc_t<T>* row_of(const Tensor& t, int64_t i) {
-  return static_cast<const acc_t<T>*>(row(t, i));
-}
-
-template <typename T>
-Vectors<T> vectors_of(const Affine& a) {
-  return {row_of<T>(a.statistics, 0), row_of<T>(a.vectors, 0), row_of<T>(a.vectors, 1)};
-}
-
-template <typename T>
 const T* data_or_null(const Tensor& t) {
   return t.defined() ? t.const_data_ptr<T>() : nullptr;
 }
 
-// Both sums of each channel, (2, C). add(channel, begin, end, sums) is a reduction of ChannelLoops. The slices depend
-// on the shape alone, and are added in order: the result does not depend on the number of threads.
+// The vectors of a norm of G groups as the loops read them, and r of each group.
+template <typename T>
+class Expanded {
+ public:
+  using acc = acc_t<T>;
+
+  Expanded(const NormVectors& norm, int64_t groups) : groups_(groups), values_(4 * groups) {
+    const auto *found = data_or_null<acc>(norm.statistics), *gamma = data_or_null<acc>(norm.weight),
+               *beta = data_or_null<acc>(norm.bias);
+    acc *mean = row(0), *scale = row(1), *shift = row(2), *r = row(3);
+    for (int64_t g = 0; g < groups; ++g) {
+      mean[g] = found ? found[g] : acc(0);
+      r[g] = found ? inverse_std(norm.how, found[groups + g]) : acc(1);
+      scale[g] = gamma ? r[g] * gamma[g] : r[g];
+      shift[g] = beta ? beta[g] : acc(0);
+    }
+  }
+  // From `group` on.
+  Vectors<T> from(int64_t group) const { return {row(0) + group, row(1) + group, row(2) + group}; }
+  const acc* scale() const { return row(1); }
+  const acc* r() const { return row(3); }
+
+ private:
+  const acc* row(int64_t i) const { return values_.data() + i * groups_; }
+  acc* row(int64_t i) { return values_.data() + i * groups_; }
+
+  int64_t groups_;
+  std::vector<acc> values_;
+};
+
+// Both sums of each group, (2, G). add(channel, group, begin, end, sums) is a reduction of ChannelLoops whose vectors
+// start at `group`. The slices depend on the shape alone, and are added in order: the result does not depend on the
+// number of threads.
 template <typename Add>
 std::vector<double> reduce(const ChannelLayout& layout, const Add& add) {
-  const int64_t C = layout.channels, positions = layout.count();
-  const int64_t groups = layout.channels_last ? 1 : C;  // channels that are sliced one by one
-  const int64_t slices = std::clamp<int64_t>(std::min(most_slices / groups, positions * (C / groups) / grain), 1,
+  const int64_t C = layout.channels, G = layout.groups(), positions = layout.count();
+  // What is sliced by itself: a channel, or, channels last, all channels of a sample.
+  const int64_t units = layout.channels_last ? layout.samples : C, width = G / units;
+  const int64_t slices = std::clamp<int64_t>(std::min(most_slices / units, positions * width / grain), 1,
                                              std::max<int64_t>(positions, 1));
   const int64_t length = at::divup(positions, slices);
-  std::vector<double> partial(slices * 2 * C);
-  at::parallel_for(0, slices * groups, 1, [&](int64_t first, int64_t last) {
+  std::vector<double> partial(slices * 2 * G);
+  at::parallel_for(0, slices * units, std::max<int64_t>(grain / (length * width), 1), [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
-      const int64_t slice = i / groups, channel = i % groups;
-      add(channel, slice * length, std::min(positions, (slice + 1) * length), partial.data() + slice * 2 * C);
+      const int64_t slice = i / units, unit = i % units, start = slice * length;
+      const int64_t begin = (layout.channels_last ? unit * positions : 0) + start;
+      const int64_t end = begin + std::min(positions - start, length);
+      add(layout.channels_last ? 0 : unit, layout.channels_last ? unit * C : 0, begin, end,
+          partial.data() + slice * 2 * G + (layout.channels_last ? 2 * unit * C : 0));
     }
   });
   for (int64_t slice = 1; slice < slices; ++slice)
-    for (int64_t c = 0; c < 2 * C; ++c) partial[c] += partial[slice * 2 * C + c];
+    for (int64_t i = 0; i < 2 * G; ++i) partial[i] += partial[slice * 2 * G + i];
   return partial;
 }
 
+// Where sum `which` of group g is in what `reduce` returns.
+int64_t sum_of(const ChannelLayout& layout, int64_t which, int64_t g) {
+  const int64_t C = layout.channels;
+  return g / C * 2 * C + which * C + g % C;
+}
+
+// f(begin, end, group) for slices whose vectors start at `group`.
 template <typename F>
 void for_slices(const ChannelLayout& layout, const F& f) {
   const int64_t width = layout.channels_last ? layout.channels : 1;
-  const int64_t rows = layout.count() * layout.channels / width;
-  at::parallel_for(0, rows, std::max<int64_t>(grain / width, 1), f);
+  const int64_t rows = layout.count() * layout.groups() / width;
+  at::parallel_for(0, rows, std::max<int64_t>(grain / width, 1), [&](int64_t begin, int64_t end) {
+    while (begin < end) {  // samples > 1: their rows
+      const int64_t sample = layout.samples == 1 ? 0 : begin / layout.outer;
+      const int64_t last = layout.samples == 1 ? end : std::min(end, (sample + 1) * layout.outer);
+      f(begin, last, sample * layout.channels);
+      begin = last;
+    }
+  });
 }
 
 template <typename F>
@@ -94,112 +133,126 @@ void dispatch(const Tensor& y, const F& f) {
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, y.scalar_type(), "fusedconvbn", [&] { f(scalar_t{}); });
 }
 
-Tensor channel_stats(const Tensor& y) {
-  const auto layout = dense_layout(y);
-  const int64_t C = layout.channels, count = layout.count();
-  auto result = at::empty({2, C}, y.options().dtype(statistics_dtype(y)).memory_format(std::nullopt));
+template <typename T>
+acc_t<T>* values_of(Tensor& t) {
+  return t.mutable_data_ptr<acc_t<T>>();
+}
+
+Tensor pair_of_vectors(const Tensor& y, const ChannelLayout& layout) {
+  return at::empty({2, layout.groups()}, y.options().dtype(statistics_dtype(y)).memory_format(std::nullopt));
+}
+
+Tensor channel_stats(const Tensor& y, int64_t samples) {
+  const auto layout = dense_layout(y, samples);
+  const int64_t C = layout.channels, G = layout.groups(), count = layout.count();
+  auto result = pair_of_vectors(y, layout);
   dispatch(y, [&]<typename T>(T) {
     const auto* data = y.const_data_ptr<T>();
     // Sums are taken from a value of the channel, so that they stay exact when |mean| ≫ std. The middle one: the
     // first is next to the padding.
-    std::vector<acc_t<T>> origin(C);
+    std::vector<acc_t<T>> origin(G);
     const auto plane_stride = layout.channels_last ? 1 : layout.inner;
-    const auto* middle = data + (layout.outer / 2) * C * layout.inner + layout.inner / 2;
-    for (int64_t c = 0; c < C; ++c) {
-      const auto value = acc_t<T>(middle[c * plane_stride]);
-      origin[c] = std::isfinite(value) ? value : 0;
+    for (int64_t g = 0; g < G; ++g) {
+      const auto* sample = data + g / C * count * C;
+      const auto value =
+          acc_t<T>(sample[(layout.outer / 2) * C * layout.inner + layout.inner / 2 + g % C * plane_stride]);
+      origin[g] = std::isfinite(value) ? value : 0;
     }
-    const auto sums = reduce(layout, [&](int64_t channel, int64_t begin, int64_t end, double* sums) {
-      loops<T>(layout).stats(shape_of(layout), channel, begin, end, data, origin.data(), sums);
+    const auto sums = reduce(layout, [&](int64_t channel, int64_t group, int64_t begin, int64_t end, double* sums) {
+      loops<T>(layout).stats(shape_of(layout), channel, begin, end, data, origin.data() + group, sums);
     });
-    auto* mean = result.mutable_data_ptr<acc_t<T>>();
-    for (int64_t c = 0; c < C; ++c) {
-      const double shifted = sums[c] / count, var = sums[C + c] / count - shifted * shifted;
-      mean[c] = acc_t<T>(origin[c] + shifted);
-      mean[C + c] = acc_t<T>(var < 0 ? 0 : var);
+    auto* mean = values_of<T>(result);
+    for (int64_t g = 0; g < G; ++g) {
+      const double shifted = sums[sum_of(layout, 0, g)] / count;
+      const double var = sums[sum_of(layout, 1, g)] / count - shifted * shifted;
+      mean[g] = acc_t<T>(origin[g] + shifted);
+      mean[G + g] = acc_t<T>(var < 0 ? 0 : var);
     }
   });
   return result;
 }
 
-void channel_apply_(Tensor& out, const Tensor& y, const Affine& a, const Activation& activation,
+void channel_apply_(Tensor& out, const Tensor& y, const NormVectors& norm, const Activation& activation,
                     const Tensor& residual) {
-  const auto layout = dense_layout(y);
+  const auto layout = dense_layout(y, samples_of(y, norm));
   dispatch(y, [&]<typename T>(T) {
+    const Expanded<T> vectors(norm, layout.groups());
     auto* to = out.mutable_data_ptr<T>();
     const auto* from = y.const_data_ptr<T>();
     const auto* added = data_or_null<T>(residual);
-    for_slices(layout, [&](int64_t begin, int64_t end) {
-      loops<T>(layout).apply(shape_of(layout), begin, end, to, from, vectors_of<T>(a), activation, added);
+    for_slices(layout, [&](int64_t begin, int64_t end, int64_t group) {
+      loops<T>(layout).apply(shape_of(layout), begin, end, to, from, vectors.from(group), activation, added);
     });
   });
 }
 
-Tensor channel_grad_stats(const Tensor& dout, const Tensor& y, const Affine& a, const Activation& activation,
-                          const Joined& joined) {
-  const auto layout = dense_layout(y);
-  auto result = at::empty({2, layout.channels}, a.vectors.options());
+Tensor channel_grad_stats(const Tensor& dout, const Tensor& y, int64_t samples, const NormVectors& norm,
+                          const Activation& activation, const Joined& joined, const ParameterGrads& grads) {
+  const auto layout = dense_layout(y, samples);
+  const int64_t G = layout.groups();
+  auto result = pair_of_vectors(y, layout);
   dispatch(y, [&]<typename T>(T) {
+    const Expanded<T> vectors(norm, G);
     const cpu::Joined<T> with{data_or_null<T>(joined.residual), data_or_null<T>(joined.result),
                               joined.du.defined() ? joined.du.mutable_data_ptr<T>() : nullptr};
-    const auto sums = reduce(layout, [&](int64_t channel, int64_t begin, int64_t end, double* sums) {
+    const auto sums = reduce(layout, [&](int64_t channel, int64_t group, int64_t begin, int64_t end, double* sums) {
       loops<T>(layout).grad_stats(shape_of(layout), channel, begin, end, dout.const_data_ptr<T>(),
-                                  y.const_data_ptr<T>(), vectors_of<T>(a), activation, with, sums);
+                                  y.const_data_ptr<T>(), vectors.from(group), activation, with, sums);
     });
-    std::copy_n(sums.begin(), 2 * layout.channels, result.mutable_data_ptr<acc_t<T>>());
-  });
-  return result;
-}
-
-void channel_grad_apply_(Tensor& out, const Tensor& dout, const Tensor& y, const Affine& a, const Tensor& linear,
-                         const Activation& activation) {
-  const auto layout = dense_layout(y);
-  dispatch(y, [&]<typename T>(T) {
-    auto* to = out.mutable_data_ptr<T>();
-    for_slices(layout, [&](int64_t begin, int64_t end) {
-      loops<T>(layout).grad_apply(shape_of(layout), begin, end, to, dout.const_data_ptr<T>(), y.const_data_ptr<T>(),
-                                  vectors_of<T>(a), row_of<T>(linear, 0), row_of<T>(linear, 1), activation);
-    });
-  });
-}
-
-// f(c) of each channel, where make(acc*) makes f for (3, C) results.
-template <typename Make>
-Tensor for_channels(const Tensor& like, const Make& make) {
-  const int64_t channels = like.size(1);
-  auto result = at::empty({3, channels}, like.options());
-  dispatch(like, [&]<typename T>(T) {
-    if constexpr (std::is_same_v<T, acc_t<T>>) {
-      const auto f = make(result.mutable_data_ptr<T>());
-      for (int64_t c = 0; c < channels; ++c) f(c);
+    auto *S1 = values_of<T>(result), *S2 = S1 + G;
+    for (int64_t g = 0; g < G; ++g) {
+      S1[g] = acc_t<T>(sums[sum_of(layout, 0, g)]);
+      S2[g] = acc_t<T>(sums[sum_of(layout, 1, g)]);
     }
+    auto [dgamma, dbeta] = grads;
+    if (dgamma.defined())
+      for (int64_t g = 0; g < G; ++g) values_of<T>(dgamma)[g] = vectors.r()[g] * S2[g];
+    if (dbeta.defined()) std::copy_n(S1, G, values_of<T>(dbeta));
   });
   return result;
 }
 
-Tensor affine_vectors(const Tensor& statistics, const Tensor& weight, const Tensor& bias, const Normalisation& how) {
-  return for_channels(statistics, [&]<typename acc>(acc* result) {
-    return AffineVectors<acc>{row_of<acc>(statistics, 1), data_or_null<acc>(weight),
-                              data_or_null<acc>(bias),    result,
-                              statistics.size(1),         how};
+void channel_grad_apply_(Tensor& out, const Tensor& dout, const Tensor& y, const NormVectors& norm, const Tensor& sums,
+                         const Activation& activation) {
+  const auto layout = dense_layout(y, samples_of(y, norm));
+  const int64_t G = layout.groups();
+  dispatch(y, [&]<typename T>(T) {
+    using acc = acc_t<T>;
+    const Expanded<T> vectors(norm, G);
+    std::vector<acc> linear(2 * G);
+    if (sums.defined()) {
+      const auto *S1 = sums.const_data_ptr<acc>(), *S2 = S1 + G, *found = data_or_null<acc>(norm.statistics);
+      for (int64_t g = 0; g < G; ++g) {
+        const Linear<acc> of(norm.how, found[G + g], vectors.scale()[g], vectors.r()[g],
+                             norm.how.counted ? found[2 * G + g] : acc(0), S1[g], S2[g]);
+        linear[g] = of.slope, linear[G + g] = of.offset;
+      }
+    }
+    auto* to = out.mutable_data_ptr<T>();
+    for_slices(layout, [&](int64_t begin, int64_t end, int64_t group) {
+      loops<T>(layout).grad_apply(shape_of(layout), begin, end, to, dout.const_data_ptr<T>(), y.const_data_ptr<T>(),
+                                  vectors.from(group), linear.data() + group, linear.data() + G + group, activation);
+    });
   });
 }
 
-Tensor grad_vectors(const Tensor& sums, const Tensor& total, const Affine& a, bool counted, const Normalisation& how) {
-  return for_channels(sums, [&]<typename acc>(acc* result) {
-    return GradVectors<acc>{row_of<acc>(sums, 0),
-                            row_of<acc>(total, 0),
-                            row_of<acc>(a.statistics, 1),
-                            row_of<acc>(a.vectors, 0),
-                            counted ? row_of<acc>(a.statistics, 2) : nullptr,
-                            result,
-                            sums.size(1),
-                            how};
-  });
+void update_running(at::ArrayRef<RunningUpdate> updates) {
+  for (const auto& update : updates) {
+    const int64_t C = update.statistics.size(1);
+    const double count = update.counter.defined() ? ++*update.counter.mutable_data_ptr<int64_t>() : 0;
+    if (!update.mean.defined()) continue;
+    dispatch(update.statistics, [&]<typename acc>(acc) {
+      if constexpr (std::is_same_v<acc, acc_t<acc>>) {
+        const auto* found = update.statistics.const_data_ptr<acc>();
+        const RunningChannel<acc> of{found, data_or_null<acc>(update.bias), C, update.momentum, update.values, count};
+        auto *mean = update.mean.mutable_data_ptr<acc>(), *var = update.var.mutable_data_ptr<acc>();
+        for (int64_t c = 0; c < C; ++c) of.move(c, mean[c], var[c]);
+      }
+    });
+  }
 }
 
-const ChannelKernels kernels{channel_stats,       channel_apply_, channel_grad_stats,
-                             channel_grad_apply_, affine_vectors, grad_vectors};
+const ChannelKernels kernels{channel_stats, channel_apply_, channel_grad_stats, channel_grad_apply_, update_running};
 const RegisterChannelKernels registered(at::kCPU, kernels);
 
 }  // namespace

@@ -3,14 +3,13 @@
 //   contiguous      A plane (one sample, one channel) is read as the aligned vectors that cover it. Those that
 //                   stick out at its ends, as planes need not begin at a vector, are done value by value.
 //   channels last   A thread stays on one vector of channels and goes down the rows. Where the channels are no whole
-//                   number of vectors, a vector is one value.
+//                   number of vectors, several rows are read as one of as many times the channels.
 //
-// A reduction has two stages. In the first a block makes one partial result of each channel it saw, in the second they
-// are merged. Both add in an order that depends on the shape alone.
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
-
+// A reduction has two stages. In the first a block makes one partial result of each group it saw, in the second they
+// are merged. Both add in an order that depends on the shape and the device alone. Reductions walk from the end of a map
+// to its start and the others from the start: what was written or read last is what the cache still has.
 #include <algorithm>
+#include <numeric>
 #include <type_traits>
 
 #include "channel_launch.h"
@@ -20,14 +19,12 @@
 namespace fusedconvbn::cuda {
 namespace {
 
-constexpr unsigned threads = 256;                  // of a block
+constexpr unsigned threads = 256;                  // of a block, at most
 constexpr unsigned blocks_per_multiprocessor = 4;  // at least: 64 registers a thread
-// Blocks at most. Channels last, each of them first reads the vectors of its channels: no more than run at a time, 4 on
-// each of an H100's 132 multiprocessors. Contiguous, more of them make the last wave smaller.
-constexpr int64_t most_row_blocks = 528;
+// Blocks at most. Channels last, each of them first reads the vectors of its channels: no more than run at a time.
+// Contiguous, more of them make the last wave smaller.
 constexpr int64_t most_reduction_blocks = 4736;  // the parts of which are merged
 constexpr int64_t most_plane_blocks = 16384;
-constexpr int64_t vector_bytes = 16;
 constexpr int64_t steps = 4;  // vectors a thread should do, before more blocks are used
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -37,157 +34,232 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // The aligned vectors that cover planes, `width` places for each: as many as a plane can touch.
 template <int V>
 struct Planes {
-  int64_t inner, width;
+  int64_t inner, width, channels;
 
-  __host__ explicit Planes(int64_t inner) : inner(inner), width(ceil_div(inner, V) + (inner % V != 0)) {}
+  __host__ Planes(int64_t inner, int64_t channels)
+      : inner(inner), width(ceil_div(inner, V) + (inner % V != 0)), channels(channels) {}
+};
 
-  // f(vector offset) for vector `v` of the plane at `start` if it lies inside, else g(offset) for each value of it that
-  // does.
-  template <typename F, typename G>
-  __device__ __forceinline__ void visit(int64_t start, int64_t v, const F& f, const G& g) const {
-    const int64_t first = start / V * V + v * V, end = start + inner;
-    if (first >= start && first + V <= end) {
-      f(first);
+// A place in planes, and how far it is to the next one of a thread.
+template <int V>
+struct Place {
+  int64_t plane, vector;
+
+  __device__ Place(const Planes<V>& planes, int64_t index)
+      : plane(index / planes.width), vector(index % planes.width) {}
+  __device__ __forceinline__ void advance(const Planes<V>& planes, const Place& step) {
+    plane += step.plane, vector += step.vector;
+    if (vector >= planes.width) vector -= planes.width, ++plane;
+  }
+};
+
+// What a thread is to do at a place.
+template <typename Op, int V>
+struct Piece {
+  int64_t plane, first;  // that of the plane and that of the vector
+  bool whole;
+  typename Op::template Loaded<V> loaded;
+
+  __device__ __forceinline__ void load(const Op& op, const Planes<V>& planes, int64_t number, int64_t vector) {
+    plane = number;
+    const int64_t start = plane * planes.inner;
+    first = start / V * V + vector * V;
+    whole = first >= start && first + V <= start + planes.inner;
+    if (whole) loaded = op.template load<V>(first);
+  }
+  template <typename... Accumulator>
+  __device__ __forceinline__ void run(const Op& op, const Planes<V>& planes,
+                                      const typename Op::template Groups<1>& groups,
+                                      Accumulator&... accumulator) const {
+    if (whole) {
+      op.template run<V, 1>(loaded, first, groups, accumulator...);
     } else {
-      for (int64_t i = first < start ? start : first; i < first + V && i < end; ++i) g(i);
+      const int64_t start = plane * planes.inner, end = start + planes.inner;
+      for (int64_t i = first < start ? start : first; i < first + V && i < end; ++i)
+        op.template run<1, 1>(op.template load<1>(i), i, groups, accumulator...);
     }
   }
 };
 
 template <typename Op, int V>
 __global__ void __launch_bounds__(threads, blocks_per_multiprocessor)
-    elementwise_contiguous(Op op, Planes<V> planes, int64_t count, int64_t channels) {
-  const int64_t stride = int64_t(gridDim.x) * threads, index = int64_t(blockIdx.x) * threads + threadIdx.x;
-  const int64_t plane_step = stride / planes.width, vector_step = stride % planes.width;
-  const int64_t channel_step = plane_step % channels;
-  int64_t plane = index / planes.width, vector = index % planes.width, c = plane % channels;
-  while (plane < count) {
-    const auto channel = op.channel(c);
-    planes.visit(
-        plane * planes.inner, vector, [&](int64_t at) { op.template run<V, 0>(at, &channel); },
-        [&](int64_t at) { op.template run<1, 0>(at, &channel); });
-    plane += plane_step, vector += vector_step, c += channel_step;
-    if (vector >= planes.width) vector -= planes.width, ++plane, ++c;
-    if (c >= channels) c -= channels;
+    elementwise_contiguous(Op op, Planes<V> planes, int64_t count) {
+  constexpr int batch = Op::template in_flight<V, 1>;
+  const Place<V> step(planes, int64_t(gridDim.x) * threads);
+  Place<V> place(planes, int64_t(blockIdx.x) * threads + threadIdx.x);
+  while (place.plane < count) {
+    Piece<Op, V> pieces[batch];
+#pragma unroll
+    for (int i = 0; i < batch; ++i) {
+      pieces[i].plane = place.plane;
+      if (place.plane < count) pieces[i].load(op, planes, place.plane, place.vector);
+      place.advance(planes, step);
+    }
+#pragma unroll
+    for (int i = 0; i < batch; ++i) {
+      if (pieces[i].plane >= count) return;
+      pieces[i].run(op, planes, op.template groups<1>({0, pieces[i].plane % planes.channels, planes.channels}));
+    }
   }
 }
 
-// Block (c, k) reduces the vectors [k·length, (k + 1)·length) of channel c. partial: (gridDim.y, C)
+// Block (c, k) reduces a part of `length` vectors of channel c. partial: (gridDim.y, C)
 template <typename Op, int V>
 __global__ void __launch_bounds__(threads, blocks_per_multiprocessor)
-    reduce_contiguous(Op op, Planes<V> planes, int64_t samples, int64_t channels, int64_t length,
+    reduce_contiguous(Op op, Planes<V> planes, int64_t samples, int64_t length,
                       typename Op::template Partial<typename Op::acc>* partial) {
   using Partial = typename Op::template Partial<typename Op::acc>;
-  const int64_t c = blockIdx.x, total = samples * planes.width, first = blockIdx.y * length;
-  const int64_t last = first + length < total ? first + length : total;
-  const int64_t sample_step = threads / planes.width, vector_step = threads % planes.width;
-  int64_t sample = (first + threadIdx.x) / planes.width, vector = (first + threadIdx.x) % planes.width;
-  const auto channel = op.channel(c);
-  typename Op::Accumulator accumulator;
-  for (int64_t i = first + threadIdx.x; i < last; i += threads) {
-    planes.visit((sample * channels + c) * planes.inner, vector,
-                 [&](int64_t at) { op.template run<V, 0>(at, &channel, &accumulator); },
-                 [&](int64_t at) { op.template run<1, 0>(at, &channel, &accumulator); });
-    sample += sample_step, vector += vector_step;
-    if (vector >= planes.width) vector -= planes.width, ++sample;
+  constexpr int batch = Op::template in_flight<V, 1>;
+  const int64_t c = blockIdx.x, total = samples * planes.width, part = gridDim.y - 1 - blockIdx.y;
+  const int64_t first = part * length, last = first + length < total ? first + length : total;
+  const Place<V> step(planes, threads);
+  Place<V> place(planes, first + threadIdx.x);  // of the channel's planes
+  const auto groups = op.template groups<1>({0, c, planes.channels});
+  typename Op::template Accumulator<1> accumulator;
+  for (int64_t at = first + threadIdx.x; at < last; at += batch * threads) {
+    Piece<Op, V> pieces[batch];
+#pragma unroll
+    for (int i = 0; i < batch; ++i) {
+      if (at + i * threads < last) pieces[i].load(op, planes, place.plane * planes.channels + c, place.vector);
+      place.advance(planes, step);
+    }
+#pragma unroll
+    for (int i = 0; i < batch; ++i)
+      if (at + i * threads < last) pieces[i].run(op, planes, groups, accumulator);
   }
 
   __shared__ Partial shared[threads];
   const unsigned t = threadIdx.x;
-  shared[t] = accumulator.partial();
+  shared[t] = accumulator.partial(0);
   for (unsigned half = threads / 2; half > 0; half /= 2) {
     __syncthreads();
     if (t < half) shared[t].merge(shared[t + half]);
   }
-  if (t == 0) partial[blockIdx.y * channels + c] = shared[0];
+  if (t == 0) partial[part * planes.channels + c] = shared[0];
 }
 
 // ------------------------------------------------------------------------------------------- channels last
 
-// Block (x, y): blockDim.x vectors of channels by blockDim.y rows at a time, from row blockIdx.y·blockDim.y on.
-template <typename Op, int V>
-__global__ void __launch_bounds__(threads, blocks_per_multiprocessor)
-    elementwise_channels_last(Op op, int64_t rows, int64_t channels) {
-  const int64_t c = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * V;
-  if (c >= channels) return;
-  typename Op::Channel channel[V];
+// The rows of each sample. A row has the channels `width / channels` times.
+struct Rows {
+  int64_t samples, rows, width, channels;
+  int64_t columns;  // blocks that a row takes
+
+  int64_t folded() const { return width / channels; }
+};
+
+// The vector of a row that a thread stays on, in each sample.
+template <int V>
+struct Column {
+  int64_t sample, first;
+
+  __device__ explicit Column(const Rows& map)
+      : sample(blockIdx.x / map.columns),
+        first((blockIdx.x % map.columns * int64_t(blockDim.x) + threadIdx.x) * V) {}
+  __device__ bool inside(const Rows& map) const { return first < map.width; }
+  __device__ Lanes lanes(const Rows& map) const { return {sample * map.channels, first % map.channels, map.channels}; }
+};
+
+// Runs `op` on every (gridDim.y·blockDim.y)-th row, from the first of them or, backward, from the last.
+template <int V, bool backward, typename Op, typename... Accumulator>
+__device__ __forceinline__ void go_down(const Op& op, const Rows& map, const Column<V>& column,
+                                        Accumulator&... accumulator) {
+  constexpr int batch = Op::template in_flight<V, V>;
+  const auto groups = op.template groups<V>(column.lanes(map));
+  const int64_t step = int64_t(gridDim.y) * blockDim.y, jump = (backward ? -step : step) * map.width;
+  int64_t row = int64_t(blockIdx.y) * blockDim.y + threadIdx.y;
+  int64_t at = (column.sample * map.rows + (backward ? map.rows - 1 - row : row)) * map.width + column.first;
+  for (; row < map.rows; row += batch * step, at += batch * jump) {
+    typename Op::template Loaded<V> loaded[batch];
 #pragma unroll
-  for (int j = 0; j < V; ++j) channel[j] = op.channel(c + j);
-  for (int64_t row = int64_t(blockIdx.y) * blockDim.y + threadIdx.y; row < rows; row += int64_t(gridDim.y) * blockDim.y)
-    op.template run<V, 1>(row * channels + c, channel);
+    for (int i = 0; i < batch; ++i)
+      if (row + i * step < map.rows) loaded[i] = op.template load<V>(at + i * jump);
+#pragma unroll
+    for (int i = 0; i < batch; ++i)
+      if (row + i * step < map.rows) op.template run<V, V>(loaded[i], at + i * jump, groups, accumulator...);
+  }
 }
 
-// Block (x, k) reduces rows [k·length, (k + 1)·length) of its channels. partial: (gridDim.y, C)
+template <typename Op, int V>
+__global__ void __launch_bounds__(threads, blocks_per_multiprocessor) elementwise_channels_last(Op op, Rows map) {
+  const Column<V> column(map);
+  if (column.inside(map)) go_down<V, false>(op, map, column);
+}
+
+// partial: (gridDim.y, samples, width)
 template <typename Op, int V>
 __global__ void __launch_bounds__(threads, blocks_per_multiprocessor)
-    reduce_channels_last(Op op, int64_t rows, int64_t channels, int64_t length,
-                         typename Op::template Partial<typename Op::acc>* partial) {
+    reduce_channels_last(Op op, Rows map, typename Op::template Partial<typename Op::acc>* partial) {
   using Partial = typename Op::template Partial<typename Op::acc>;
-  const int64_t c = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * V;
-  typename Op::Accumulator accumulator[V];
-  if (c < channels) {
-    typename Op::Channel channel[V];
-#pragma unroll
-    for (int j = 0; j < V; ++j) channel[j] = op.channel(c + j);
-    const int64_t first = blockIdx.y * length, last = first + length < rows ? first + length : rows;
-    for (int64_t row = first + threadIdx.y; row < last; row += blockDim.y)
-      op.template run<V, 1>(row * channels + c, channel, accumulator);
-  }
+  const Column<V> column(map);
+  typename Op::template Accumulator<V> accumulator;
+  if (column.inside(map)) go_down<V, true>(op, map, column, accumulator);
 
   __shared__ Partial shared[threads * V];
   const unsigned t = threadIdx.y * blockDim.x + threadIdx.x;
 #pragma unroll
-  for (int j = 0; j < V; ++j) shared[j * threads + t] = accumulator[j].partial();
-  for (unsigned half = blockDim.y / 2; half > 0; half /= 2) {
+  for (int j = 0; j < V; ++j) shared[j * threads + t] = accumulator.partial(j);
+  for (unsigned left = blockDim.y; left > 1;) {
+    const unsigned half = (left + 1) / 2;
     __syncthreads();
-    if (threadIdx.y < half)
+    if (threadIdx.y + half < left)
       for (int j = 0; j < V; ++j) shared[j * threads + t].merge(shared[j * threads + t + half * blockDim.x]);
+    left = half;
   }
-  if (threadIdx.y == 0 && c < channels)
-    for (int j = 0; j < V; ++j) partial[blockIdx.y * channels + c + j] = shared[j * threads + t];
+  if (threadIdx.y == 0 && column.inside(map))
+    for (int j = 0; j < V; ++j)
+      partial[(blockIdx.y * map.samples + column.sample) * map.width + column.first + j] = shared[j * threads + t];
 }
 
 // -------------------------------------------------------------------------------------------- second stage
 
-constexpr unsigned merged_channels = 8;  // of a block
+constexpr unsigned merged_groups = 8;  // of a block
 
-// result: (2, C), from partial: (parts, C)
+// What comes of the sums of each group: (2, G), and where they are asked for r·S2 and S1.
+template <typename acc>
+struct Sink {
+  acc *result, *weight, *bias;
+  Vectors vectors;
+};
+
+// partial: (parts / folded, samples, folded, channels)
 template <template <typename> typename Partial, typename acc>
 __global__ void __launch_bounds__(threads, blocks_per_multiprocessor)
-    merge_partials(const Partial<acc>* partial, int64_t parts, int64_t channels, acc* result) {
-  const int64_t c = int64_t(blockIdx.x) * merged_channels + threadIdx.x;
+    merge_partials(const Partial<acc>* partial, int64_t parts, int64_t folded, int64_t channels, int64_t groups,
+                   Sink<acc> sink) {
+  const int64_t g = int64_t(blockIdx.x) * merged_groups + threadIdx.x;
+  const int64_t start = g / channels * folded * channels + g % channels;
   Partial<double> merged{};
   constexpr int batch = 4;  // loads under way at a time
-  for (int64_t k = threadIdx.y; c < channels && k < parts; k += batch * blockDim.y) {
+  for (int64_t k = threadIdx.y; g < groups && k < parts; k += batch * blockDim.y) {
     Partial<acc> next[batch];
 #pragma unroll
     for (int i = 0; i < batch; ++i) {
       const int64_t part = k + i * int64_t(blockDim.y);
-      next[i] = part < parts ? partial[part * channels + c] : Partial<acc>{};
+      next[i] = part < parts ? partial[start + part / folded * folded * groups + part % folded * channels]
+                             : Partial<acc>{};
     }
 #pragma unroll
     for (int i = 0; i < batch; ++i) merged.merge(next[i]);
   }
 
   __shared__ Partial<double> shared[threads];
-  const unsigned t = threadIdx.y * merged_channels + threadIdx.x;
+  const unsigned t = threadIdx.y * merged_groups + threadIdx.x;
   shared[t] = merged;
-  for (unsigned half = threads / merged_channels / 2; half > 0; half /= 2) {
+  for (unsigned half = threads / merged_groups / 2; half > 0; half /= 2) {
     __syncthreads();
-    if (threadIdx.y < half) shared[t].merge(shared[t + half * merged_channels]);
+    if (threadIdx.y < half) shared[t].merge(shared[t + half * merged_groups]);
   }
-  if (threadIdx.y == 0 && c < channels) {
-    result[c] = acc(shared[t].first());
-    result[channels + c] = acc(shared[t].second());
+  if (threadIdx.y == 0 && g < groups) {
+    const acc first = acc(shared[t].first()), second = acc(shared[t].second());
+    sink.result[g] = first;
+    sink.result[groups + g] = second;
+    if (sink.bias) sink.bias[g] = first;
+    if (sink.weight) {
+      const auto* statistics = static_cast<const acc*>(sink.vectors.statistics);
+      sink.weight[g] = statistics ? inverse_std(sink.vectors.how, statistics[groups + g]) * second : second;
+    }
   }
-}
-
-// ---------------------------------------------------------------------------------------- C-sized arithmetic
-
-template <typename F>
-__global__ void __launch_bounds__(threads) for_channels(F f) {
-  const int64_t c = int64_t(blockIdx.x) * threads + threadIdx.x;
-  if (c < f.channels) f(c);
 }
 
 // -------------------------------------------------------------------------------------------------- launch
@@ -195,76 +267,110 @@ __global__ void __launch_bounds__(threads) for_channels(F f) {
 template <typename T>
 constexpr int whole_vector = vector_bytes / sizeof(T);
 
-// f(std::integral_constant<int, V>) with the vector that every pointer and, channels last, every row allows.
-template <typename T, typename F>
-void with_vector(const Map& map, std::initializer_list<const void*> pointers, const F& f) {
-  const bool aligned = std::all_of(pointers.begin(), pointers.end(),
-                                   [](const void* p) { return reinterpret_cast<uintptr_t>(p) % vector_bytes == 0; });
-  if (aligned && (!map.channels_last || map.channels % whole_vector<T> == 0))
-    f(std::integral_constant<int, whole_vector<T>>{});
-  else
-    f(std::integral_constant<int, 1>{});
+// How many rows are read as one for vectors of V values, or 0 where that cannot be.
+int64_t folded_rows(const Map& map, int64_t V) {
+  const int64_t folded = V / std::gcd(V, map.channels);
+  return map.outer % folded == 0 ? folded : 0;
 }
 
-// A block of `threads`, as wide as the vectors of a row, at most a warp.
-dim3 row_block(int64_t vectors) {
-  unsigned x = 1;
-  while (x < 32 && x < vectors) x *= 2;
-  return {x, threads / x, 1};
+template <typename T>
+bool aligned(std::initializer_list<const void*> pointers, int64_t V) {
+  return std::all_of(pointers.begin(), pointers.end(),
+                     [&](const void* p) { return reinterpret_cast<uintptr_t>(p) % (V * sizeof(T)) == 0; });
 }
+
+// f(std::integral_constant<int, V>) with the widest vector that every pointer allows,
+template <typename T, typename F>
+void with_plane_vector(std::initializer_list<const void*> pointers, const F& f) {
+  if (aligned<T>(pointers, whole_vector<T>)) return f(std::integral_constant<int, whole_vector<T>>{});
+  f(std::integral_constant<int, 1>{});
+}
+
+// and that the rows do, of at most V values.
+template <typename T, int V, typename F>
+void with_row_vector(const Map& map, std::initializer_list<const void*> pointers, const F& f) {
+  if constexpr (V > 1) {
+    if (!aligned<T>(pointers, V) || folded_rows(map, V) == 0)
+      return with_row_vector<T, (V > 4 ? 4 : 1)>(map, pointers, f);
+  }
+  f(std::integral_constant<int, V>{});
+}
+
+template <typename Op>
+constexpr int row_vector = std::min(whole_vector<typename Op::type>, Op::most_groups);
 
 // How many parts the work is cut into, when one part has `blocks` blocks and each block `units` steps to do.
 int64_t parts_for(int64_t most, int64_t blocks, int64_t units) {
   return std::clamp<int64_t>(std::min(most / blocks, units / steps), 1, most);
 }
 
+// How rows are cut. A block is as wide as a row, or as an equal share of it of at most a warp.
+struct RowPlan {
+  Rows map;
+  dim3 block;
+  int64_t parts;
+
+  RowPlan(const Map& m, int64_t V) {
+    const int64_t folded = folded_rows(m, V), vectors = folded * m.channels / V, columns = ceil_div(vectors, 32);
+    map = {m.samples, m.outer / folded, folded * m.channels, m.channels, columns};
+    const unsigned x = ceil_div(vectors, columns);
+    block = {x, threads / x, 1};
+    const int64_t most = blocks_per_multiprocessor * m.multiprocessors;
+    parts = parts_for(most, columns * m.samples, map.rows / block.y);
+  }
+  dim3 grid() const { return dim3(map.columns * map.samples, parts); }
+};
+
+template <int V>
+int64_t plane_parts(const Map& map) {
+  const Planes<V> planes(map.inner, map.channels);
+  return parts_for(most_reduction_blocks, map.channels, map.outer * planes.width / threads);
+}
+
 template <typename Op>
-void reduce(const Map& map, const Op& op, std::initializer_list<const void*> pointers, void* scratch, void* result,
-            cudaStream_t stream) {
+void reduce(const Map& map, const Op& op, std::initializer_list<const void*> pointers, void* scratch,
+            const Sink<typename Op::acc>& sink, cudaStream_t stream) {
   using acc = typename Op::acc;
   using Partial = typename Op::template Partial<acc>;
   auto* partial = static_cast<Partial*>(scratch);
-  int64_t parts = 1;
-  with_vector<std::remove_const_t<std::remove_pointer_t<decltype(op.y)>>>(map, pointers, [&](auto width) {
-    constexpr int V = width();
-    if (map.channels_last) {
-      const int64_t vectors = map.channels / V;
-      const dim3 block = row_block(vectors);
-      const int64_t columns = ceil_div(vectors, block.x);
-      parts = parts_for(most_row_blocks, columns, map.outer / block.y);
-      const int64_t length = ceil_div(map.outer, parts);
-      launch(reduce_channels_last<Op, V>, dim3(columns, parts), block, stream, op, map.outer, map.channels, length,
-             partial);
-    } else {
-      const Planes<V> planes(map.inner);
-      parts = parts_for(most_reduction_blocks, map.channels, map.outer * planes.width / threads);
+  int64_t parts = 1, folded = 1;
+  if (map.channels_last) {
+    with_row_vector<typename Op::type, row_vector<Op>>(map, pointers, [&](auto V) {
+      const RowPlan plan(map, V);
+      folded = plan.map.folded();
+      parts = plan.parts * folded;
+      launch(reduce_channels_last<Op, V()>, plan.grid(), plan.block, stream, op, plan.map, partial);
+    });
+  } else {
+    with_plane_vector<typename Op::type>(pointers, [&](auto V) {
+      const Planes<V()> planes(map.inner, map.channels);
+      parts = plane_parts<V()>(map);
       const int64_t length = ceil_div(map.outer * planes.width, parts);
-      launch(reduce_contiguous<Op, V>, dim3(map.channels, parts), dim3(threads), stream, op, planes, map.outer,
-             map.channels, length, partial);
-    }
-  });
-  launch(merge_partials<Op::template Partial, acc>, dim3(ceil_div(map.channels, merged_channels)),
-         dim3(merged_channels, threads / merged_channels), stream, static_cast<const Partial*>(partial), parts,
-         map.channels, static_cast<acc*>(result));
+      launch(reduce_contiguous<Op, V()>, dim3(map.channels, parts), dim3(threads), stream, op, planes, map.outer,
+             length, partial);
+    });
+  }
+  const int64_t groups = map.samples * map.channels;
+  launch(merge_partials<Op::template Partial, acc>, dim3(ceil_div(groups, merged_groups)),
+         dim3(merged_groups, threads / merged_groups), stream, static_cast<const Partial*>(partial), parts, folded,
+         map.channels, groups, sink);
 }
 
 template <typename Op>
 void elementwise(const Map& map, const Op& op, std::initializer_list<const void*> pointers, cudaStream_t stream) {
-  with_vector<std::remove_pointer_t<decltype(op.out)>>(map, pointers, [&](auto width) {
-    constexpr int V = width();
-    if (map.channels_last) {
-      const int64_t vectors = map.channels / V;
-      const dim3 block = row_block(vectors);
-      const int64_t columns = ceil_div(vectors, block.x);
-      const int64_t parts = parts_for(most_row_blocks, columns, map.outer / block.y);
-      launch(elementwise_channels_last<Op, V>, dim3(columns, parts), block, stream, op, map.outer, map.channels);
-    } else {
-      const Planes<V> planes(map.inner);
+  if (map.channels_last) {
+    with_row_vector<typename Op::type, row_vector<Op>>(map, pointers, [&](auto V) {
+      const RowPlan plan(map, V);
+      launch(elementwise_channels_last<Op, V()>, plan.grid(), plan.block, stream, op, plan.map);
+    });
+  } else {
+    with_plane_vector<typename Op::type>(pointers, [&](auto V) {
+      const Planes<V()> planes(map.inner, map.channels);
       const int64_t count = map.outer * map.channels;
       const int64_t blocks = parts_for(most_plane_blocks, 1, count * planes.width / threads);
-      launch(elementwise_contiguous<Op, V>, dim3(blocks), dim3(threads), stream, op, planes, count, map.channels);
-    }
-  });
+      launch(elementwise_contiguous<Op, V()>, dim3(blocks), dim3(threads), stream, op, planes, count);
+    });
+  }
 }
 
 template <typename F>
@@ -294,33 +400,67 @@ void with_act(const Activation& activation, const F& f) {
   }
 }
 
+template <bool condition>
+using Bool = std::bool_constant<condition>;
+
+template <At where>
+using Where = std::integral_constant<At, where>;
+
+// f with where act' is taken
+template <typename Act, typename F>
+void with_slope_at(const Joined& joined, const F& f) {
+  if constexpr (!std::is_same_v<Act, Identity>) {
+    if constexpr (std::is_same_v<Act, Relu>) {
+      if (joined.result) return f(Where<At::result>{});
+    }
+    if (joined.residual) return f(Where<At::sum>{});
+  }
+  f(Where<At::u>{});
+}
+
 }  // namespace
 
 int64_t scratch_bytes(const Map& map) {
   const int64_t acc = map.dtype == Dtype::f64 ? sizeof(double) : sizeof(float);
-  // At most parts_for's parts, with the widest blocks: 32 vectors of channels, or one channel.
-  const int64_t parts = map.channels_last ? most_row_blocks / ceil_div(map.channels, 32 * whole_vector<c10::Half>)
-                                          : most_reduction_blocks / map.channels;
-  return std::max<int64_t>(parts, 1) * map.channels * 4 * acc;
+  // Of the vectors that the pointers may allow, the one that takes most.
+  int64_t parts = 1;
+  with_dtype(map.dtype, [&]<typename T>(T) {
+    if (!map.channels_last) {
+      parts = std::max(plane_parts<whole_vector<T>>(map), plane_parts<1>(map));
+      return;
+    }
+    for (const int64_t V : {whole_vector<T>, 4, 1}) {
+      if (V > whole_vector<T> || folded_rows(map, V) == 0) continue;
+      const RowPlan plan(map, V);
+      parts = std::max(parts, plan.parts * plan.map.folded());
+    }
+  });
+  return parts * map.samples * map.channels * 4 * acc;
 }
 
 void channel_stats(const Map& map, const void* y, void* scratch, void* result, cudaStream_t stream) {
-  with_dtype(map.dtype,
-             [&]<typename T>(T) { reduce(map, Stats<T>{static_cast<const T*>(y)}, {y}, scratch, result, stream); });
+  with_dtype(map.dtype, [&]<typename T>(T) {
+    const Sink<acc_t<T>> sink{static_cast<acc_t<T>*>(result), nullptr, nullptr, {}};
+    reduce(map, Stats<T>{static_cast<const T*>(y)}, {y}, scratch, sink, stream);
+  });
 }
 
 void channel_grad_stats(const Map& map, const void* dout, const void* y, Vectors vectors, Activation activation,
-                        Joined joined, void* scratch, void* result, cudaStream_t stream) {
+                        Joined joined, void* scratch, void* result, void* dweight, void* dbias, cudaStream_t stream) {
   with_dtype(map.dtype, [&]<typename T>(T) {
+    using acc = acc_t<T>;
+    const Sink<acc> sink{static_cast<acc*>(result), static_cast<acc*>(dweight), static_cast<acc*>(dbias), vectors};
     with_act(activation, [&]<typename Act>(Act act) {
-      const GradStats<T, Act> op{static_cast<const T*>(dout),
-                                 static_cast<const T*>(y),
-                                 static_cast<const T*>(joined.residual),
-                                 static_cast<const T*>(joined.result),
-                                 static_cast<T*>(joined.du),
-                                 vectors,
-                                 act};
-      reduce(map, op, {dout, y, joined.residual, joined.result, joined.du}, scratch, result, stream);
+      with_slope_at<Act>(joined, [&](auto where) {
+        const void* other = where() == At::u ? nullptr : where() == At::sum ? joined.residual : joined.result;
+        const GradStats<T, Act, where()> op{static_cast<const T*>(dout),
+                                            static_cast<const T*>(y),
+                                            static_cast<const T*>(other),
+                                            static_cast<T*>(joined.du),
+                                            vectors,
+                                            act};
+        reduce(map, op, {dout, y, other, joined.du}, scratch, sink, stream);
+      });
     });
   });
 }
@@ -329,58 +469,25 @@ void channel_apply_(const Map& map, void* out, const void* y, Vectors vectors, A
                     const void* residual, cudaStream_t stream) {
   with_dtype(map.dtype, [&]<typename T>(T) {
     with_act(activation, [&]<typename Act>(Act act) {
-      const Apply<T, Act> op{static_cast<T*>(out), static_cast<const T*>(y), static_cast<const T*>(residual), vectors,
-                             act};
-      elementwise(map, op, {out, y, residual}, stream);
+      const auto run = [&](auto with_residual) {
+        const Apply<T, Act, with_residual()> op{static_cast<T*>(out), static_cast<const T*>(y),
+                                                static_cast<const T*>(residual), vectors, act};
+        elementwise(map, op, {out, y, residual}, stream);
+      };
+      residual ? run(Bool<true>{}) : run(Bool<false>{});
     });
   });
 }
 
-void channel_grad_apply_(const Map& map, void* out, const void* dout, const void* y, Vectors vectors, const void* slope,
-                         const void* offset, Activation activation, cudaStream_t stream) {
+void channel_grad_apply_(const Map& map, void* out, const void* dout, const void* y, Vectors vectors, const void* sums,
+                         Activation activation, cudaStream_t stream) {
   with_dtype(map.dtype, [&]<typename T>(T) {
-    using acc = acc_t<T>;
     with_act(activation, [&]<typename Act>(Act act) {
-      const GradApply<T, Act> op{static_cast<T*>(out),
-                                 static_cast<const T*>(dout),
-                                 static_cast<const T*>(y),
-                                 vectors,
-                                 static_cast<const acc*>(slope),
-                                 static_cast<const acc*>(offset),
-                                 act};
+      const GradApply<T, Act> op{static_cast<T*>(out), static_cast<const T*>(dout),          static_cast<const T*>(y),
+                                 vectors,              static_cast<const acc_t<T>*>(sums), act};
       elementwise(map, op, {out, dout, y}, stream);
     });
   });
-}
-
-void affine_vectors(Dtype dtype, int64_t channels, const void* var, const void* weight, const void* bias,
-                    Normalisation how, void* result, cudaStream_t stream) {
-  const auto run = [&]<typename acc>(acc) {
-    const AffineVectors<acc> f{static_cast<const acc*>(var),
-                               static_cast<const acc*>(weight),
-                               static_cast<const acc*>(bias),
-                               static_cast<acc*>(result),
-                               channels,
-                               how};
-    launch(for_channels<AffineVectors<acc>>, dim3(ceil_div(channels, threads)), dim3(threads), stream, f);
-  };
-  dtype == Dtype::f64 ? run(double{}) : run(float{});
-}
-
-void grad_vectors(Dtype dtype, int64_t channels, const void* sums, const void* total, const void* var,
-                  const void* vectors, const void* counts, Normalisation how, void* result, cudaStream_t stream) {
-  const auto run = [&]<typename acc>(acc) {
-    const GradVectors<acc> f{static_cast<const acc*>(sums),
-                             static_cast<const acc*>(total),
-                             static_cast<const acc*>(var),
-                             static_cast<const acc*>(vectors),
-                             static_cast<const acc*>(counts),
-                             static_cast<acc*>(result),
-                             channels,
-                             how};
-    launch(for_channels<GradVectors<acc>>, dim3(ceil_div(channels, threads)), dim3(threads), stream, f);
-  };
-  dtype == Dtype::f64 ? run(double{}) : run(float{});
 }
 
 }  // namespace fusedconvbn::cuda

@@ -4,11 +4,16 @@
 // Act is the functor of an activation or, for all but the most frequent ones, `Activation`: then it is chosen once for
 // a vector, alike in all threads. Kernels for each activation would be a hundred.
 //
-// run<V, stride> does the V values at `at`; value j belongs to channels[j · stride]. (stride 0: all to one channel)
+// load<V> reads the V values at `at` and run<V, W> does them. They belong to W groups: one (contiguous) or V (channels
+// last); `most_groups` are those whose vectors there is room for in 64 registers. A thread loads `in_flight<V, W>` vectors
+// before it does the first of them (`python tests/build_cuda.py resources` shows what becomes of both).
 #pragma once
 
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
@@ -20,14 +25,54 @@ namespace {
 template <typename T>
 using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
+constexpr int64_t vector_bytes = 16;
+
 template <typename T, int V>
 struct alignas(sizeof(T) * V) Vector {
   T values[V];
+
+  __device__ __forceinline__ acc_t<T> get(int j) const { return values[j]; }
+  __device__ __forceinline__ void set(const acc_t<T> (&from)[V]) {
+#pragma unroll
+    for (int j = 0; j < V; ++j) values[j] = T(from[j]);
+  }
+};
+
+// Two values of a half type share a register until they are read.
+template <typename T, int V>
+  requires(sizeof(T) == 2 && V > 1)
+struct alignas(2 * V) Vector<T, V> {
+  uint32_t words[V / 2];
+
+  __device__ __forceinline__ float get(int j) const {
+    const auto bits = uint16_t(words[j / 2] >> (j % 2 * 16));
+    if constexpr (std::is_same_v<T, c10::BFloat16>)
+      return c10::detail::f32_from_bits(bits);
+    else
+      return T(bits, T::from_bits());
+  }
+  __device__ __forceinline__ void set(const float (&from)[V]) {
+#pragma unroll
+    for (int j = 0; j < V; j += 2) words[j / 2] = uint32_t(T(from[j + 1]).x) << 16 | T(from[j]).x;
+  }
 };
 
 template <int V, typename T>
 __device__ __forceinline__ Vector<T, V> load(const T* from, int64_t at) {
   return *reinterpret_cast<const Vector<T, V>*>(from + at);
+}
+template <int V, typename T>
+__device__ __forceinline__ void store(T* to, int64_t at, const acc_t<T> (&values)[V]) {
+  Vector<T, V> v;
+  v.set(values);
+  *reinterpret_cast<Vector<T, V>*>(to + at) = v;
+}
+
+// How many vectors of V values, of each of `maps` maps, a thread loads at a time, from one channel or more.
+template <typename Act, typename T, int V, int W, int maps>
+constexpr int vectors_in_flight() {
+  if (std::is_same_v<Act, Activation> || (W == 1 && V == 1)) return 1;
+  return std::clamp((W == 1 ? 32 : 64) / (V * int(sizeof(T)) * maps), 1, 4);
 }
 
 template <typename F>
@@ -39,75 +84,177 @@ __device__ __forceinline__ void with_functor(const Act& functor, const F& f) {
   f(functor);
 }
 
-template <typename acc>
-struct ChannelVectors {  // those of one channel
-  acc mean, scale, shift;
+// -------------------------------------------------------------------------------------------- vectors of groups
+
+// The groups of neighbouring values: channels from `channel` on, and after the last one from the first again, of the
+// sample whose first group is `group`.
+struct Lanes {
+  int64_t group, channel, channels;
 };
 
-template <typename acc>
-__device__ __forceinline__ ChannelVectors<acc> at(const Vectors& v, int64_t c) {
-  return {static_cast<const acc*>(v.mean)[c], static_cast<const acc*>(v.scale)[c], static_cast<const acc*>(v.shift)[c]};
+template <typename acc, int W>
+struct Values {
+  acc of[W];
+};
+
+// `absent` where there is no vector.
+template <int W, typename acc>
+__device__ __forceinline__ Values<acc, W> read(const acc* vector, const Lanes& lanes, acc absent) {
+  constexpr int width = W < int(vector_bytes / sizeof(acc)) ? W : int(vector_bytes / sizeof(acc));
+  Values<acc, W> values;
+  const acc* const from = vector + lanes.group;
+  const bool aligned = reinterpret_cast<uintptr_t>(from + lanes.channel) % (width * sizeof(acc)) == 0;
+  if (vector == nullptr) {
+#pragma unroll
+    for (int j = 0; j < W; ++j) values.of[j] = absent;
+  } else if (aligned && lanes.channel + W <= lanes.channels) {
+#pragma unroll
+    for (int j = 0; j < W; j += width) {
+      const auto some = load<width>(from, lanes.channel + j);
+#pragma unroll
+      for (int k = 0; k < width; ++k) values.of[j + k] = some.values[k];
+    }
+  } else {
+    int64_t c = lanes.channel;
+#pragma unroll
+    for (int j = 0; j < W; ++j) {
+      values.of[j] = from[c];
+      c = c + 1 == lanes.channels ? 0 : c + 1;
+    }
+  }
+  return values;
 }
 
-template <typename T, typename Act>
+// u = (y − mean)·scale + shift
+template <typename acc, int W>
+struct Affine {
+  acc mean[W], scale[W], shift[W];
+
+  __device__ __forceinline__ Affine(const Vectors& v, const Lanes& lanes) {
+    const auto* statistics = static_cast<const acc*>(v.statistics);
+    const auto found = read<W>(statistics, lanes, acc(0));
+    const auto var = read<W>(statistics ? statistics + v.groups : nullptr, lanes, acc(0));
+    const auto gamma = read<W>(static_cast<const acc*>(v.weight), lanes, acc(1));
+    const auto beta = read<W>(static_cast<const acc*>(v.bias), lanes, acc(0));
+#pragma unroll
+    for (int j = 0; j < W; ++j) {
+      mean[j] = found.of[j];
+      scale[j] = (statistics ? inverse_std(v.how, var.of[j]) : acc(1)) * gamma.of[j];
+      shift[j] = beta.of[j];
+    }
+  }
+};
+
+// -------------------------------------------------------------------------------------------------- elementwise
+
+template <typename T, typename Act, bool with_residual>
 struct Apply {
+  using type = T;
   using acc = acc_t<T>;
-  using Channel = ChannelVectors<acc>;
+  template <int W>
+  using Groups = Affine<acc, W>;
+  template <int V, int W>
+  static constexpr int in_flight = vectors_in_flight<Act, T, V, W, with_residual ? 2 : 1>();
+  static constexpr int most_groups = 4;
+
   T* out;
-  const T *y, *residual;  // residual may be null
+  const T *y, *residual;
   Vectors vectors;
   Act activation;
 
-  __device__ Channel channel(int64_t c) const { return at<acc>(vectors, c); }
-  template <int V, int stride>
-  __device__ __forceinline__ void run(int64_t at, const Channel* channels) const {
-    auto v = load<V>(y, at);
-    Vector<T, V> r{};
-    if (residual) r = load<V>(residual, at);
+  template <int V>
+  struct Loaded {
+    Vector<T, V> y, residual;
+  };
+  template <int W>
+  __device__ Groups<W> groups(const Lanes& lanes) const {
+    return {vectors, lanes};
+  }
+  template <int V>
+  __device__ __forceinline__ Loaded<V> load(int64_t at) const {
+    Loaded<V> loaded;
+    loaded.y = cuda::load<V>(y, at);
+    if constexpr (with_residual) loaded.residual = cuda::load<V>(residual, at);
+    return loaded;
+  }
+  template <int V, int W>
+  __device__ __forceinline__ void run(const Loaded<V>& loaded, int64_t at, const Groups<W>& g) const {
+    acc result[V] = {};
     with_functor(activation, [&](auto act) {
 #pragma unroll
       for (int j = 0; j < V; ++j) {
-        const auto& c = channels[j * stride];
-        acc u = (acc(v.values[j]) - c.mean) * c.scale + c.shift;
-        if (residual) u += acc(r.values[j]);
-        v.values[j] = T(act.forward(u));
+        const int w = W == 1 ? 0 : j;
+        acc u = (loaded.y.get(j) - g.mean[w]) * g.scale[w] + g.shift[w];
+        if constexpr (with_residual) u += loaded.residual.get(j);
+        result[j] = act.forward(u);
       }
     });
-    *reinterpret_cast<Vector<T, V>*>(out + at) = v;
+    store<V>(out, at, result);
   }
 };
 
 template <typename T, typename Act>
 struct GradApply {
+  using type = T;
   using acc = acc_t<T>;
-  struct Channel {
-    ChannelVectors<acc> norm;
-    acc slope, offset;
+  template <int W>
+  struct Groups {
+    Affine<acc, W> norm;
+    acc slope[W], offset[W];
   };
+  template <int V, int W>
+  static constexpr int in_flight = vectors_in_flight<Act, T, V, W, 2>();
+  static constexpr int most_groups = 4;
+
   T* out;
   const T *dout, *y;
   Vectors vectors;
-  const acc *slope, *offset;
+  const acc* sums;  // S1 and S2; null where the statistics do not depend on y
   Act activation;
 
-  __device__ Channel channel(int64_t c) const { return {at<acc>(vectors, c), slope[c], offset[c]}; }
-  template <int V, int stride>
-  __device__ __forceinline__ void run(int64_t at, const Channel* channels) const {
-    const auto v = load<V>(y, at);
-    auto d = load<V>(dout, at);
+  template <int V>
+  struct Loaded {
+    Vector<T, V> y, dout;
+  };
+  template <int W>
+  __device__ Groups<W> groups(const Lanes& lanes) const {
+    Groups<W> g{{vectors, lanes}, {}, {}};
+    if (sums == nullptr) return g;
+    const auto* statistics = static_cast<const acc*>(vectors.statistics);
+    const auto* counts = vectors.how.counted ? statistics + 2 * vectors.groups : nullptr;
+    const auto var = read<W>(statistics + vectors.groups, lanes, acc(0)), count = read<W>(counts, lanes, acc(0));
+    const auto S1 = read<W>(sums, lanes, acc(0)), S2 = read<W>(sums + vectors.groups, lanes, acc(0));
+#pragma unroll
+    for (int j = 0; j < W; ++j) {
+      const acc r = inverse_std(vectors.how, var.of[j]);
+      const Linear<acc> linear(vectors.how, var.of[j], g.norm.scale[j], r, count.of[j], S1.of[j], S2.of[j]);
+      g.slope[j] = linear.slope;
+      g.offset[j] = linear.offset;
+    }
+    return g;
+  }
+  template <int V>
+  __device__ __forceinline__ Loaded<V> load(int64_t at) const {
+    return {cuda::load<V>(y, at), cuda::load<V>(dout, at)};
+  }
+  template <int V, int W>
+  __device__ __forceinline__ void run(const Loaded<V>& loaded, int64_t at, const Groups<W>& g) const {
+    acc result[V] = {};
     with_functor(activation, [&](auto act) {
 #pragma unroll
       for (int j = 0; j < V; ++j) {
-        const auto& c = channels[j * stride];
-        const acc centred = acc(v.values[j]) - c.norm.mean;
-        const acc du = act.backward(centred * c.norm.scale + c.norm.shift, acc(d.values[j]));
-        const acc linear = c.slope == acc(0) ? acc(0) : c.slope * centred;  // an infinite value is no NaN then
-        d.values[j] = T(c.norm.scale * du + (linear + c.offset));
+        const int w = W == 1 ? 0 : j;
+        const acc centred = loaded.y.get(j) - g.norm.mean[w];
+        const acc du = act.backward(centred * g.norm.scale[w] + g.norm.shift[w], loaded.dout.get(j));
+        const acc linear = g.slope[w] == acc(0) ? acc(0) : g.slope[w] * centred;  // an infinite value is no NaN then
+        result[j] = g.norm.scale[w] * du + (linear + g.offset[w]);
       }
     });
-    *reinterpret_cast<Vector<T, V>*>(out + at) = d;
+    store<V>(out, at, result);
   }
 };
+
+// ---------------------------------------------------------------------------------------------------- reductions
 
 // The mean, which is origin + mean, and Σ (y − mean)² of `count` values. The origin is a value near the mean, kept
 // apart because their sum rounds more when |mean| ≫ std.
@@ -147,93 +294,128 @@ struct Sums {
 
 template <typename T>
 struct Stats {
+  using type = T;
   using acc = acc_t<T>;
   template <typename other>
   using Partial = Moments<other>;
-  struct Channel {};
+  template <int W>
+  struct Groups {};
+  template <int V, int W>
+  static constexpr int in_flight = vectors_in_flight<void, T, V, W, 1>();
+  static constexpr int most_groups = 8;
+
   const T* y;
 
-  __device__ Channel channel(int64_t) const { return {}; }
+  template <int V>
+  using Loaded = Vector<T, V>;
+  template <int W>
+  __device__ Groups<W> groups(const Lanes&) const {
+    return {};
+  }
+  template <int V>
+  __device__ __forceinline__ Loaded<V> load(int64_t at) const {
+    return cuda::load<V>(y, at);
+  }
 
   // Sums are taken from the first value that the thread sees: exact when |mean| ≫ std, and the values of one thread are
   // too few for one that stands far out to spoil them.
+  template <int W>
   struct Accumulator {
-    acc origin = 0, sum = 0, squares = 0;
-    int count = 0;
+    acc origin[W] = {}, sum[W] = {}, squares[W] = {};
+    int count = 0;  // of each group
 
-    __device__ __forceinline__ void start(acc value) {
-      origin = value - value == acc(0) ? value : acc(0);
-    }  // if finite
-    __device__ __forceinline__ void add(acc value) {
-      const acc d = value - origin;
-      sum += d;
-      squares += d * d;
-      ++count;
-    }
-    __device__ Partial<acc> partial() const {
+    __device__ Partial<acc> partial(int w) const {
       if (count == 0) return {0, 0, 0, 0};
-      const acc shifted = sum / acc(count), rest = squares - sum * shifted;
-      return {acc(count), origin, shifted, rest < acc(0) ? acc(0) : rest};
+      const acc shifted = sum[w] / acc(count), rest = squares[w] - sum[w] * shifted;
+      return {acc(count), origin[w], shifted, rest < acc(0) ? acc(0) : rest};
     }
   };
 
-  template <int V, int stride>
-  __device__ __forceinline__ void run(int64_t at, const Channel*, Accumulator* accumulators) const {
-    const auto v = load<V>(y, at);
-    if (accumulators[0].count == 0) {
+  template <int V, int W>
+  __device__ __forceinline__ void run(const Loaded<V>& loaded, int64_t, const Groups<W>&, Accumulator<W>& a) const {
+    if (a.count == 0) {
 #pragma unroll
-      for (int j = 0; j <= (V - 1) * stride; ++j) accumulators[j].start(acc(v.values[j]));
+      for (int w = 0; w < W; ++w) {
+        const acc value = loaded.get(w);
+        a.origin[w] = value - value == acc(0) ? value : acc(0);  // if finite
+      }
     }
 #pragma unroll
-    for (int j = 0; j < V; ++j) accumulators[j * stride].add(acc(v.values[j]));
+    for (int j = 0; j < V; ++j) {
+      const int w = W == 1 ? 0 : j;
+      const acc d = loaded.get(j) - a.origin[w];
+      a.sum[w] += d;
+      a.squares[w] += d * d;
+    }
+    a.count += V / W;
   }
 };
 
-template <typename T, typename Act>
+// Where act' is taken: at u, at u + residual, or where act(u + residual) says. The latter two write du.
+enum class At { u, sum, result };
+
+template <typename T, typename Act, At where>
 struct GradStats {
+  using type = T;
   using acc = acc_t<T>;
   template <typename other>
   using Partial = Sums<other>;
-  using Channel = ChannelVectors<acc>;
-  const T *dout, *y, *residual, *result;  // act' at result, or else at u [+ residual]; each of the two may be null
-  T* du;                                  // null without a residual
+  template <int W>
+  using Groups = Affine<acc, W>;
+  template <int V, int W>
+  static constexpr int in_flight = vectors_in_flight<Act, T, V, W, where == At::u ? 2 : 3>();
+  static constexpr int most_groups = 4;
+
+  const T *dout, *y, *other;  // the residual or the result
+  T* du;
   Vectors vectors;
   Act activation;
 
-  __device__ Channel channel(int64_t c) const { return at<acc>(vectors, c); }
+  template <int V>
+  struct Loaded {
+    Vector<T, V> y, dout, other;
+  };
+  template <int W>
+  __device__ Groups<W> groups(const Lanes& lanes) const {
+    return {vectors, lanes};
+  }
+  template <int V>
+  __device__ __forceinline__ Loaded<V> load(int64_t at) const {
+    Loaded<V> loaded;
+    loaded.y = cuda::load<V>(y, at);
+    loaded.dout = cuda::load<V>(dout, at);
+    if constexpr (where != At::u) loaded.other = cuda::load<V>(other, at);
+    return loaded;
+  }
 
+  template <int W>
   struct Accumulator {
-    acc sum = 0, dot = 0;
-    __device__ Partial<acc> partial() const { return {sum, dot}; }
+    acc sum[W] = {}, dot[W] = {};
+    __device__ Partial<acc> partial(int w) const { return {sum[w], dot[w]}; }
   };
 
-  template <int V, int stride>
-  __device__ __forceinline__ void run(int64_t at, const Channel* channels, Accumulator* accumulators) const {
-    const auto v = load<V>(y, at);
-    auto d = load<V>(dout, at);
-    Vector<T, V> r{};
-    if (result)
-      r = load<V>(result, at);
-    else if (residual)
-      r = load<V>(residual, at);
+  template <int V, int W>
+  __device__ __forceinline__ void run(const Loaded<V>& loaded, int64_t at, const Groups<W>& g,
+                                      Accumulator<W>& a) const {
+    acc du_values[V] = {};
     with_functor(activation, [&](auto act) {
 #pragma unroll
       for (int j = 0; j < V; ++j) {
-        const auto& c = channels[j * stride];
-        auto& sums = accumulators[j * stride];
-        const acc centred = acc(v.values[j]) - c.mean;
-        acc u = centred * c.scale + c.shift;
-        if (result)
-          u = acc(r.values[j]);
-        else if (residual)
-          u += acc(r.values[j]);
-        const acc gradient = act.backward(u, acc(d.values[j]));
-        d.values[j] = T(gradient);
-        sums.sum += gradient;
-        sums.dot += gradient * centred;
+        const int w = W == 1 ? 0 : j;
+        const acc centred = loaded.y.get(j) - g.mean[w];
+        acc u;
+        if constexpr (where == At::result)
+          u = loaded.other.get(j);
+        else
+          u = centred * g.scale[w] + g.shift[w];
+        if constexpr (where == At::sum) u += loaded.other.get(j);
+        const acc gradient = act.backward(u, loaded.dout.get(j));
+        du_values[j] = gradient;
+        a.sum[w] += gradient;
+        a.dot[w] += gradient * centred;
       }
     });
-    if (du) *reinterpret_cast<Vector<T, V>*>(du + at) = d;
+    if constexpr (where != At::u) store<V>(du, at, du_values);
   }
 };
 

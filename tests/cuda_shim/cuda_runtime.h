@@ -1,20 +1,27 @@
-// Stands in for CUDA's header of this name, so that the kernel sources compile as C++ and run on the CPU: the threads
-// of a block are threads, __syncthreads is a barrier, and the blocks run one after another. (The kernels use no warp
-// shuffles.)
+// Stands in for CUDA's header of this name, so that the kernel sources compile as C++ and run on the CPU, one block after
+// another. The threads of a block take turns, each until its next __syncthreads; with CUDA_SHIM_THREADS they are threads,
+// so that a tool can look for races. (The kernels use no warp shuffles.)
 #pragma once
 
-#include <barrier>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <thread>
+#include <functional>
+#include <memory>
 #include <vector>
+#if defined(CUDA_SHIM_THREADS)
+#include <barrier>
+#include <thread>
+#else
+#include <ucontext.h>
+#endif
 
 #define __global__
 #define __host__
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __shared__ static  // of the block that runs; all its threads see it
 
 using cudaStream_t = void*;
@@ -38,8 +45,24 @@ struct dim3 {
 };
 
 inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
+inline void __syncthreads();
 
 namespace cuda_shim {
+
+// One thread's part of a launch: every block, with a barrier behind it, as the next one has the same shared memory.
+template <typename Kernel>
+void run_blocks(dim3 grid, dim3 block, unsigned t, const Kernel& kernel) {
+  threadIdx = {t % block.x, t / block.x % block.y, t / block.x / block.y};
+  for (unsigned z = 0; z < grid.z; ++z)
+    for (unsigned y = 0; y < grid.y; ++y)
+      for (unsigned x = 0; x < grid.x; ++x) {
+        blockDim = block, gridDim = grid, blockIdx = {x, y, z};
+        kernel();
+        __syncthreads();
+      }
+}
+
+#if defined(CUDA_SHIM_THREADS)
 
 inline std::barrier<>* barrier;
 
@@ -49,23 +72,63 @@ void launch(dim3 grid, dim3 block, const Kernel& kernel) {
   std::barrier<> all(count);
   barrier = &all;
   std::vector<std::thread> team;
-  for (unsigned t = 0; t < count; ++t) {
-    team.emplace_back([&, t] {
-      threadIdx = {t % block.x, t / block.x % block.y, t / block.x / block.y};
-      blockDim = block;
-      gridDim = grid;
-      for (unsigned z = 0; z < grid.z; ++z)
-        for (unsigned y = 0; y < grid.y; ++y)
-          for (unsigned x = 0; x < grid.x; ++x) {
-            blockIdx = {x, y, z};
-            kernel();
-            all.arrive_and_wait();  // the next block has the same shared memory
-          }
-    });
-  }
+  for (unsigned t = 0; t < count; ++t) team.emplace_back([=, &kernel] { run_blocks(grid, block, t, kernel); });
   for (auto& thread : team) thread.join();
 }
 
+#else
+
+// Whoever comes to a barrier lets the next one run. All threads pass the same barriers: when it is the first one's turn
+// again, all have come to this one.
+struct Team {
+  std::vector<ucontext_t> threads;
+  ucontext_t caller;
+  size_t turn = 0;
+  std::function<void(unsigned)> work;
+};
+inline Team* team;
+
+inline void pass_on() {
+  auto& own = team->threads[team->turn];
+  team->turn = (team->turn + 1) % team->threads.size();
+  swapcontext(&own, &team->threads[team->turn]);
+}
+
+inline void begin() {
+  const size_t own = team->turn;
+  team->work(own);
+  team->turn = own + 1;  // all end in the same round
+  setcontext(team->turn < team->threads.size() ? &team->threads[team->turn] : &team->caller);
+}
+
+template <typename Kernel>
+void launch(dim3 grid, dim3 block, const Kernel& kernel) {
+  constexpr size_t stack_bytes = 1 << 16;
+  const unsigned count = block.x * block.y * block.z;
+  const auto stacks = std::make_unique_for_overwrite<char[]>(count * stack_bytes);
+  Team all{.threads = std::vector<ucontext_t>(count), .caller = {}, .turn = 0, .work = [&](unsigned t) {
+             run_blocks(grid, block, t, kernel);
+           }};
+  team = &all;
+  for (unsigned t = 0; t < count; ++t) {
+    getcontext(&all.threads[t]);
+    all.threads[t].uc_stack.ss_sp = stacks.get() + t * stack_bytes;
+    all.threads[t].uc_stack.ss_size = stack_bytes;
+    makecontext(&all.threads[t], begin, 0);
+  }
+  swapcontext(&all.caller, &all.threads[0]);
+}
+
+#endif
+
 }  // namespace cuda_shim
 
-inline void __syncthreads() { cuda_shim::barrier->arrive_and_wait(); }
+inline void __syncthreads() {
+#if defined(CUDA_SHIM_THREADS)
+  cuda_shim::barrier->arrive_and_wait();
+#else
+  const dim3 thread = threadIdx, block = blockIdx;
+  cuda_shim::pass_on();
+  threadIdx = thread, blockIdx = block;
+#endif
+}

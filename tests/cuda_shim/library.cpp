@@ -2,19 +2,30 @@
 // for a GPU, by a C++ compiler through the shim.
 #include <cuda_runtime.h>
 
+#include <vector>
+
 #include "../../csrc/cuda/channel_launch.h"
 
 using namespace fusedconvbn;
 
 namespace {
 
-cuda::Map map_of(const int64_t* m) { return {static_cast<cuda::Dtype>(m[0]), m[1] != 0, m[2], m[3], m[4]}; }
+constexpr int64_t multiprocessors = 132;
+
+cuda::Map map_of(const int64_t* m) {
+  return {static_cast<cuda::Dtype>(m[0]), m[1] != 0, m[2], m[3], m[4], m[5], multiprocessors};
+}
+
+cuda::Vectors vectors_of(const int64_t* map, const void* const* pointers, const double* how) {
+  return {pointers[0], pointers[1], pointers[2], map[2] * map[4], {how[0], how[1] != 0, how[2], how[3] != 0}};
+}
 
 const char* message(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
 
 }  // namespace
 
-// map: dtype, channels_last, outer, channels, inner. vectors: mean, scale, shift, slope, offset.
+// map: dtype, channels_last, samples, outer, channels, inner. vectors: statistics, weight, bias. how: eps, tutorial,
+// count, counted.
 extern "C" {
 
 // Each returns null, or what went wrong.
@@ -35,37 +46,32 @@ void channel_stats(const int64_t* map, const void* y, void* scratch, void* resul
 }
 
 void channel_grad_stats(const int64_t* map, const void* dout, const void* y, const void* const* vectors,
-                        int64_t activation, double parameter, const void* residual, const void* from_result, void* du,
-                        void* scratch, void* result) {
-  cuda::channel_grad_stats(map_of(map), dout, y, {vectors[0], vectors[1], vectors[2]},
+                        const double* how, int64_t activation, double parameter, const void* residual,
+                        const void* from_result, void* du, void* scratch, void* result, void* dweight, void* dbias) {
+  cuda::channel_grad_stats(map_of(map), dout, y, vectors_of(map, vectors, how),
                            {static_cast<ActivationKind>(activation), parameter}, {residual, from_result, du}, scratch,
-                           result, nullptr);
+                           result, dweight, dbias, nullptr);
 }
 
-void channel_apply_(const int64_t* map, void* out, const void* y, const void* const* vectors, int64_t activation,
-                    double parameter, const void* residual) {
-  cuda::channel_apply_(map_of(map), out, y, {vectors[0], vectors[1], vectors[2]},
+void channel_apply_(const int64_t* map, void* out, const void* y, const void* const* vectors, const double* how,
+                    int64_t activation, double parameter, const void* residual) {
+  cuda::channel_apply_(map_of(map), out, y, vectors_of(map, vectors, how),
                        {static_cast<ActivationKind>(activation), parameter}, residual, nullptr);
 }
 
 void channel_grad_apply_(const int64_t* map, void* out, const void* dout, const void* y, const void* const* vectors,
-                         int64_t activation, double parameter) {
-  cuda::channel_grad_apply_(map_of(map), out, dout, y, {vectors[0], vectors[1], vectors[2]}, vectors[3], vectors[4],
+                         const double* how, const void* sums, int64_t activation, double parameter) {
+  cuda::channel_grad_apply_(map_of(map), out, dout, y, vectors_of(map, vectors, how), sums,
                             {static_cast<ActivationKind>(activation), parameter}, nullptr);
 }
 
-// pointers: var, weight, bias
-void affine_vectors(int64_t dtype, int64_t channels, const void* const* pointers, double eps, bool tutorial,
-                    double count, void* result) {
-  cuda::affine_vectors(static_cast<cuda::Dtype>(dtype), channels, pointers[0], pointers[1], pointers[2],
-                       {eps, tutorial, count}, result, nullptr);
-}
-
-// pointers: sums, total, var, vectors, counts
-void grad_vectors(int64_t dtype, int64_t channels, const void* const* pointers, double eps, bool tutorial, double count,
-                  void* result) {
-  cuda::grad_vectors(static_cast<cuda::Dtype>(dtype), channels, pointers[0], pointers[1], pointers[2], pointers[3],
-                     pointers[4], {eps, tutorial, count}, result, nullptr);
+// Of each entry pointers: mean, var, counter, statistics, bias; numbers: channels, momentum, values.
+void update_running(int64_t dtype, int64_t count, void* const* pointers, const double* numbers) {
+  std::vector<cuda::RunningEntry> entries;
+  for (int64_t i = 0; i < count; ++i, pointers += 5, numbers += 3)
+    entries.push_back({pointers[0], pointers[1], static_cast<int64_t*>(pointers[2]), pointers[3], pointers[4],
+                       static_cast<int64_t>(numbers[0]), numbers[1], numbers[2]});
+  cuda::update_running(static_cast<cuda::Dtype>(dtype), entries.data(), count, nullptr);
 }
 
 }  // extern "C"
