@@ -74,12 +74,12 @@ const ChannelKernels& channel_kernels(const at::Tensor& y);
 // Statistics and C-sized vectors are float for float and narrower, double for double.
 c10::ScalarType statistics_dtype(const at::Tensor& y);
 
-// A feature map as `samples` × `outer` × C × `inner` values (contiguous), or `samples` × `outer` × C (channels last, inner
-// 1), with vectors for each sample. Contiguous samples with vectors of their own are as good as channels.
+// A feature map as `samples` × `outer` × C × `inner` values (contiguous), or `samples` × `outer` × C (channels last,
+// inner 1), with vectors for each sample. Contiguous samples with vectors of their own are as good as channels.
 struct ChannelLayout {
   int64_t samples, outer, channels, inner;
   bool channels_last;
-  int64_t count() const { return outer * inner; }         // values of a group
+  int64_t count() const { return outer * inner; }  // values of a group
   int64_t groups() const { return samples * channels; }
 };
 

@@ -1,4 +1,5 @@
-// Roots, exp, expm1 and the normal distribution in a form that the compiler turns into vector code on CPU; CUDA has its own.
+// Roots, exp, expm1 and the normal distribution in a form that the compiler turns into vector code on CPU; CUDA has its
+// own.
 #pragma once
 
 #include <bit>

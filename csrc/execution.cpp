@@ -40,8 +40,8 @@ Tensor synchronise(const Tensor& own, int64_t count, const std::string& process_
 
 // What a norm link finds of y.
 Tensor map_statistics(const Tensor& y, const std::string& process_group) {
-  const auto own =
-      y.numel() ? channel_kernels(y).stats(y, /*samples=*/1) : at::zeros({2, y.size(1)}, y.options().dtype(statistics_dtype(y)));
+  const auto own = y.numel() ? channel_kernels(y).stats(y, /*samples=*/1)
+                             : at::zeros({2, y.size(1)}, y.options().dtype(statistics_dtype(y)));
   return process_group.empty() ? own : synchronise(own, y.numel() / y.size(1), process_group);
 }
 
@@ -226,7 +226,7 @@ class Execution {
     std::fill(sizes.begin() + 2, sizes.end(), 1);
     TORCH_CHECK_VALUE(s.sizes() == sizes && s.device() == y.device(), "expected a gate of shape ", sizes, " on ",
                       y.device(), ", got ", s.toString(), s.sizes());
-    return {.statistics = {}, .weight = s.to(statistics_dtype(y)).reshape({-1}), .bias = {}, .how = {}};
+    return {.statistics = {}, .weight = s.to(statistics_dtype(y)).reshape({-1}).contiguous(), .bias = {}, .how = {}};
   }
 
   // s of a prelu, as it multiplies y
@@ -289,8 +289,7 @@ class Execution {
                       statistics.scalar_type(), " and ", statistics.device());
     TORCH_CHECK_VALUE(norm.arithmetic != Arithmetic::tutorial || process_group_.empty(),
                       "the tutorial's arithmetic is not synchronised");
-    return {statistics, channel_vector(chain_[i].weight, y), channel_vector(chain_[i].bias, y),
-            normalisation(norm, y)};
+    return {statistics, channel_vector(chain_[i].weight, y), channel_vector(chain_[i].bias, y), normalisation(norm, y)};
   }
 
   bool synchronised(const Norm& norm) const { return norm.batch_statistics() && !process_group_.empty(); }

@@ -29,8 +29,8 @@ TORCH_LIBRARY(fusedconvbn, m) {
   m.def(
       "max_pool2d(Tensor input, int[2] kernel_size, int[2] stride=[], int[2] padding=0, int[2] dilation=1, "
       "bool ceil_mode=False) -> Tensor");
-  m.def("_places_in_window(Tensor indices, int[] window, SymInt width) -> Tensor");
-  m.def("_places_in_map(Tensor places, int[] window, SymInt width) -> Tensor");
+  m.def("_max_pool2d(Tensor input, int[] pool) -> (Tensor output, Tensor places)");
+  m.def("_max_pool2d_backward(Tensor dout, Tensor places, int[] pool, SymInt[] sizes, bool channels_last) -> Tensor");
   m.impl("max_pool2d", c10::DispatchKey::CompositeImplicitAutograd, TORCH_FN(max_pool2d));
   m.impl("conv_bn", c10::DispatchKey::CompositeImplicitAutograd, TORCH_FN(conv_bn));
   m.impl("conv_bn_chain", c10::DispatchKey::CompositeImplicitAutograd, TORCH_FN(conv_bn_chain));
@@ -47,8 +47,8 @@ auto handle(const char* name, F*) {
 const auto chain_forward_op = handle("fusedconvbn::_chain_forward", chain_forward);
 const auto chain_backward_op = handle("fusedconvbn::_chain_backward", chain_backward);
 const auto channel_stats_op = handle("fusedconvbn::_channel_stats", channel_stats);
-const auto places_in_window_op = handle("fusedconvbn::_places_in_window", places_in_window);
-const auto places_in_map_op = handle("fusedconvbn::_places_in_map", places_in_map);
+const auto max_pool2d_with_places_op = handle("fusedconvbn::_max_pool2d", max_pool2d_with_places);
+const auto max_pool2d_backward_op = handle("fusedconvbn::_max_pool2d_backward", max_pool2d_backward);
 
 }  // namespace
 
@@ -68,12 +68,13 @@ std::vector<Tensor> chain_backward(const Tensor& dout, at::TensorList tensors, a
   return chain_backward_op.call(dout, tensors, kept_maps, statistics, links, scalars, process_group, kept, wanted);
 }
 
-Tensor places_in_window(const Tensor& indices, at::IntArrayRef window, c10::SymInt width) {
-  return places_in_window_op.call(indices, window, width);
+std::tuple<Tensor, Tensor> max_pool2d_with_places(const Tensor& input, at::IntArrayRef pool) {
+  return max_pool2d_with_places_op.call(input, pool);
 }
 
-Tensor places_in_map(const Tensor& places, at::IntArrayRef window, c10::SymInt width) {
-  return places_in_map_op.call(places, window, width);
+Tensor max_pool2d_backward(const Tensor& dout, const Tensor& places, at::IntArrayRef pool, c10::SymIntArrayRef sizes,
+                           bool channels_last) {
+  return max_pool2d_backward_op.call(dout, places, pool, sizes, channels_last);
 }
 
 }  // namespace fusedconvbn

@@ -53,4 +53,10 @@ std::vector<Tensor> chain_backward_kernel(Tensor dout, at::TensorList tensors, a
                                           at::ArrayRef<double> scalars, std::string_view process_group,
                                           at::IntArrayRef kept, at::IntArrayRef wanted);
 
+// Of a packed Pool (pooling.h) the values and a byte for each, the place in the window that it was found at; and the
+// gradient of an input of `sizes`.
+std::tuple<Tensor, Tensor> max_pool2d_with_places(const Tensor& input, at::IntArrayRef pool);
+Tensor max_pool2d_backward(const Tensor& dout, const Tensor& places, at::IntArrayRef pool, c10::SymIntArrayRef sizes,
+                           bool channels_last);
+
 }  // namespace fusedconvbn

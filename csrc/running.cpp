@@ -90,7 +90,8 @@ void RunningUpdates::add(const NormArguments& norm, const Tensor& statistics, c1
   const auto counter = norm.num_batches_tracked.value_or(Tensor());
   const bool moves = norm.running_mean && statistics.defined();
   if (!moves && !counter.defined()) return;
-  RunningUpdate update{.mean = {}, .var = {}, .counter = counter, .statistics = {}, .bias = {}, .momentum = 0, .values = 0};
+  RunningUpdate update{
+      .mean = {}, .var = {}, .counter = counter, .statistics = {}, .bias = {}, .momentum = 0, .values = 0};
   c10::SymInt values = 0;
   if (moves) {
     TORCH_CHECK_VALUE(

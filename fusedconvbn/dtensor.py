@@ -76,7 +76,7 @@ def _forward(cls: Any, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _whole(cls: Any, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-    """Of a backward, whose tensors forward has checked and whose gradient may be a sum in parts; of a pool's places."""
+    """Of a backward, whose tensors forward has checked and whose gradient may be a sum in parts; of a pool."""
     return _run(func, args, kwargs, args[0].device_mesh)
 
 
@@ -92,8 +92,8 @@ def _register() -> None:
         "_chain_forward": _forward,
         "_chain_backward": _whole,
         "_channel_stats": _statistics,
-        "_places_in_window": _whole,
-        "_places_in_map": _whole,
+        "_max_pool2d": _whole,
+        "_max_pool2d_backward": _whole,
     }
     for name, rule in rules.items():
         with contextlib.suppress(RuntimeError):  # this package was imported before, and deleted

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from build_cuda import build_kernels, find_toolkit
 from conftest import requires_gpu
 
@@ -500,6 +501,57 @@ def test_running_statistics(library, dtype):
     assert only == 3
     for given, now in zip(before[3::5] + before[4::5], tensors[3::5] + tensors[4::5], strict=True):
         assert given is None or torch.equal(given, now)
+
+
+# N, C, H, W; the options of F.max_pool2d but for ceil_mode
+POOLS = {
+    "ResNet's": ((2, 16, 11, 13), 3, 2, 1, 1),
+    "no whole vector": ((3, 6, 9, 8), 3, 2, 1, 1),
+    "every option": ((1, 8, 12, 10), (3, 2), (2, 1), (1, 0), (2, 3)),
+    "windows apart": ((2, 8, 11, 9), 2, 3, 0, 1),
+    "wider than the map": ((2, 4, 2, 3), 5, 1, 2, 1),
+    "256 places": ((1, 2, 20, 19), 16, 1, 8, 1),
+    "one value": ((1, 1, 1, 1), 1, 1, 0, 1),
+    "several blocks to a row": ((1, 40, 2, 60), 2, 1, 1, 1),
+}
+
+
+@pytest.mark.parametrize("channels_last", (False, True))
+@pytest.mark.parametrize("ceil_mode", (False, True))
+@pytest.mark.parametrize("name", POOLS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_max_pool(library, dtype, name, ceil_mode, channels_last):
+    """PyTorch's values and places to the bit, with ties, NaN and windows of -inf; its gradient to the last rounding."""
+    torch.manual_seed(0)
+    shape, *options = POOLS[name]
+    format = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.randn(shape, dtype=torch.float64).mul(4).round().to(dtype).to(memory_format=format)
+    x[0, :, :2], x[-1, -1, 0, -1], x[-1, 0, -1] = 0, float("nan"), -float("inf")
+    expected, indices = F.max_pool2d(x, *options, ceil_mode=ceil_mode, return_indices=True)
+
+    n, c, h, w = shape
+    planes = 1 if channels_last else c
+    map = (DTYPES.index(dtype), n * planes, h, w, c // planes, *expected.shape[2:])
+    map = (ctypes.c_int64 * 7)(*map)
+    window = [
+        v for option in options for v in (option if isinstance(option, tuple) else (option, option))
+    ]
+    packed = (ctypes.c_int64 * 8)(*window)
+    out, places = torch.full_like(expected, 7), torch.full_like(indices, 7, dtype=torch.uint8)
+    library.call("max_pool2d", map, packed, x, out, places)
+    torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(places, torch.ops.fusedconvbn._max_pool2d(x, [*window, ceil_mode])[1])
+
+    dout = torch.randn(out.shape, dtype=torch.float64).to(dtype).to(memory_format=format)
+    dinput = torch.full_like(x, 7)
+    library.call("max_pool2d_backward", map, packed, dout, places, dinput)
+    half = dtype in (torch.bfloat16, torch.float16)  # PyTorch adds them up in half on CPU
+    leaf = x.double() if half else x
+    leaf = leaf.nan_to_num(nan=1e4, neginf=-1e4).requires_grad_()
+    pooled = F.max_pool2d(leaf, *options, ceil_mode=ceil_mode)
+    due = torch.autograd.grad(pooled, leaf, dout.to(leaf.dtype))[0].to(dtype)
+    rounding = torch.finfo(dtype).eps if half else 0
+    torch.testing.assert_close(dinput, due, rtol=rounding, atol=rounding)
 
 
 @pytest.mark.gpu

@@ -150,27 +150,43 @@ def test_max_pool_to_the_bit(case, dtype, format, device):
     assert grads[0].stride() == grads[1].stride()
 
 
+def packed(case):
+    _, kernel, stride, *rest, ceil_mode = case
+    return [v for pair in (kernel, stride or kernel, *rest) for v in (pair * 2)[:2]] + [ceil_mode]
+
+
+@FORMATS
 @pytest.mark.parametrize("case", list(MAX.values())[:-1], ids=list(MAX)[:-1])
-def test_places_in_aten(case):
-    """What other devices run, here for a tensor that is not dense."""
+def test_where_the_values_were_found(case, format, device):
     size, kernel, stride, *rest = case
-    x = torch.randn(3, 6, *size)
-    _, indices = F.max_pool2d(x, kernel, stride or None, *rest, return_indices=True)
-    window = [v for pair in (kernel, stride or kernel, *rest[:2]) for v in (pair * 2)[:2]]
-    sparse = torch.stack((indices, indices), -1)[..., 0]
-    places = torch.ops.fusedconvbn._places_in_window(sparse, window, size[1])
-    assert places.dtype == torch.uint8
-    assert torch.equal(places, torch.ops.fusedconvbn._places_in_window(indices, window, size[1]))
-    sparse = torch.stack((places, places), -1)[..., 0]
-    for stored in (places, sparse):
-        back = torch.ops.fusedconvbn._places_in_map(stored, window, size[1])
-        assert torch.equal(back, indices)
+    x = torch.randn(3, 6, *size, device=device).to(memory_format=format)
+    pool = packed(case)
+    out, places = torch.ops.fusedconvbn._max_pool2d(x, pool)
+    expected, indices = F.max_pool2d(x, kernel, stride or None, *rest, return_indices=True)
+    assert torch.equal(out, expected)
+    rows, columns = (torch.arange(n, device=device) for n in out.shape[2:])
+    row = indices // size[1] - (rows * pool[2] - pool[4])[:, None]
+    column = indices % size[1] - (columns * pool[3] - pool[5])
+    assert torch.equal(places, (row // pool[6] * pool[1] + column // pool[7]).byte())
+    assert places.stride() == out.stride()
 
 
-def test_places_of_a_window_too_large_for_a_byte():
-    indices = torch.zeros(1, 1, 2, 2, dtype=torch.int64)
+def test_a_window_too_large_for_a_byte():
     with pytest.raises(ValueError, match=r"at most 256 places, got \[16, 17"):
-        torch.ops.fusedconvbn._places_in_window(indices, [16, 17, 1, 1, 8, 8, 1, 1], 19)
+        torch.ops.fusedconvbn._max_pool2d(torch.zeros(1, 1, 30, 30), [16, 17, 1, 1, 8, 8, 1, 1, 0])
+    for wrong in ([3, 3], [3, 3, 0, 1, 0, 0, 1, 1, 0]):
+        with pytest.raises(ValueError, match="the kernel, stride, padding and dilation"):
+            torch.ops.fusedconvbn._max_pool2d(torch.zeros(1, 1, 30, 30), wrong)
+
+
+@pytest.mark.parametrize("case", list(MAX.values())[:-1], ids=list(MAX)[:-1])
+def test_max_pool_operators(case):
+    x = torch.randn(2, 3, *case[0]).to(memory_format=torch.channels_last)
+    ops, pool = torch.ops.fusedconvbn, packed(case)
+    out, places = ops._max_pool2d(x, pool)
+    torch.library.opcheck(ops._max_pool2d.default, (x, pool))
+    dout = torch.randn_like(out, requires_grad=True)
+    torch.library.opcheck(ops._max_pool2d_backward.default, (dout, places, pool, x.shape, True))
 
 
 def test_max_pool_keeps_a_byte_a_value():

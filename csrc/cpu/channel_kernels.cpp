@@ -89,8 +89,8 @@ std::vector<double> reduce(const ChannelLayout& layout, const Add& add) {
   const int64_t C = layout.channels, G = layout.groups(), positions = layout.count();
   // What is sliced by itself: a channel, or, channels last, all channels of a sample.
   const int64_t units = layout.channels_last ? layout.samples : C, width = G / units;
-  const int64_t slices = std::clamp<int64_t>(std::min(most_slices / units, positions * width / grain), 1,
-                                             std::max<int64_t>(positions, 1));
+  const int64_t slices =
+      std::clamp<int64_t>(std::min(most_slices / units, positions * width / grain), 1, std::max<int64_t>(positions, 1));
   const int64_t length = at::divup(positions, slices);
   std::vector<double> partial(slices * 2 * G);
   at::parallel_for(0, slices * units, std::max<int64_t>(grain / (length * width), 1), [&](int64_t first, int64_t last) {

@@ -11,30 +11,21 @@
 #include <vector>
 
 #include "channel_launch.h"
+#include "dtype.h"
 
 namespace fusedconvbn {
 namespace {
 
 using at::Tensor;
 
-cuda::Dtype dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case at::kDouble:
-      return cuda::Dtype::f64;
-    case at::kFloat:
-      return cuda::Dtype::f32;
-    case at::kBFloat16:
-      return cuda::Dtype::bf16;
-    default:
-      TORCH_INTERNAL_ASSERT(t.scalar_type() == at::kHalf);
-      return cuda::Dtype::f16;
-  }
-}
-
 cuda::Map map_of(const Tensor& y, int64_t samples) {
   const auto layout = dense_layout(y, samples);
-  return {dtype_of(y),     layout.channels_last, layout.samples,
-          layout.outer,    layout.channels,      layout.inner,
+  return {cuda::dtype_of(y),
+          layout.channels_last,
+          layout.samples,
+          layout.outer,
+          layout.channels,
+          layout.inner,
           at::cuda::getDeviceProperties(y.device().index())->multiProcessorCount};
 }
 
@@ -105,7 +96,7 @@ void update_running(at::ArrayRef<RunningUpdate> updates) {
   const c10::cuda::CUDAGuard guard(first.device());
   std::vector<cuda::RunningEntry> entries;
   const auto launch = [&] {
-    cuda::update_running(dtype_of(first), entries.data(), entries.size(), c10::cuda::getCurrentCUDAStream().stream());
+    cuda::update_running(cuda::dtype_of(first), entries.data(), entries.size(), c10::cuda::getCurrentCUDAStream().stream());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
     entries.clear();
   };

@@ -6,8 +6,8 @@
 //                   number of vectors, several rows are read as one of as many times the channels.
 //
 // A reduction has two stages. In the first a block makes one partial result of each group it saw, in the second they
-// are merged. Both add in an order that depends on the shape and the device alone. Reductions walk from the end of a map
-// to its start and the others from the start: what was written or read last is what the cache still has.
+// are merged. Both add in an order that depends on the shape and the device alone. Reductions walk from the end of a
+// map to its start and the others from the start: what was written or read last is what the cache still has.
 #include <algorithm>
 #include <numeric>
 #include <type_traits>
@@ -26,8 +26,6 @@ constexpr unsigned blocks_per_multiprocessor = 4;  // at least: 64 registers a t
 constexpr int64_t most_reduction_blocks = 4736;  // the parts of which are merged
 constexpr int64_t most_plane_blocks = 16384;
 constexpr int64_t steps = 4;  // vectors a thread should do, before more blocks are used
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // ---------------------------------------------------------------------------------------------- contiguous
 
@@ -154,8 +152,7 @@ struct Column {
   int64_t sample, first;
 
   __device__ explicit Column(const Rows& map)
-      : sample(blockIdx.x / map.columns),
-        first((blockIdx.x % map.columns * int64_t(blockDim.x) + threadIdx.x) * V) {}
+      : sample(blockIdx.x / map.columns), first((blockIdx.x % map.columns * int64_t(blockDim.x) + threadIdx.x) * V) {}
   __device__ bool inside(const Rows& map) const { return first < map.width; }
   __device__ Lanes lanes(const Rows& map) const { return {sample * map.channels, first % map.channels, map.channels}; }
 };
@@ -236,8 +233,8 @@ __global__ void __launch_bounds__(threads, blocks_per_multiprocessor)
 #pragma unroll
     for (int i = 0; i < batch; ++i) {
       const int64_t part = k + i * int64_t(blockDim.y);
-      next[i] = part < parts ? partial[start + part / folded * folded * groups + part % folded * channels]
-                             : Partial<acc>{};
+      next[i] =
+          part < parts ? partial[start + part / folded * folded * groups + part % folded * channels] : Partial<acc>{};
     }
 #pragma unroll
     for (int i = 0; i < batch; ++i) merged.merge(next[i]);
@@ -264,19 +261,10 @@ __global__ void __launch_bounds__(threads, blocks_per_multiprocessor)
 
 // -------------------------------------------------------------------------------------------------- launch
 
-template <typename T>
-constexpr int whole_vector = vector_bytes / sizeof(T);
-
 // How many rows are read as one for vectors of V values, or 0 where that cannot be.
 int64_t folded_rows(const Map& map, int64_t V) {
   const int64_t folded = V / std::gcd(V, map.channels);
   return map.outer % folded == 0 ? folded : 0;
-}
-
-template <typename T>
-bool aligned(std::initializer_list<const void*> pointers, int64_t V) {
-  return std::all_of(pointers.begin(), pointers.end(),
-                     [&](const void* p) { return reinterpret_cast<uintptr_t>(p) % (V * sizeof(T)) == 0; });
 }
 
 // f(std::integral_constant<int, V>) with the widest vector that every pointer allows,
@@ -370,20 +358,6 @@ void elementwise(const Map& map, const Op& op, std::initializer_list<const void*
       const int64_t blocks = parts_for(most_plane_blocks, 1, count * planes.width / threads);
       launch(elementwise_contiguous<Op, V()>, dim3(blocks), dim3(threads), stream, op, planes, count);
     });
-  }
-}
-
-template <typename F>
-void with_dtype(Dtype dtype, const F& f) {
-  switch (dtype) {
-    case Dtype::f64:
-      return f(double{});
-    case Dtype::f32:
-      return f(float{});
-    case Dtype::bf16:
-      return f(c10::BFloat16{});
-    case Dtype::f16:
-      return f(c10::Half{});
   }
 }
 
@@ -483,8 +457,12 @@ void channel_grad_apply_(const Map& map, void* out, const void* dout, const void
                          Activation activation, cudaStream_t stream) {
   with_dtype(map.dtype, [&]<typename T>(T) {
     with_act(activation, [&]<typename Act>(Act act) {
-      const GradApply<T, Act> op{static_cast<T*>(out), static_cast<const T*>(dout),          static_cast<const T*>(y),
-                                 vectors,              static_cast<const acc_t<T>*>(sums), act};
+      const GradApply<T, Act> op{static_cast<T*>(out),
+                                 static_cast<const T*>(dout),
+                                 static_cast<const T*>(y),
+                                 vectors,
+                                 static_cast<const acc_t<T>*>(sums),
+                                 act};
       elementwise(map, op, {out, dout, y}, stream);
     });
   });

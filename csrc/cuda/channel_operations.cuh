@@ -5,68 +5,18 @@
 // a vector, alike in all threads. Kernels for each activation would be a hundred.
 //
 // load<V> reads the V values at `at` and run<V, W> does them. They belong to W groups: one (contiguous) or V (channels
-// last); `most_groups` are those whose vectors there is room for in 64 registers. A thread loads `in_flight<V, W>` vectors
-// before it does the first of them (`python tests/build_cuda.py resources` shows what becomes of both).
+// last); `most_groups` are those whose vectors there is room for in 64 registers. A thread loads `in_flight<V, W>`
+// vectors before it does the first of them (`python tests/build_cuda.py resources` shows what becomes of both).
 #pragma once
 
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
-#include <cuda_runtime.h>
-
 #include <algorithm>
-#include <cstdint>
 #include <type_traits>
 
 #include "channel_launch.h"
+#include "vector.cuh"
 
 namespace fusedconvbn::cuda {
 namespace {
-
-template <typename T>
-using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-constexpr int64_t vector_bytes = 16;
-
-template <typename T, int V>
-struct alignas(sizeof(T) * V) Vector {
-  T values[V];
-
-  __device__ __forceinline__ acc_t<T> get(int j) const { return values[j]; }
-  __device__ __forceinline__ void set(const acc_t<T> (&from)[V]) {
-#pragma unroll
-    for (int j = 0; j < V; ++j) values[j] = T(from[j]);
-  }
-};
-
-// Two values of a half type share a register until they are read.
-template <typename T, int V>
-  requires(sizeof(T) == 2 && V > 1)
-struct alignas(2 * V) Vector<T, V> {
-  uint32_t words[V / 2];
-
-  __device__ __forceinline__ float get(int j) const {
-    const auto bits = uint16_t(words[j / 2] >> (j % 2 * 16));
-    if constexpr (std::is_same_v<T, c10::BFloat16>)
-      return c10::detail::f32_from_bits(bits);
-    else
-      return T(bits, T::from_bits());
-  }
-  __device__ __forceinline__ void set(const float (&from)[V]) {
-#pragma unroll
-    for (int j = 0; j < V; j += 2) words[j / 2] = uint32_t(T(from[j + 1]).x) << 16 | T(from[j]).x;
-  }
-};
-
-template <int V, typename T>
-__device__ __forceinline__ Vector<T, V> load(const T* from, int64_t at) {
-  return *reinterpret_cast<const Vector<T, V>*>(from + at);
-}
-template <int V, typename T>
-__device__ __forceinline__ void store(T* to, int64_t at, const acc_t<T> (&values)[V]) {
-  Vector<T, V> v;
-  v.set(values);
-  *reinterpret_cast<Vector<T, V>*>(to + at) = v;
-}
 
 // How many vectors of V values, of each of `maps` maps, a thread loads at a time, from one channel or more.
 template <typename Act, typename T, int V, int W, int maps>

@@ -1,6 +1,6 @@
-// Stands in for CUDA's header of this name, so that the kernel sources compile as C++ and run on the CPU, one block after
-// another. The threads of a block take turns, each until its next __syncthreads; with CUDA_SHIM_THREADS they are threads,
-// so that a tool can look for races. (The kernels use no warp shuffles.)
+// Stands in for CUDA's header of this name, so that the kernel sources compile as C++ and run on the CPU, one block
+// after another. The threads of a block take turns, each until its next __syncthreads; with CUDA_SHIM_THREADS they are
+// threads, so that a tool can look for races. (The kernels use no warp shuffles.)
 #pragma once
 
 #include <cstdint>
@@ -13,6 +13,7 @@
 #include <barrier>
 #include <thread>
 #else
+#include <setjmp.h>
 #include <ucontext.h>
 #endif
 
@@ -79,26 +80,37 @@ void launch(dim3 grid, dim3 block, const Kernel& kernel) {
 #else
 
 // Whoever comes to a barrier lets the next one run. All threads pass the same barriers: when it is the first one's turn
-// again, all have come to this one.
+// again, all have come to this one. (A thread begins by its context and goes on by a jump, which asks no kernel.)
+struct Thread {
+  ucontext_t start;
+  jmp_buf stopped;
+  bool started = false;
+};
 struct Team {
-  std::vector<ucontext_t> threads;
+  std::vector<Thread> threads;
   ucontext_t caller;
   size_t turn = 0;
   std::function<void(unsigned)> work;
 };
 inline Team* team;
 
+inline void go_on() {
+  auto& next = team->threads[team->turn];
+  if (next.started) _longjmp(next.stopped, 1);
+  next.started = true;
+  setcontext(&next.start);
+}
+
 inline void pass_on() {
   auto& own = team->threads[team->turn];
   team->turn = (team->turn + 1) % team->threads.size();
-  swapcontext(&own, &team->threads[team->turn]);
+  if (_setjmp(own.stopped) == 0) go_on();
 }
 
 inline void begin() {
-  const size_t own = team->turn;
-  team->work(own);
-  team->turn = own + 1;  // all end in the same round
-  setcontext(team->turn < team->threads.size() ? &team->threads[team->turn] : &team->caller);
+  team->work(team->turn);
+  if (++team->turn == team->threads.size()) setcontext(&team->caller);
+  go_on();  // all end in the same round
 }
 
 template <typename Kernel>
@@ -106,17 +118,19 @@ void launch(dim3 grid, dim3 block, const Kernel& kernel) {
   constexpr size_t stack_bytes = 1 << 16;
   const unsigned count = block.x * block.y * block.z;
   const auto stacks = std::make_unique_for_overwrite<char[]>(count * stack_bytes);
-  Team all{.threads = std::vector<ucontext_t>(count), .caller = {}, .turn = 0, .work = [&](unsigned t) {
+  Team all{.threads = std::vector<Thread>(count), .caller = {}, .turn = 0, .work = [&](unsigned t) {
              run_blocks(grid, block, t, kernel);
            }};
   team = &all;
   for (unsigned t = 0; t < count; ++t) {
-    getcontext(&all.threads[t]);
-    all.threads[t].uc_stack.ss_sp = stacks.get() + t * stack_bytes;
-    all.threads[t].uc_stack.ss_size = stack_bytes;
-    makecontext(&all.threads[t], begin, 0);
+    auto& start = all.threads[t].start;
+    getcontext(&start);
+    start.uc_stack.ss_sp = stacks.get() + t * stack_bytes;
+    start.uc_stack.ss_size = stack_bytes;
+    makecontext(&start, begin, 0);
   }
-  swapcontext(&all.caller, &all.threads[0]);
+  all.threads[0].started = true;
+  swapcontext(&all.caller, &all.threads[0].start);
 }
 
 #endif

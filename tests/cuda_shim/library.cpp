@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "../../csrc/cuda/channel_launch.h"
+#include "../../csrc/cuda/pooling_launch.h"
 
 using namespace fusedconvbn;
 
@@ -18,6 +19,17 @@ cuda::Map map_of(const int64_t* m) {
 
 cuda::Vectors vectors_of(const int64_t* map, const void* const* pointers, const double* how) {
   return {pointers[0], pointers[1], pointers[2], map[2] * map[4], {how[0], how[1] != 0, how[2], how[3] != 0}};
+}
+
+cuda::PoolMap pool_of(const int64_t* m) {
+  return {static_cast<cuda::Dtype>(m[0]), m[1], m[2], m[3], m[4], m[5], m[6]};
+}
+
+cuda::PoolWindow window_of(const int64_t* w) {
+  cuda::PoolWindow window;
+  for (int* to : {window.kernel, window.stride, window.padding, window.dilation})
+    for (int i = 0; i < 2; ++i) to[i] = int(*w++);
+  return window;
 }
 
 const char* message(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
@@ -72,6 +84,17 @@ void update_running(int64_t dtype, int64_t count, void* const* pointers, const d
     entries.push_back({pointers[0], pointers[1], static_cast<int64_t*>(pointers[2]), pointers[3], pointers[4],
                        static_cast<int64_t>(numbers[0]), numbers[1], numbers[2]});
   cuda::update_running(static_cast<cuda::Dtype>(dtype), entries.data(), count, nullptr);
+}
+
+// map: dtype, samples, height, width, channels, pooled height and width; window: kernel, stride, padding, dilation.
+void max_pool2d(const int64_t* map, const int64_t* window, const void* input, void* output, void* places) {
+  cuda::max_pool2d(pool_of(map), window_of(window), input, output, static_cast<uint8_t*>(places), nullptr);
+}
+
+void max_pool2d_backward(const int64_t* map, const int64_t* window, const void* dout, const void* places,
+                         void* dinput) {
+  cuda::max_pool2d_backward(pool_of(map), window_of(window), dout, static_cast<const uint8_t*>(places), dinput,
+                            nullptr);
 }
 
 }  // extern "C"
