@@ -13,6 +13,8 @@ from .calls import value
 from .match import Link
 from .plan import InnerMap
 
+_RUNS = 10  # between two events
+
 
 def measured_seconds(maps: list[InnerMap], links: list[Link]) -> list[InnerMap]:
     """The maps with the seconds that the convolution, or the pass in place, of their links takes. Equal ones are measured
@@ -57,11 +59,23 @@ def _seconds(link: Link) -> float:
 
 
 def _median(run: Callable[[], Tensor], device: torch.device) -> float:
-    times = []
-    for _ in range(4):
-        start = time.perf_counter()
+    timed = _by_events if device.type == "cuda" else _by_clock
+    return statistics.median([timed(run, device) for _ in range(4)][1:])
+
+
+def _by_clock(run: Callable[[], Tensor], device: torch.device) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _by_events(run: Callable[[], Tensor], device: torch.device) -> float:
+    """The mean of a few that follow each other: one alone would be timed together with the wait for its launch."""
+    stream = torch.cuda.current_stream(device)
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record(stream)
+    for _ in range(_RUNS):
         run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+    last.record(stream)
+    last.synchronize()
+    return first.elapsed_time(last) / 1e3 / _RUNS

@@ -12,7 +12,7 @@ from ..chain import Conv
 from .calls import conv_of, mutated, value
 from .match import Link, Match, Matcher, nbytes_of, values_of
 from .normal_form import to_normal_form
-from .plan import InnerMap, flops_per_value, seconds_per_value
+from .plan import CPU, Device, InnerMap, device_figures, flops_per_value, seconds_per_value
 from .profile import Profile, device_of, profile
 from .rewrite import rewrite, rewrite_pooling
 
@@ -33,6 +33,7 @@ class Graph:
         norms, pairs, fused_pairs: its batch norms, those right behind a convolution, and those in a chain with it.
         refused: name of a batch norm, and why it is in no chain, or not in that of its convolution.
         step_flops: floating point operations of the convolutions in a training step as it was.
+        device: the figures of the one that it runs on.
         eager, least: what it saved as it was, and saves now.
     """
 
@@ -45,7 +46,7 @@ class Graph:
     fused_pairs: int = 0
     refused: dict[str, str] = field(default_factory=dict)
     step_flops: int = 0
-    device: str = "cpu"
+    device: Device = CPU
     runs: int = 0
     eager: Profile | None = None
     least: Profile | None = None
@@ -92,9 +93,9 @@ class Graph:
         found.step_flops = sum(
             3 * _flops(op, node) for node in graph.nodes if (op := conv_of(node)) is not None
         )
-        found.device = device_of([value(n) for n in graph.nodes]).type
+        found.device = device_figures(device_of([value(n) for n in graph.nodes]))
         found.links = [link for match in found.matches for link in match.inner()]
-        found.maps = [_inner_map(link, found.device) for link in found.links]
+        found.maps = [inner_map(link, found.device) for link in found.links]
         found.calls = rewrite(graph, found.matches)
         if found.matches and not compiled:
             rewrite_pooling(graph)
@@ -125,14 +126,13 @@ def _flops(conv: tuple[fx.Node, Conv], node: fx.Node) -> int:
     return int(flops_per_value(conv[1], value(conv[1].weight).shape) * values_of(value(node)))
 
 
-def _inner_map(link: Link, device: str) -> InnerMap:
+def inner_map(link: Link, device: Device) -> InnerMap:
     result = value(link.result)
     weight = value(link.op.weight).shape if isinstance(link.op, Conv) else ()
     values = values_of(result)
     seconds = seconds_per_value(link.op, weight, result.element_size(), device) * values
-    return InnerMap(
-        link.name, nbytes_of(result), int(flops_per_value(link.op, weight) * values), seconds
-    )
+    flops = int(flops_per_value(link.op, weight) * values)
+    return InnerMap(link.name, nbytes_of(result), flops, device.launch + seconds)
 
 
 def _is_checkpoint(node: fx.Node) -> bool:

@@ -6,7 +6,7 @@ under a budget is the solution of a 0/1 knapsack problem.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd, prod
 
@@ -14,14 +14,54 @@ import torch
 
 from ..chain import Conv, Norm
 
-# What a device does in a second, in round figures; only their ratios count. (calibrate=True measures instead.)
-_FLOPS = {"cpu": 200e9, "cuda": 200e12}
-_BYTES = {"cpu": 40e9, "cuda": 2e12}
-_WINOGRAD = 1.8  # times as fast on CPU, in float (csrc/cpu/winograd.h)
 # A saved byte is worth the time that moving so many takes: what makes "auto" give up memory that is nearly free.
 _PRICE = 15.0
 AUTO_FRACTION = 0.53  # of the bytes that eager saves, which "auto" stays below
 _AUTO_FLOPS = 0.12  # of a step's, the most that "auto" adds for memory below that
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a device does, in round figures. (``calibrate=True`` measures instead.)
+
+    Attributes:
+        bandwidth: bytes that it reads or writes in a second.
+        flops: of its convolutions in a second, by the bytes of a value.
+        winograd: times as fast as others those are, in float, that csrc/cpu/winograd.h has.
+        launch: seconds that a kernel takes besides.
+        frugal: whether "auto" gives up what is nearly free to recompute where its budget does not ask for it.
+    """
+
+    bandwidth: float
+    flops: Mapping[int, float]
+    winograd: float = 1.0
+    launch: float = 0.0
+    frugal: bool = False
+
+    @property
+    def price_per_byte(self) -> float:
+        """Seconds that a saved byte is worth to "auto"."""
+        return _PRICE / self.bandwidth
+
+
+CPU = Device(40e9, {2: 200e9, 4: 200e9, 8: 200e9}, winograd=1.8, frugal=True)
+# Somewhat less than half of what the tensor cores can do. Convolutions in float are TF32's, unless
+# torch.backends.cudnn.allow_tf32 is off.
+_HOPPER = {2: 450e12, 4: 225e12, 8: 30e12}
+H100 = Device(3.0e12, _HOPPER, launch=5e-6)
+H200 = Device(4.3e12, _HOPPER, launch=5e-6)
+
+
+def device_figures(device: torch.device) -> Device:
+    """An H100's for every other GPU, as ratios are much the same, and for one that only stand-ins are on; an H200's for a larger one."""
+    if device.type == "cpu":
+        return CPU
+    # Asking must not be what begins the use of CUDA: a process with stand-ins alone can fork.
+    if device.type == "cuda" and torch.cuda.is_initialized():
+        found = torch.cuda.get_device_properties(device)
+        if "H200" in found.name or found.total_memory > 100e9:
+            return H200
+    return H100
 
 
 class OutOfReach(ValueError):
@@ -58,10 +98,11 @@ def flops_per_value(op: Conv | Norm, weight: Sequence[int]) -> float:
     return 2.0 * per_group * prod(weight[2:]) / (prod(op.stride) if op.transposed else 1)
 
 
-def seconds_per_value(op: Conv | Norm, weight: Sequence[int], itemsize: int, device: str) -> float:
-    """Of recomputing the result of a convolution, or, by one pass, of a batch norm."""
-    device = device if device in _FLOPS else "cuda"
-    read, speed = 1.0, _FLOPS[device]
+def seconds_per_value(
+    op: Conv | Norm, weight: Sequence[int], itemsize: int, device: Device
+) -> float:
+    """Of recomputing the result of a convolution, or, by one pass, of a batch norm, beside the launch."""
+    read, speed = 1.0, device.flops[itemsize]
     if isinstance(op, Conv):
         into, out = (
             (weight[0], weight[1] * op.groups)
@@ -69,18 +110,14 @@ def seconds_per_value(op: Conv | Norm, weight: Sequence[int], itemsize: int, dev
             else (weight[1] * op.groups, weight[0])
         )
         read = into / out * prod([1 / s if op.transposed else s for s in op.stride])
-        if device == "cpu" and itemsize == 4 and _is_winograd(op, weight):
-            speed *= _WINOGRAD
-    return flops_per_value(op, weight) / speed + (1.0 + read) * itemsize / _BYTES[device]
+        if itemsize == 4 and _is_winograd(op, weight):
+            speed *= device.winograd
+    return flops_per_value(op, weight) / speed + (1.0 + read) * itemsize / device.bandwidth
 
 
 def _is_winograd(op: Conv, weight: Sequence[int]) -> bool:
     plain = not op.transposed and op.groups == 1 and {*op.stride, *op.dilation} == {1}
     return plain and tuple(weight[2:]) == (3, 3) and weight[0] % 32 == weight[1] % 32 == 0
-
-
-def price_per_byte(device: str) -> float:
-    return _PRICE / _BYTES[device if device in _BYTES else "cuda"]
 
 
 def parse_memory(memory: float | int | str) -> float | int | str:
@@ -186,26 +223,31 @@ class Plan:
         self.spent = 0  # bytes, by the graphs that were decided about
 
     def decide(
-        self, maps: Sequence[InnerMap], eager: int, least: int, step_flops: int, device: str
+        self, maps: Sequence[InnerMap], eager: int, least: int, step_flops: int, device: Device
     ) -> None:
         """Decides about maps of graphs that save `eager` bytes as they were and `least` with none of them.
 
         Raises:
             OutOfReach: the budget is less than that.
         """
-        saved = self._choice(maps, eager, least, step_flops, price_per_byte(device))
+        saved = self._choice(maps, eager, least, step_flops, device)
         self.saved |= saved
         self.known |= {m.name for m in maps}
         self.spent += least + sum(m.nbytes for m in maps if m.name in saved)
 
     def _choice(
-        self, maps: Sequence[InnerMap], eager: int, least: int, step_flops: int, price: float
+        self, maps: Sequence[InnerMap], eager: int, least: int, step_flops: int, device: Device
     ) -> frozenset[str]:
         memory = self.memory
         if memory == "min":
             return frozenset()
         if memory == "auto":
-            return auto_plan(maps, max(int(AUTO_FRACTION * eager) - least, 0), price, step_flops)
+            budget = max(int(AUTO_FRACTION * eager) - least, 0)
+            if (
+                not device.frugal
+            ):  # its allocator has the memory at hand: what is saved takes no time
+                return knapsack(maps, budget)
+            return auto_plan(maps, budget, device.price_per_byte, step_flops)
         budget = int(memory * eager) if isinstance(memory, float) else memory - self.spent
         if budget < least:
             raise OutOfReach(
@@ -215,10 +257,11 @@ class Plan:
             )
         return knapsack(maps, budget - least)
 
-    def of(self, maps: Sequence[InnerMap], device: str) -> set[str]:
-        """The names of the maps of a capture that are saved; one that is not known by its price alone."""
+    def of(self, maps: Sequence[InnerMap], device: Device) -> set[str]:
+        """The names of the maps of a capture that are saved; one that is not known by its price alone, on every device: no
+        budget says how much must be given up."""
         found = {m.name for m in maps if m.name in self.saved}
         if self.memory == "auto":
             unknown = [m for m in maps if m.name not in self.known]
-            found |= knapsack(unknown, None, price_per_byte(device))
+            found |= knapsack(unknown, None, device.price_per_byte)
         return found

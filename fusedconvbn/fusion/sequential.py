@@ -15,7 +15,7 @@ from ..chain import Conv, Link, Norm, Prelu, pack, parse_activation
 from ..hooks import make_parameters, refuse_hooks_in_script, refuse_other_hooks
 from ..options import BATCH_NORMS, CONVOLUTIONS, ConvOptions, refuse_lazy
 from ..synchronised import Synchronised
-from .plan import price_per_byte, seconds_per_value
+from .plan import device_figures, seconds_per_value
 
 
 class FusedConvBNSequential(nn.Sequential):
@@ -91,14 +91,17 @@ class FusedConvBNSequential(nn.Sequential):
         return (tuple(link) for link in links)
 
     def _saved(self, ops: Sequence[Link], modules: Sequence[nn.Module]) -> list[int]:
-        """The places of the inner maps that would take longer to recompute than their bytes are worth."""
+        """The places of the inner maps that would take longer to recompute than their bytes are worth: there is no budget, and
+        no size, so that launches do not count."""
+        weights = [module.weight for module in modules]
+        device = next((w.device for w in weights if w is not None), torch.device("cpu"))
+        figures = device_figures(device)
         saved = []
-        for i, (op, module) in enumerate(zip(ops[:-1], modules, strict=False), 1):
-            weight = module.weight
+        for i, (op, weight) in enumerate(zip(ops[:-1], weights, strict=False), 1):
             itemsize = 4 if weight is None else weight.element_size()
-            device = "cpu" if weight is None else weight.device.type
             shape = () if weight is None else weight.shape
-            if seconds_per_value(op, shape, itemsize, device) > itemsize * price_per_byte(device):
+            seconds = seconds_per_value(op, shape, itemsize, figures)
+            if seconds > itemsize * figures.price_per_byte:
                 saved.append(i)
         return saved if self.memory == "auto" else []
 
