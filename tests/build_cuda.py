@@ -1,27 +1,32 @@
 """Everything that compiles the CUDA sources; none of it needs a GPU.
 
-    python tests/build_cuda.py check           # the kernels and their wrapper, as objects, with the headers of any torch
+    python tests/build_cuda.py check           # the kernels and their wrappers, with the headers of any torch; fails at a spill
+    python tests/build_cuda.py resources       # the same, with registers, stack, spills and loads in flight of every kernel
     python tests/build_cuda.py install         # the package into the environment of this Python; FORCE_CUDA=0: without them
     python tests/build_cuda.py bundle FOLDER   # what tests/gpu/run.sh carries to another machine, for one architecture
 
 With them `install` and `bundle` need a CUDA build of torch. TORCH_CUDA_ARCH_LIST chooses other architectures, CUDA_HOME the toolkit.
 """
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from cuda_resources import Resources, find_disassembler, resources
 
 ROOT = Path(__file__).parent.parent
 CHECKED = ("8.0", "9.0", "10.0")
 CARRIED = "9.0"  # of the machines that are lent: H100 and H200
 MOST_CARRIED = 40 << 20  # bytes
 KERNELS = (*sorted(ROOT.glob("csrc/cuda/*.cu")), ROOT / "tests/cuda_shim/library.cpp")
+RESULTS = ROOT / "benchmarks/results/cuda-kernels.json"
 WARNINGS = ["-Wall", "-Wextra", "-Werror"]
 TORCH_HEADERS = Path(torch.__file__).parent / "include"
 
@@ -137,33 +142,71 @@ def bundle(folder: Path) -> None:
     print(f"{folder}: {size / 2**20:.1f} MiB for compute capability {architecture}")
 
 
-def check() -> None:
-    toolkit = find_toolkit()
-    if toolkit is None:
-        print("CUDA sources not compiled: nvcc was not found")
-        return
-    with tempfile.TemporaryDirectory() as out:
-        kernels: list[str | Path] = [toolkit / "bin/nvcc", "-c", "csrc/cuda/channel_launch.cu"]
-        kernels += ["-o", f"{out}/kernels.o", "-std=c++20", "-O3", "-Werror", "all-warnings"]
-        kernels += ["-Xcompiler", "-fPIC,-Wall,-Wextra", "-isystem", TORCH_HEADERS]
-        kernels += architecture_flags(CHECKED)
-        wrapper: list[str | Path] = ["g++", "-c", "csrc/cuda/channel_kernels.cpp"]
-        wrapper += ["-o", f"{out}/wrapper.o", "-std=c++20", "-fPIC", *WARNINGS]
-        wrapper += ["-DAT_PER_OPERATOR_HEADERS"]
+def compile_kernels(toolkit: Path, architecture: str, folder: Path) -> Resources | None:
+    """What nvcc makes of the kernels; None where it fails or warns."""
+    reports, code = "", ""
+    disassembler = find_disassembler(toolkit)
+    for source in sorted(ROOT.glob("csrc/cuda/*.cu")):
+        output = folder / f"{source.stem}-{architecture}.cubin"
+        command: list[str | Path] = [toolkit / "bin/nvcc", "-cubin", source, "-o", output]
+        command += ["-std=c++20", "-O3", "-Werror", "all-warnings", "--resource-usage"]
+        command += ["-Xcompiler", "-fPIC,-Wall,-Wextra", "-isystem", TORCH_HEADERS]
+        command += [f"-arch=sm_{architecture.replace('.', '')}"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            print(done.stdout + done.stderr)
+            return None
+        reports += done.stdout + done.stderr
+        if disassembler:
+            shown = subprocess.run(
+                [disassembler, "-sass", output], capture_output=True, text=True, check=True
+            )
+            code += shown.stdout
+    return resources(reports, architecture, code)
+
+
+def compile_wrappers(toolkit: Path, folder: Path) -> bool:
+    for source in sorted(ROOT.glob("csrc/cuda/*.cpp")):
+        wrapper: list[str | Path] = ["g++", "-c", source, "-o", folder / f"{source.stem}.o"]
+        wrapper += ["-std=c++20", "-fPIC", *WARNINGS, "-DAT_PER_OPERATOR_HEADERS"]
         wrapper += ["-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE"]  # a CPU build of torch lacks that file
         torch_api = TORCH_HEADERS / "torch/csrc/api/include"
         for path in (TORCH_HEADERS, torch_api, toolkit / "include"):
             wrapper += ["-isystem", path]
-        for command in (kernels, wrapper):
-            if subprocess.run(command, cwd=ROOT).returncode:
-                sys.exit("CUDA sources do not compile")
-    print(f"CUDA sources compile for {', '.join(CHECKED)}")
+        if subprocess.run(wrapper, cwd=ROOT).returncode:
+            return False
+    return True
+
+
+def check(*, every_kernel: bool = False) -> None:
+    toolkit = find_toolkit()
+    if toolkit is None:
+        print("CUDA sources not compiled: nvcc was not found")
+        return
+    with tempfile.TemporaryDirectory() as out, ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = [pool.submit(compile_kernels, toolkit, a, Path(out)) for a in reversed(CHECKED)]
+        compiled = compile_wrappers(toolkit, Path(out))
+        found = [job.result() for job in reversed(jobs)]
+    if not compiled or None in found:
+        sys.exit("CUDA sources do not compile")
+    known = [r for r in found if r is not None]
+    for each in known:
+        print(each.summary())
+        if every_kernel:
+            print("\n".join(map(str, each.kernels)))
+    if every_kernel:
+        results = {r.architecture: r.as_json() for r in known}
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+    if any(r.spills for r in known):
+        sys.exit("kernels that must not spill do")
 
 
 def main() -> None:
     match sys.argv[1:]:
         case ["check"]:
             check()
+        case ["resources"]:
+            check(every_kernel=True)
         case ["install"]:
             install()
         case ["bundle", folder]:

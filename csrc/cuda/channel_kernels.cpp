@@ -1,11 +1,11 @@
 // The channel kernels on CUDA: tensors in, launches on the current stream.
 #include "../channel_kernels.h"
 
-#include <ATen/cuda/CUDAContext.h>
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
+#include <cuda_runtime.h>
 
 #include <algorithm>
 #include <vector>
@@ -20,13 +20,10 @@ using at::Tensor;
 
 cuda::Map map_of(const Tensor& y, int64_t samples) {
   const auto layout = dense_layout(y, samples);
-  return {cuda::dtype_of(y),
-          layout.channels_last,
-          layout.samples,
-          layout.outer,
-          layout.channels,
-          layout.inner,
-          at::cuda::getDeviceProperties(y.device().index())->multiProcessorCount};
+  int multiprocessors = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, y.device().index()));
+  return {cuda::dtype_of(y), layout.channels_last, layout.samples, layout.outer,
+          layout.channels,   layout.inner,         multiprocessors};
 }
 
 const void* data_or_null(const Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
@@ -96,7 +93,8 @@ void update_running(at::ArrayRef<RunningUpdate> updates) {
   const c10::cuda::CUDAGuard guard(first.device());
   std::vector<cuda::RunningEntry> entries;
   const auto launch = [&] {
-    cuda::update_running(cuda::dtype_of(first), entries.data(), entries.size(), c10::cuda::getCurrentCUDAStream().stream());
+    cuda::update_running(cuda::dtype_of(first), entries.data(), entries.size(),
+                         c10::cuda::getCurrentCUDAStream().stream());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
     entries.clear();
   };

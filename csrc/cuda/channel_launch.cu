@@ -19,8 +19,11 @@
 namespace fusedconvbn::cuda {
 namespace {
 
-constexpr unsigned threads = 256;                  // of a block, at most
-constexpr unsigned blocks_per_multiprocessor = 4;  // at least: 64 registers a thread
+constexpr unsigned threads = 256;  // of a block, at most
+// At least; a thread has 64 registers, or 128.
+constexpr unsigned blocks_per_multiprocessor = 4;
+template <typename acc>
+constexpr unsigned resident = sizeof(acc) == 8 ? 2 : blocks_per_multiprocessor;
 // Blocks at most. Channels last, each of them first reads the vectors of its channels: no more than run at a time.
 // Contiguous, more of them make the last wave smaller.
 constexpr int64_t most_reduction_blocks = 4736;  // the parts of which are merged
@@ -80,7 +83,7 @@ struct Piece {
 };
 
 template <typename Op, int V>
-__global__ void __launch_bounds__(threads, blocks_per_multiprocessor)
+__global__ void __launch_bounds__(threads, resident<typename Op::acc>)
     elementwise_contiguous(Op op, Planes<V> planes, int64_t count) {
   constexpr int batch = Op::template in_flight<V, 1>;
   const Place<V> step(planes, int64_t(gridDim.x) * threads);
@@ -103,7 +106,7 @@ __global__ void __launch_bounds__(threads, blocks_per_multiprocessor)
 
 // Block (c, k) reduces a part of `length` vectors of channel c. partial: (gridDim.y, C)
 template <typename Op, int V>
-__global__ void __launch_bounds__(threads, blocks_per_multiprocessor)
+__global__ void __launch_bounds__(threads, resident<typename Op::acc>)
     reduce_contiguous(Op op, Planes<V> planes, int64_t samples, int64_t length,
                       typename Op::template Partial<typename Op::acc>* partial) {
   using Partial = typename Op::template Partial<typename Op::acc>;
@@ -178,14 +181,14 @@ __device__ __forceinline__ void go_down(const Op& op, const Rows& map, const Col
 }
 
 template <typename Op, int V>
-__global__ void __launch_bounds__(threads, blocks_per_multiprocessor) elementwise_channels_last(Op op, Rows map) {
+__global__ void __launch_bounds__(threads, resident<typename Op::acc>) elementwise_channels_last(Op op, Rows map) {
   const Column<V> column(map);
   if (column.inside(map)) go_down<V, false>(op, map, column);
 }
 
 // partial: (gridDim.y, samples, width)
 template <typename Op, int V>
-__global__ void __launch_bounds__(threads, blocks_per_multiprocessor)
+__global__ void __launch_bounds__(threads, resident<typename Op::acc>)
     reduce_channels_last(Op op, Rows map, typename Op::template Partial<typename Op::acc>* partial) {
   using Partial = typename Op::template Partial<typename Op::acc>;
   const Column<V> column(map);
@@ -221,9 +224,8 @@ struct Sink {
 
 // partial: (parts / folded, samples, folded, channels)
 template <template <typename> typename Partial, typename acc>
-__global__ void __launch_bounds__(threads, blocks_per_multiprocessor)
-    merge_partials(const Partial<acc>* partial, int64_t parts, int64_t folded, int64_t channels, int64_t groups,
-                   Sink<acc> sink) {
+__global__ void __launch_bounds__(threads, 2) merge_partials(const Partial<acc>* partial, int64_t parts, int64_t folded,
+                                                             int64_t channels, int64_t groups, Sink<acc> sink) {
   const int64_t g = int64_t(blockIdx.x) * merged_groups + threadIdx.x;
   const int64_t start = g / channels * folded * channels + g % channels;
   Partial<double> merged{};

@@ -251,7 +251,7 @@ struct Stats {
   template <int W>
   struct Groups {};
   template <int V, int W>
-  static constexpr int in_flight = vectors_in_flight<void, T, V, W, 1>();
+  static constexpr int in_flight = std::min(vectors_in_flight<void, T, V, W, 1>(), 3);
   static constexpr int most_groups = 8;
 
   const T* y;

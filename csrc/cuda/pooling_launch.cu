@@ -14,33 +14,34 @@ constexpr unsigned threads = 256;  // of a block, at most
 // A block does neighbouring vectors of one row.
 template <int V>
 struct Item {
-  int64_t sample, row, column, channel;
+  int64_t sample, channel;
+  int row, column;
 
   __device__ Item(int64_t rows, int64_t channels) {
     const int64_t item = int64_t(blockIdx.y) * blockDim.x + threadIdx.x, vectors = channels / V;
     sample = blockIdx.x / rows;
-    row = blockIdx.x % rows;
-    column = item / vectors;
+    row = int(blockIdx.x % rows);
+    column = int(item / vectors);
     channel = item % vectors * V;
   }
 };
 
 template <typename T, int V>
-__global__ void __launch_bounds__(threads)
+__global__ void __launch_bounds__(threads, 4)
     pool(PoolMap map, PoolWindow window, const T* input, T* output, uint8_t* places) {
   using acc = acc_t<T>;
   const Item<V> item(map.pooled_height, map.channels);
   if (item.column >= map.pooled_width) return;
   acc best[V];
-  Vector<uint8_t, V> place{};
+  int place[V] = {};
 #pragma unroll
   for (int j = 0; j < V; ++j) best[j] = -acc(INFINITY);
   bool first = true;
   for (int i = 0; i < window.kernel[0]; ++i) {
-    const int64_t row = item.row * window.stride[0] - window.padding[0] + i * window.dilation[0];
+    const int row = item.row * window.stride[0] - window.padding[0] + i * window.dilation[0];
     if (row < 0 || row >= map.height) continue;
     for (int k = 0; k < window.kernel[1]; ++k) {
-      const int64_t column = item.column * window.stride[1] - window.padding[1] + k * window.dilation[1];
+      const int column = item.column * window.stride[1] - window.padding[1] + k * window.dilation[1];
       if (column < 0 || column >= map.width) continue;
       const int64_t at = ((item.sample * map.height + row) * map.width + column) * map.channels + item.channel;
       const auto values = load<V>(input, at);
@@ -49,7 +50,7 @@ __global__ void __launch_bounds__(threads)
         const acc value = values.get(j);
         if (first || value > best[j] || value != value) {  // the last NaN, as PyTorch does
           best[j] = value;
-          place.values[j] = uint8_t(i * window.kernel[1] + k);
+          place[j] = i * window.kernel[1] + k;
         }
       }
       first = false;
@@ -58,34 +59,37 @@ __global__ void __launch_bounds__(threads)
   const int64_t at =
       ((item.sample * map.pooled_height + item.row) * map.pooled_width + item.column) * map.channels + item.channel;
   store<V>(output, at, best);
-  *reinterpret_cast<Vector<uint8_t, V>*>(places + at) = place;
+  Vector<uint8_t, V> bytes;
+#pragma unroll
+  for (int j = 0; j < V; ++j) bytes.values[j] = uint8_t(place[j]);
+  *reinterpret_cast<Vector<uint8_t, V>*>(places + at) = bytes;
 }
 
 // The windows that have `place`: those from `first` to `last`.
 struct Windows {
-  int64_t first, last;
+  int first, last;
 
-  __device__ Windows(const PoolWindow& window, int dim, int64_t place, int64_t count) {
-    const int64_t shifted = place + window.padding[dim], reach = int64_t(window.kernel[dim] - 1) * window.dilation[dim];
-    const int64_t stride = window.stride[dim];
+  __device__ Windows(const PoolWindow& window, int dim, int place, int64_t count) {
+    const int shifted = place + window.padding[dim], reach = (window.kernel[dim] - 1) * window.dilation[dim];
+    const int stride = window.stride[dim];
     first = shifted > reach ? (shifted - reach + stride - 1) / stride : 0;
-    last = shifted / stride < count ? shifted / stride : count - 1;
+    last = shifted / stride < count ? shifted / stride : int(count) - 1;
   }
 };
 
 template <typename T, int V>
-__global__ void __launch_bounds__(threads)
+__global__ void __launch_bounds__(threads, 4)
     pool_backward(PoolMap map, PoolWindow window, const T* dout, const uint8_t* places, T* dinput) {
   using acc = acc_t<T>;
   const Item<V> item(map.height, map.channels);
   if (item.column >= map.width) return;
   acc sum[V] = {};
   const Windows down(window, 0, item.row, map.pooled_height), right(window, 1, item.column, map.pooled_width);
-  for (int64_t row = down.first; row <= down.last; ++row) {
-    const int i = int(item.row + window.padding[0] - row * window.stride[0]);
+  for (int row = down.first; row <= down.last; ++row) {
+    const int i = item.row + window.padding[0] - row * window.stride[0];
     if (i % window.dilation[0] != 0) continue;
-    for (int64_t column = right.first; column <= right.last; ++column) {
-      const int k = int(item.column + window.padding[1] - column * window.stride[1]);
+    for (int column = right.first; column <= right.last; ++column) {
+      const int k = item.column + window.padding[1] - column * window.stride[1];
       if (k % window.dilation[1] != 0) continue;
       const int here = i / window.dilation[0] * window.kernel[1] + k / window.dilation[1];
       const int64_t at =
