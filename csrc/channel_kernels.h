@@ -18,7 +18,8 @@
 #include "activation.h"
 #include "channel_vectors.h"
 
-namespace fusedconvbn {
+// Exported: who has kernels for another device registers them from a library of its own.
+namespace [[gnu::visibility("default")]] fusedconvbn {
 
 // A norm of G groups. Without statistics it has mean 0 and r 1: a gate is one with γ = s, and where there is nothing at
 // all u = y.
@@ -64,7 +65,7 @@ struct ChannelKernels {
 };
 
 // Called once per device by the library's static initialisers, so a build without a device lacks only files.
-struct __attribute__((visibility("default"))) RegisterChannelKernels {
+struct RegisterChannelKernels {
   RegisterChannelKernels(c10::DeviceType device, const ChannelKernels& kernels);
 };
 

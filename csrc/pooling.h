@@ -8,7 +8,7 @@
 #include <tuple>
 #include <vector>
 
-namespace fusedconvbn {
+namespace [[gnu::visibility("default")]] fusedconvbn {
 
 // As at::max_pool2d, which it is where the window has more places than a byte can tell apart.
 at::Tensor max_pool2d(const at::Tensor& input, at::IntArrayRef kernel_size, at::IntArrayRef stride,

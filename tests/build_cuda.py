@@ -8,6 +8,7 @@
 With them `install` and `bundle` need a CUDA build of torch. TORCH_CUDA_ARCH_LIST chooses other architectures, CUDA_HOME the toolkit.
 """
 
+import importlib.util
 import json
 import os
 import shutil
@@ -60,16 +61,34 @@ def architecture_flags(architectures: Sequence[str]) -> list[str]:
 def build_kernels(output: Path, architecture: str | None) -> None:
     """The kernels alone, behind C functions: for the GPUs of an `architecture`, or None for the CPU, through cuda_shim."""
     command: list[str | Path] = ["-std=c++20", "-shared", "-o", output, "-isystem", TORCH_HEADERS]
-    environment = dict(os.environ)
     if architecture is None:
-        command = ["g++", *command, "-O1", "-fPIC", "-pthread", *WARNINGS, "-Wno-unknown-pragmas"]
-        command += [f"-I{ROOT}/tests/cuda_shim", "-x", "c++"]
-        if environment.pop("LD_PRELOAD", ""):  # `make sanitize`; the compiler itself runs without
-            command += ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+        build_through_shim([*command, "-x", "c++", *KERNELS])
     else:
         command = [required_toolkit() / "bin/nvcc", *command, "-O3", "-lineinfo", "-x", "cu"]
         command += [*architecture_flags([architecture]), "-Xcompiler", "-fPIC,-Wall,-Wextra"]
-    subprocess.run([*command, *KERNELS], check=True, cwd=ROOT, env=environment)
+        subprocess.run([*command, *KERNELS], check=True, cwd=ROOT)
+
+
+def build_through_shim(arguments: Sequence[str | Path]) -> None:
+    command: list[str | Path] = ["g++", "-O1", "-fPIC", "-pthread", *WARNINGS]
+    command += ["-Wno-unknown-pragmas", f"-I{ROOT}/tests/cuda_shim"]
+    environment = dict(os.environ)
+    if environment.pop("LD_PRELOAD", ""):  # `make sanitize`; the compiler itself runs without
+        command += ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+    subprocess.run([*command, *arguments], check=True, cwd=ROOT, env=environment)
+
+
+def build_device(output: Path) -> None:
+    """The device of tests/cuda_shim/device.cpp, with all CUDA sources, on the operators of the package that is installed."""
+    package = importlib.util.find_spec("fusedconvbn")
+    assert package is not None and package.origin is not None
+    sources = sorted([*ROOT.glob("csrc/cuda/*.cpp"), *ROOT.glob("csrc/cuda/*.cu")])
+    command: list[str | Path] = ["-std=c++20", "-shared", "-fvisibility=hidden", "-o", output]
+    command += ["-Wl,-z,defs", "-DAT_PER_OPERATOR_HEADERS", "-isystem", TORCH_HEADERS]
+    command += ["-x", "c++", *sources, "tests/cuda_shim/device.cpp", "-x", "none"]
+    # Found again where they were loaded from.
+    command += [Path(package.origin).with_name("_ops.so"), f"-L{TORCH_HEADERS.parent}/lib"]
+    build_through_shim([*command, "-ltorch_cpu", "-lc10"])
 
 
 def build_package(target: Path, objects: Path, architectures: str) -> None:

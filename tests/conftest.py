@@ -47,3 +47,8 @@ def seed():
         if torch.cuda.is_initialized():
             _leave_a_broken_gpu()
     torch.set_num_threads(threads)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Behind all others the one whose device stays for as long as the process lives."""
+    items.sort(key=lambda item: item.path.name == "test_launches.py")

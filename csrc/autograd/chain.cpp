@@ -52,7 +52,7 @@ struct ChainFunction : torch::autograd::Function<ChainFunction> {
     auto saved = tensors.vec();
     Facts facts{int64_t(tensors.size()), chain.parts, int64_t(kept.size())};
     if (const auto place = chain.back().residual; place >= 0 && !last_residual_is_read(chain, kept)) {
-      saved[place] = output.new_zeros({});
+      saved[place] = output.new_empty({});
       facts.unread = place;
       if (chain.back().norm()->activation.none()) facts.plain_residual = place;
     }

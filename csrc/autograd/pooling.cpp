@@ -25,7 +25,7 @@ struct MaxPool : torch::autograd::Function<MaxPool> {
     const ArenaScope scope;
     const auto [output, places] = max_pool2d_with_places(input, pool.packed());
     // What backward asks of the input is its sizes.
-    const auto like = input.new_zeros({}).expand_symint(input.sym_sizes());
+    const auto like = input.new_empty({}).expand_symint(input.sym_sizes());
     ctx->save_for_backward({like, places});
     ctx->saved_data["pool"] = pool.packed();
     ctx->saved_data["channels_last"] = input.suggest_memory_format() == at::MemoryFormat::ChannelsLast;

@@ -243,11 +243,9 @@ class Plan:
             return frozenset()
         if memory == "auto":
             budget = max(int(AUTO_FRACTION * eager) - least, 0)
-            if (
-                not device.frugal
-            ):  # its allocator has the memory at hand: what is saved takes no time
-                return knapsack(maps, budget)
-            return auto_plan(maps, budget, device.price_per_byte, step_flops)
+            if device.frugal:
+                return auto_plan(maps, budget, device.price_per_byte, step_flops)
+            return knapsack(maps, budget)
         budget = int(memory * eager) if isinstance(memory, float) else memory - self.spent
         if budget < least:
             raise OutOfReach(

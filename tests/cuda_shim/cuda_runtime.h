@@ -8,6 +8,9 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <mutex>
+#include <string>
+#include <utility>
 #include <vector>
 #if defined(CUDA_SHIM_THREADS)
 #include <barrier>
@@ -40,6 +43,9 @@ inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "out of memory"; }
 
+constexpr int cudaDevAttrMultiProcessorCount = 0;
+inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) { return *value = 132, cudaSuccess; }  // an H100's
+
 struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
@@ -49,6 +55,20 @@ inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 inline void __syncthreads();
 
 namespace cuda_shim {
+
+// What was launched, in turn.
+inline std::mutex notes_mutex;
+inline std::vector<std::string> notes;
+
+inline void note(std::string launched) {
+  const std::lock_guard lock(notes_mutex);
+  notes.push_back(std::move(launched));
+}
+
+inline std::vector<std::string> take_notes() {
+  const std::lock_guard lock(notes_mutex);
+  return std::exchange(notes, {});
+}
 
 // One thread's part of a launch: every block, with a barrier behind it, as the next one has the same shared memory.
 template <typename Kernel>
@@ -69,6 +89,7 @@ inline std::barrier<>* barrier;
 
 template <typename Kernel>
 void launch(dim3 grid, dim3 block, const Kernel& kernel) {
+  note(__PRETTY_FUNCTION__);
   const unsigned count = block.x * block.y * block.z;
   std::barrier<> all(count);
   barrier = &all;
@@ -115,6 +136,7 @@ inline void begin() {
 
 template <typename Kernel>
 void launch(dim3 grid, dim3 block, const Kernel& kernel) {
+  note(__PRETTY_FUNCTION__);
   constexpr size_t stack_bytes = 1 << 16;
   const unsigned count = block.x * block.y * block.z;
   const auto stacks = std::make_unique_for_overwrite<char[]>(count * stack_bytes);

@@ -21,9 +21,7 @@ cuda::Vectors vectors_of(const int64_t* map, const void* const* pointers, const 
   return {pointers[0], pointers[1], pointers[2], map[2] * map[4], {how[0], how[1] != 0, how[2], how[3] != 0}};
 }
 
-cuda::PoolMap pool_of(const int64_t* m) {
-  return {static_cast<cuda::Dtype>(m[0]), m[1], m[2], m[3], m[4], m[5], m[6]};
-}
+cuda::PoolMap pool_of(const int64_t* m) { return {static_cast<cuda::Dtype>(m[0]), m[1], m[2], m[3], m[4], m[5], m[6]}; }
 
 cuda::PoolWindow window_of(const int64_t* w) {
   cuda::PoolWindow window;
