@@ -53,12 +53,15 @@ headers = [
 ]
 system_headers = [flag for path in headers for flag in ("-isystem", path)]
 warnings = ["-Wall", "-Wextra", *system_headers]
-# Without trapping mathematics a select becomes a masked vector operation; no value changes.
+# Without trapping mathematics a select becomes a masked vector operation, and without errno a root one; no value changes. Where
+# a function begins decides 6 % of a loop over small planes.
 cxx_flags = [
     "-std=c++20",
     "-O3",
     "-g0",
     "-fno-trapping-math",
+    "-fno-math-errno",
+    "-falign-functions=64",
     "-fopenmp",
     "-fvisibility=hidden",
     *warnings,
@@ -80,7 +83,10 @@ ops = (CUDAExtension if build_cuda else CppExtension)(
     "fusedconvbn._ops",
     sources,
     define_macros=[("AT_PER_OPERATOR_HEADERS", None)],
-    extra_compile_args={"cxx": cxx_flags, "nvcc": ["-std=c++20", "-O3", *system_headers]},
+    extra_compile_args={
+        "cxx": cxx_flags,
+        "nvcc": ["-std=c++20", "-O3", "-Xfatbin=-compress-all", *system_headers],
+    },
     extra_link_args=["-fopenmp", *sanitizers],
     py_limited_api=True,  # does not link libtorch_python: a C++ program can load the library
 )

@@ -187,6 +187,68 @@ def kernels_table(name: str = "kernels-cpu") -> str:
     return markdown(["GB/s (of the copy)", *next(iter(maps.values()))], rows)
 
 
+KERNEL = re.compile(
+    r"\w+?_(?P<walk>contiguous|channels_last)<(?P<name>\w+)<(?P<type>BFloat16|float)(?P<of>.*)>, (?P<V>[48])>"
+)
+
+
+def cuda_kernels_table() -> str:
+    """Of the CUDA kernels for ReLU, on whole vectors, for an H100."""
+    rows = []
+    for kernel in load("cuda-kernels").get("9.0", []):
+        found = KERNEL.fullmatch(kernel["name"])
+        if not found or re.search("Activation|Identity", found["of"]):
+            continue
+        of = (
+            found["of"]
+            .removeprefix(", Relu")
+            .replace(", false", "")
+            .replace(", true", ", residual")
+        )
+        in_flight = kernel["in_flight"] * kernel["width"]
+        rows.append(
+            [
+                f"{found['name']}{of}, {found['type'].lower()}, {found['walk'].replace('_', ' ')}",
+                found["V"],
+                str(kernel["registers"]),
+                f"{kernel['in_flight']} × {kernel['width']}",
+                str(in_flight),  # 1024 threads: as many KiB
+            ]
+        )
+    return markdown(["", "values of a vector", "registers", "loads × bytes", "KiB"], rows)
+
+
+def predicted_table() -> str:
+    """Of eager's step, as benchmarks/predict.py counts it."""
+    rows = []
+    for name, variants in load("predicted-cuda").get("models", {}).items():
+        eager = variants["eager"]
+        rows.append(
+            [
+                f"{name}, eager",
+                f"{eager['saved'] / 1e9:.2f} GB",
+                "",
+                "",
+                f"{eager['milliseconds']:.1f}",
+            ]
+        )
+        for variant, row in variants.items():
+            if variant == "eager":
+                continue
+            saved, all = row["maps"]
+            time = row["milliseconds"]
+            rows.append(
+                [
+                    label(variant),
+                    f"{row['saved'] / eager['saved']:.2f}",
+                    f"{saved} of {all}",
+                    f"{100 * row['added_flops']:.1f} %",
+                    f"{time:.1f} ({time / eager['milliseconds']:.2f})",
+                ]
+            )
+    return markdown(["", "saved", "maps saved", "added FLOPs", "ms"], rows)
+
+
 def summary_table() -> str:
     """Each model at two budgets, in bytes and milliseconds."""
     rows = []
@@ -259,6 +321,8 @@ def overhead_table() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "cuda-kernels": cuda_kernels_table,
+    "predicted-cuda": predicted_table,
     "network": network_table,
     "layers": layers_table,
     "layers-avx2": avx2_table,

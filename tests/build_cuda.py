@@ -9,7 +9,6 @@ With them `install` and `bundle` need a CUDA build of torch. TORCH_CUDA_ARCH_LIS
 """
 
 import importlib.util
-import json
 import os
 import shutil
 import subprocess
@@ -214,8 +213,8 @@ def check(*, every_kernel: bool = False) -> None:
         if every_kernel:
             print("\n".join(map(str, each.kernels)))
     if every_kernel:
-        results = {r.architecture: r.as_json() for r in known}
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+        rows = [f'"{r.architecture}": [\n{r.as_json()}\n]' for r in known]
+        RESULTS.write_text("{\n" + ",\n".join(rows) + "\n}\n", "utf-8")
     if any(r.spills for r in known):
         sys.exit("kernels that must not spill do")
 

@@ -1,5 +1,6 @@
 """What nvcc makes of the CUDA kernels, read from its report and from the machine code: registers, spills, and loads in flight."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -68,8 +69,9 @@ class Resources:
             lines.append("among them " + "; ".join(map(str, self.spills)))
         return ", ".join(lines)
 
-    def as_json(self) -> list[dict[str, object]]:
-        return [asdict(kernel) for kernel in self.kernels]
+    def as_json(self) -> str:
+        """A line for each kernel."""
+        return ",\n".join(json.dumps(asdict(kernel)) for kernel in self.kernels)
 
 
 def resources(reports: str, architecture: str, machine_code: str = "") -> Resources:

@@ -503,6 +503,25 @@ def test_running_statistics(library, dtype):
         assert given is None or torch.equal(given, now)
 
 
+def test_max_pool_of_more_than_2_31_values(library):
+    """Of windows so far apart that few values are read."""
+    memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if memory < 14 << 30:
+        pytest.skip("needs 14 GiB of free memory")
+    height, width, stride = 70_000, 31_000, (34_998, 30_998)
+    x = torch.zeros(height, width, dtype=torch.bfloat16)
+    x[-1, -1], x[stride[0], 1] = 5, 3
+    out, places = (
+        torch.full((3, 2), 7.0, dtype=torch.bfloat16),
+        torch.full((3, 2), 7, dtype=torch.uint8),
+    )
+    map = (ctypes.c_int64 * 7)(DTYPES.index(x.dtype), 1, height, width, 1, 3, 2)
+    window = (ctypes.c_int64 * 8)(2, 2, *stride, 0, 0, 3, 1)
+    library.call("max_pool2d", map, window, x, out, places)
+    assert out.tolist() == [[0, 0], [3, 0], [0, 5]]
+    assert places.tolist() == [[0, 0], [1, 0], [0, 3]]
+
+
 # N, C, H, W; the options of F.max_pool2d but for ceil_mode
 POOLS = {
     "ResNet's": ((2, 16, 11, 13), 3, 2, 1, 1),

@@ -51,34 +51,37 @@ const T* data_or_null(const Tensor& t) {
   return t.defined() ? t.const_data_ptr<T>() : nullptr;
 }
 
-// The vectors of a norm of G groups as the loops read them, and r of each group.
+// The vectors of a norm as the loops read them.
 template <typename T>
 class Expanded {
  public:
   using acc = acc_t<T>;
 
-  Expanded(const NormVectors& norm, int64_t groups) : groups_(groups), values_(4 * groups) {
-    const auto *found = data_or_null<acc>(norm.statistics), *gamma = data_or_null<acc>(norm.weight),
-               *beta = data_or_null<acc>(norm.bias);
-    acc *mean = row(0), *scale = row(1), *shift = row(2), *r = row(3);
-    for (int64_t g = 0; g < groups; ++g) {
-      mean[g] = found ? found[g] : acc(0);
-      r[g] = found ? inverse_std(norm.how, found[groups + g]) : acc(1);
-      scale[g] = gamma ? r[g] * gamma[g] : r[g];
-      shift[g] = beta ? beta[g] : acc(0);
-    }
+  Expanded(const NormVectors& norm, const ChannelLayout& layout)
+      : mean_(data_or_null<acc>(norm.statistics)),
+        gamma_(data_or_null<acc>(norm.weight)),
+        beta_(data_or_null<acc>(norm.bias)),
+        absent_(layout.channels) {
+    if (!mean_ && gamma_) return;
+    const int64_t groups = mean_ ? layout.groups() : layout.channels;
+    scale_.assign(groups, 1);
+    if (!mean_) return;
+    r_.resize(groups);
+    for (int64_t g = 0; g < groups; ++g) r_[g] = inverse_std(norm.how, mean_[groups + g]);
+    for (int64_t g = 0; g < groups; ++g) scale_[g] = gamma_ ? r_[g] * gamma_[g] : r_[g];
   }
-  // From `group` on.
-  Vectors<T> from(int64_t group) const { return {row(0) + group, row(1) + group, row(2) + group}; }
-  const acc* scale() const { return row(1); }
-  const acc* r() const { return row(3); }
+
+  // From `group` on. One that is absent is the same for all samples.
+  Vectors<T> from(int64_t group) const {
+    const acc* scale = scale_.empty() ? gamma_ + group : scale_.data() + (mean_ ? group : 0);
+    return {mean_ ? mean_ + group : absent_.data(), scale, beta_ ? beta_ + group : absent_.data()};
+  }
+  acc r(int64_t group) const { return r_.empty() ? acc(1) : r_[group]; }
+  bool scale_alone() const { return !mean_ && !beta_; }
 
  private:
-  const acc* row(int64_t i) const { return values_.data() + i * groups_; }
-  acc* row(int64_t i) { return values_.data() + i * groups_; }
-
-  int64_t groups_;
-  std::vector<acc> values_;
+  const acc *mean_, *gamma_, *beta_;
+  std::vector<acc> absent_, scale_, r_;  // absent_ is 0
 };
 
 // Both sums of each group, (2, G). add(channel, group, begin, end, sums) is a reduction of ChannelLoops whose vectors
@@ -93,7 +96,7 @@ std::vector<double> reduce(const ChannelLayout& layout, const Add& add) {
       std::clamp<int64_t>(std::min(most_slices / units, positions * width / grain), 1, std::max<int64_t>(positions, 1));
   const int64_t length = at::divup(positions, slices);
   std::vector<double> partial(slices * 2 * G);
-  at::parallel_for(0, slices * units, std::max<int64_t>(grain / (length * width), 1), [&](int64_t first, int64_t last) {
+  at::parallel_for(0, slices * units, 1, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       const int64_t slice = i / units, unit = i % units, start = slice * length;
       const int64_t begin = (layout.channels_last ? unit * positions : 0) + start;
@@ -107,10 +110,12 @@ std::vector<double> reduce(const ChannelLayout& layout, const Add& add) {
   return partial;
 }
 
-// Where sum `which` of group g is in what `reduce` returns.
-int64_t sum_of(const ChannelLayout& layout, int64_t which, int64_t g) {
+// f(g, at) for each group g, whose sums are at[0] and at[C] in what `reduce` returns.
+template <typename F>
+void for_groups(const ChannelLayout& layout, const std::vector<double>& sums, const F& f) {
   const int64_t C = layout.channels;
-  return g / C * 2 * C + which * C + g % C;
+  for (int64_t sample = 0; sample < layout.samples; ++sample)
+    for (int64_t c = 0; c < C; ++c) f(sample * C + c, sums.data() + sample * 2 * C + c);
 }
 
 // f(begin, end, group) for slices whose vectors start at `group`.
@@ -152,22 +157,22 @@ Tensor channel_stats(const Tensor& y, int64_t samples) {
     // first is next to the padding.
     std::vector<acc_t<T>> origin(G);
     const auto plane_stride = layout.channels_last ? 1 : layout.inner;
-    for (int64_t g = 0; g < G; ++g) {
-      const auto* sample = data + g / C * count * C;
-      const auto value =
-          acc_t<T>(sample[(layout.outer / 2) * C * layout.inner + layout.inner / 2 + g % C * plane_stride]);
-      origin[g] = std::isfinite(value) ? value : 0;
+    const auto* middle = data + (layout.outer / 2) * C * layout.inner + layout.inner / 2;
+    for (int64_t sample = 0; sample < layout.samples; ++sample, middle += count * C) {
+      for (int64_t c = 0; c < C; ++c) {
+        const auto value = acc_t<T>(middle[c * plane_stride]);
+        origin[sample * C + c] = std::isfinite(value) ? value : 0;
+      }
     }
     const auto sums = reduce(layout, [&](int64_t channel, int64_t group, int64_t begin, int64_t end, double* sums) {
       loops<T>(layout).stats(shape_of(layout), channel, begin, end, data, origin.data() + group, sums);
     });
     auto* mean = values_of<T>(result);
-    for (int64_t g = 0; g < G; ++g) {
-      const double shifted = sums[sum_of(layout, 0, g)] / count;
-      const double var = sums[sum_of(layout, 1, g)] / count - shifted * shifted;
+    for_groups(layout, sums, [&](int64_t g, const double* at) {
+      const double shifted = at[0] / count, var = at[C] / count - shifted * shifted;
       mean[g] = acc_t<T>(origin[g] + shifted);
       mean[G + g] = acc_t<T>(var < 0 ? 0 : var);
-    }
+    });
   });
   return result;
 }
@@ -176,12 +181,17 @@ void channel_apply_(Tensor& out, const Tensor& y, const NormVectors& norm, const
                     const Tensor& residual) {
   const auto layout = dense_layout(y, samples_of(y, norm));
   dispatch(y, [&]<typename T>(T) {
-    const Expanded<T> vectors(norm, layout.groups());
+    const Expanded<T> vectors(norm, layout);
     auto* to = out.mutable_data_ptr<T>();
     const auto* from = y.const_data_ptr<T>();
     const auto* added = data_or_null<T>(residual);
+    const bool product = vectors.scale_alone() && activation.none() && !added;  // with a gate
     for_slices(layout, [&](int64_t begin, int64_t end, int64_t group) {
-      loops<T>(layout).apply(shape_of(layout), begin, end, to, from, vectors.from(group), activation, added);
+      const auto v = vectors.from(group);
+      if (product)
+        loops<T>(layout).multiply(shape_of(layout), begin, end, to, from, v.scale);
+      else
+        loops<T>(layout).apply(shape_of(layout), begin, end, to, from, v, activation, added);
     });
   });
 }
@@ -192,7 +202,7 @@ Tensor channel_grad_stats(const Tensor& dout, const Tensor& y, int64_t samples, 
   const int64_t G = layout.groups();
   auto result = pair_of_vectors(y, layout);
   dispatch(y, [&]<typename T>(T) {
-    const Expanded<T> vectors(norm, G);
+    const Expanded<T> vectors(norm, layout);
     const cpu::Joined<T> with{data_or_null<T>(joined.residual), data_or_null<T>(joined.result),
                               joined.du.defined() ? joined.du.mutable_data_ptr<T>() : nullptr};
     const auto sums = reduce(layout, [&](int64_t channel, int64_t group, int64_t begin, int64_t end, double* sums) {
@@ -200,13 +210,13 @@ Tensor channel_grad_stats(const Tensor& dout, const Tensor& y, int64_t samples, 
                                   y.const_data_ptr<T>(), vectors.from(group), activation, with, sums);
     });
     auto *S1 = values_of<T>(result), *S2 = S1 + G;
-    for (int64_t g = 0; g < G; ++g) {
-      S1[g] = acc_t<T>(sums[sum_of(layout, 0, g)]);
-      S2[g] = acc_t<T>(sums[sum_of(layout, 1, g)]);
-    }
+    for_groups(layout, sums, [&](int64_t g, const double* at) {
+      S1[g] = acc_t<T>(at[0]);
+      S2[g] = acc_t<T>(at[layout.channels]);
+    });
     auto [dgamma, dbeta] = grads;
     if (dgamma.defined())
-      for (int64_t g = 0; g < G; ++g) values_of<T>(dgamma)[g] = vectors.r()[g] * S2[g];
+      for (int64_t g = 0; g < G; ++g) values_of<T>(dgamma)[g] = vectors.r(g) * S2[g];
     if (dbeta.defined()) std::copy_n(S1, G, values_of<T>(dbeta));
   });
   return result;
@@ -218,12 +228,12 @@ void channel_grad_apply_(Tensor& out, const Tensor& dout, const Tensor& y, const
   const int64_t G = layout.groups();
   dispatch(y, [&]<typename T>(T) {
     using acc = acc_t<T>;
-    const Expanded<T> vectors(norm, G);
+    const Expanded<T> vectors(norm, layout);
     std::vector<acc> linear(2 * G);
     if (sums.defined()) {
       const auto *S1 = sums.const_data_ptr<acc>(), *S2 = S1 + G, *found = data_or_null<acc>(norm.statistics);
       for (int64_t g = 0; g < G; ++g) {
-        const Linear<acc> of(norm.how, found[G + g], vectors.scale()[g], vectors.r()[g],
+        const Linear<acc> of(norm.how, found[G + g], vectors.from(g).scale[0], vectors.r(g),
                              norm.how.counted ? found[2 * G + g] : acc(0), S1[g], S2[g]);
         linear[g] = of.slope, linear[G + g] = of.offset;
       }

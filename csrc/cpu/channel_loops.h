@@ -41,6 +41,7 @@ struct ChannelLoops {
   void (*grad_stats)(Shape, int64_t channel, int64_t begin, int64_t end, const T* dout, const T* y, Vectors<T>,
                      Activation, Joined<T>, double* sums);
   void (*apply)(Shape, int64_t begin, int64_t end, T* out, const T* y, Vectors<T>, Activation, const T* residual);
+  void (*multiply)(Shape, int64_t begin, int64_t end, T* out, const T* y, const acc_t<T>* scale);
   void (*grad_apply)(Shape, int64_t begin, int64_t end, T* out, const T* dout, const T* y, Vectors<T>,
                      const acc_t<T>* slope, const acc_t<T>* offset, Activation);
 };

@@ -274,6 +274,15 @@ void apply_contiguous(Shape shape, int64_t begin, int64_t end, T* out, const T* 
 }
 
 template <typename T>
+void multiply_contiguous(Shape shape, int64_t begin, int64_t end, T* out, const T* y, const acc_t<T>* scale) {
+  for_planes(shape, begin, end, [&](int64_t offset, int64_t length, int64_t c) {
+    const auto by = scale[c];
+#pragma omp simd
+    for (int64_t i = offset; i < offset + length; ++i) out[i] = rounded<T>(acc_t<T>(y[i]) * by);
+  });
+}
+
+template <typename T>
 void grad_apply_contiguous(Shape shape, int64_t begin, int64_t end, T* out, const T* dout, const T* y, Vectors<T> v,
                            const acc_t<T>* slope, const acc_t<T>* offset, Activation activation) {
   with_activation(activation, [&](auto act) {
@@ -342,6 +351,15 @@ void apply_channels_last(Shape shape, int64_t begin, int64_t end, T* out, const 
 }
 
 template <typename T>
+void multiply_channels_last(Shape shape, int64_t begin, int64_t end, T* out, const T* y, const acc_t<T>* scale) {
+  const int64_t C = shape.channels;
+  for (int64_t row = begin * C; row < end * C; row += C) {
+#pragma omp simd
+    for (int64_t c = 0; c < C; ++c) out[row + c] = rounded<T>(acc_t<T>(y[row + c]) * scale[c]);
+  }
+}
+
+template <typename T>
 void grad_apply_channels_last(Shape shape, int64_t begin, int64_t end, T* out, const T* dout, const T* y, Vectors<T> v,
                               const acc_t<T>* slope, const acc_t<T>* offset, Activation activation) {
   const int64_t C = shape.channels;
@@ -359,8 +377,10 @@ void grad_apply_channels_last(Shape shape, int64_t begin, int64_t end, T* out, c
 
 template <typename T>
 ChannelLoopsPair<T> FUSEDCONVBN_CONCAT(channel_loops_, FUSEDCONVBN_ISA)() {
-  return {{stats_contiguous<T>, grad_stats_contiguous<T>, apply_contiguous<T>, grad_apply_contiguous<T>},
-          {stats_channels_last<T>, grad_stats_channels_last<T>, apply_channels_last<T>, grad_apply_channels_last<T>}};
+  return {{stats_contiguous<T>, grad_stats_contiguous<T>, apply_contiguous<T>, multiply_contiguous<T>,
+           grad_apply_contiguous<T>},
+          {stats_channels_last<T>, grad_stats_channels_last<T>, apply_channels_last<T>, multiply_channels_last<T>,
+           grad_apply_channels_last<T>}};
 }
 
 template ChannelLoopsPair<double> FUSEDCONVBN_CONCAT(channel_loops_, FUSEDCONVBN_ISA)();

@@ -47,8 +47,8 @@ def fuse(
             breaks at something that needs values: then a copy of the model runs. Without them that is done at the first call.
         memory: what may be saved for backward. A float is a fraction of what eager saves for ``example_inputs``, an
             int or a string like ``"6GiB"`` bytes; the plan is the fastest one within. ``"min"`` saves nothing that can be
-            recomputed. ``"auto"`` gives up what is nearly free to recompute, and more until 0.53 of eager's bytes are reached
-            or nothing is left.
+            recomputed. ``"auto"`` gives up what it must until 0.53 of eager's bytes are reached or nothing is left; on CPU first
+            what is nearly free to recompute, also below that.
         inplace: change ``model``; otherwise the result is a copy that shares its parameters and buffers.
         calibrate: measure on the model's device how long recomputing each map takes, instead of estimating it from its FLOPs
             and bytes. Needs ``example_inputs``.
