@@ -53,15 +53,13 @@ headers = [
 ]
 system_headers = [flag for path in headers for flag in ("-isystem", path)]
 warnings = ["-Wall", "-Wextra", *system_headers]
-# Without trapping mathematics a select becomes a masked vector operation, and without errno a root one; no value changes. Where
-# a function begins decides 6 % of a loop over small planes.
+# Without trapping mathematics a select becomes a masked vector operation, and without errno a root one; no value changes.
 cxx_flags = [
     "-std=c++20",
     "-O3",
     "-g0",
     "-fno-trapping-math",
     "-fno-math-errno",
-    "-falign-functions=64",
     "-fopenmp",
     "-fvisibility=hidden",
     *warnings,

@@ -116,7 +116,9 @@ def call_step(node: fx.Node) -> Kernels:
     elif node.target in MUL:
         yield from multiplication_step([value(n) for n in node.args], y)
     else:
-        raise NotImplementedError(f"no rule for {node.format_node()}")
+        raise NotImplementedError(  # a guess would be a figure that nobody counted
+            f"it is not known what kernels {node.format_node()} has"
+        )
 
 
 def multiplication_step(factors: Sequence[Tensor], y: Tensor) -> Kernels:
