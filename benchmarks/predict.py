@@ -163,9 +163,9 @@ def chain_step(match: Match, saved: set[str]) -> Kernels:
         yield Kernel(2 * nbytes)
     yield from made
     first = 1 + (match.gate is not None)
-    at_hand = {first + i for i, link in enumerate(match.inner()) if link.name in saved}
+    available = {first + i for i, link in enumerate(match.inner()) if link.name in saved}
     convs = [False] * (first - 1) + [isinstance(link.op, Conv) for link in match.links]
-    for place in run_again(convs, at_hand, whole):
+    for place in run_again(convs, available, whole):
         yield Kernel(2 * nbytes) if place is None else made[place]
 
 
@@ -186,19 +186,19 @@ def made_by(link: Link) -> Kernel:
     return Kernel((2 + (getattr(link.op, "residual", None) is not None)) * nbytes_of(y))
 
 
-def run_again(convs: Sequence[bool], at_hand: set[int], whole: bool) -> Iterator[int | None]:
+def run_again(convs: Sequence[bool], available: set[int], whole: bool) -> Iterator[int | None]:
     """The links that backward runs again, and None for a concatenation: `Execution::backward` without the tensors."""
-    at_hand = at_hand | {0} if whole else set(at_hand)
+    available = available | {0} if whole else set(available)
     for i in reversed(range(len(convs))):
-        if i in at_hand:
+        if i in available:
             continue
-        first = max((m for m in at_hand if m < i), default=0)
-        if 0 not in at_hand:
+        first = max((m for m in available if m < i), default=0)
+        if 0 not in available:
             yield None
         yield from range(first, i)
-        at_hand |= {m for m in range(first + 1, i) if m == i - 1 or convs[m - 1]} | {0, i}
+        available |= {m for m in range(first + 1, i) if m == i - 1 or convs[m - 1]} | {0, i}
         if first == 0 and not whole:
-            at_hand.discard(0)
+            available.discard(0)
 
 
 # ------------------------------------------------------------------------------------------------- models
