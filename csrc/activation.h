@@ -29,8 +29,11 @@ struct Activation {
   bool none() const { return kind == ActivationKind::none; }
   // Whether act'(u) can be had from act(u), which then is kept, as by PyTorch's own.
   bool slope_from_result() const { return kind == ActivationKind::relu; }
-  // Made of comparisons and a few products, so that making it again costs nothing beside the memory it is read from.
-  bool cheap() const { return kind <= ActivationKind::leaky_relu || kind == ActivationKind::hardswish; }
+  // Made of comparisons and a few products, so that making it again costs nothing beside the memory
+  // it is read from.
+  bool cheap() const {
+    return kind <= ActivationKind::leaky_relu || kind == ActivationKind::hardswish;
+  }
 };
 
 // u is the normalised value; `forward` is act(u), `backward` is act'(u)·dout. Both let NaN through.
@@ -147,7 +150,8 @@ struct GeluTanh {  // u·(1 + tanh v)/2,  v = √(2/π)·(u + 0.044715·u³)
   }
 };
 
-struct Mish {  // u·t,  t = tanh(log(1 + eᵘ)) = n/(n + 2),  n = eᵘ(eᵘ + 2);  t is 1 to the last bit long before u = 20
+struct Mish {  // u·t,  t = tanh(log(1 + eᵘ)) = n/(n + 2),  n = eᵘ(eᵘ + 2);  t is 1 to the last bit
+               // long before u = 20
   template <typename T>
   FUSEDCONVBN_INLINE T forward(T u) const {
     const T e = exponential(clamp(u, T(-1e4), T(20))), n = e * (e + T(2));

@@ -1,5 +1,5 @@
-// What a convolution and a batch norm are called with, and the checks of it. An error names the operator, the argument,
-// the rule and what was found.
+// What a convolution and a batch norm are called with, and the checks of it. An error names the
+// operator, the argument, the rule and what was found.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -26,18 +26,19 @@ struct NormArguments {
 };
 
 // A strided floating-point tensor on the device of `input`.
-void check_tensor(const std::string& op, const char* name, const at::Tensor& t, const at::Tensor& input);
+void check_tensor(const std::string& op, const char* name, const at::Tensor& t,
+                  const at::Tensor& input);
 
 // Autocast lowers both of them, or neither is what it lowers.
 bool casts(const at::Tensor& t, const at::Tensor& input);
 
-// Returns the sizes of the result for a map of `sizes`. dtype and device are those of `input`, the map of the first
-// convolution.
-std::vector<c10::SymInt> check_conv(const std::string& op, const at::Tensor& input, c10::SymIntArrayRef sizes,
-                                    const ConvArguments& arguments);
+// Returns the sizes of the result for a map of `sizes`. dtype and device are those of `input`, the
+// map of the first convolution.
+std::vector<c10::SymInt> check_conv(const std::string& op, const at::Tensor& input,
+                                    c10::SymIntArrayRef sizes, const ConvArguments& arguments);
 
 // `sizes` are those of the map that is normalised; `prefix` stands before the names of γ and β.
-void check_norm(const std::string& op, const std::string& prefix, const at::Tensor& input, c10::SymIntArrayRef sizes,
-                const NormArguments& arguments, bool synchronised);
+void check_norm(const std::string& op, const std::string& prefix, const at::Tensor& input,
+                c10::SymIntArrayRef sizes, const NormArguments& arguments, bool synchronised);
 
 }  // namespace fusedconvbn

@@ -9,7 +9,8 @@ namespace fusedconvbn {
 
 using at::Tensor;
 
-// ---------------------------------------------------------------------------------------------- packing
+// ----------------------------------------------------------------------------------------------
+// packing
 
 namespace {
 
@@ -35,12 +36,15 @@ PackedChain::PackedChain(at::TensorList input) : tensors(input.vec()) {
 void PackedChain::push(const Conv& conv, const Tensor& weight, const std::optional<Tensor>& bias) {
   tensors.push_back(weight);
   const bool has_bias = push_if(tensors, bias);
-  append(links, {int64_t(Kind::conv), has_bias, conv.transposed, conv.groups, int64_t(conv.stride.size())});
-  for (const auto* list : {&conv.stride, &conv.padding, &conv.dilation, &conv.output_padding}) append(links, *list);
+  append(links, {int64_t(Kind::conv), has_bias, conv.transposed, conv.groups,
+                 int64_t(conv.stride.size())});
+  for (const auto* list : {&conv.stride, &conv.padding, &conv.dilation, &conv.output_padding})
+    append(links, *list);
 }
 
-void PackedChain::push(const Norm& norm, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
-                       const std::optional<Tensor>& residual, const std::optional<Tensor>& statistics) {
+void PackedChain::push(const Norm& norm, const std::optional<Tensor>& weight,
+                       const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+                       const std::optional<Tensor>& statistics) {
   const bool has_weight = push_if(tensors, weight), has_bias = push_if(tensors, bias);
   const bool has_residual = push_if(tensors, residual);
   push_if(tensors, statistics);
@@ -61,7 +65,8 @@ void PackedChain::push(const Prelu&, const Tensor& slopes) {
 
 Chain unpack(at::IntArrayRef links, at::ArrayRef<double> scalars, size_t tensor_count) {
   // For users of the packed form alone; conv_bn has checked its arguments by name.
-  constexpr auto malformed = "malformed chain: `links` ends inside a link or names what there is not";
+  constexpr auto malformed =
+      "malformed chain: `links` ends inside a link or names what there is not";
   Chain chain;
   size_t at = 0, norms = 0;
   const auto next = [&] {
@@ -90,7 +95,8 @@ Chain unpack(at::IntArrayRef links, at::ArrayRef<double> scalars, size_t tensor_
       conv.transposed = next() != 0;
       conv.groups = next();
       const auto n = next();
-      for (auto* list : {&conv.stride, &conv.padding, &conv.dilation, &conv.output_padding}) *list = next_list(n);
+      for (auto* list : {&conv.stride, &conv.padding, &conv.dilation, &conv.output_padding})
+        *list = next_list(n);
       TORCH_CHECK_VALUE(conv.groups > 0, malformed);
       for (const auto stride : conv.stride) TORCH_CHECK_VALUE(stride > 0, malformed);
       link.op = conv;
@@ -118,7 +124,8 @@ Chain unpack(at::IntArrayRef links, at::ArrayRef<double> scalars, size_t tensor_
     }
     chain.push_back(std::move(link));
   }
-  TORCH_CHECK_VALUE(!chain.empty() && 2 * norms == scalars.size() && tensor == int64_t(tensor_count), malformed);
+  TORCH_CHECK_VALUE(
+      !chain.empty() && 2 * norms == scalars.size() && tensor == int64_t(tensor_count), malformed);
   return chain;
 }
 
@@ -132,13 +139,14 @@ bool last_residual_is_read(const Chain& chain, at::IntArrayRef kept) {
 void check_places(const char* name, at::IntArrayRef places, int64_t first, int64_t last) {
   int64_t least = first;
   for (const auto i : places) {
-    TORCH_CHECK_VALUE(i >= least && i <= last, "expected `", name, "` between ", first, " and ", last,
-                      ", ascending, got ", places);
+    TORCH_CHECK_VALUE(i >= least && i <= last, "expected `", name, "` between ", first, " and ",
+                      last, ", ascending, got ", places);
     least = i + 1;
   }
 }
 
-// ------------------------------------------------------------------------------------------- mathematics
+// -------------------------------------------------------------------------------------------
+// mathematics
 
 namespace {
 
@@ -150,8 +158,9 @@ Tensor unbiased_std(const Tensor& var, const c10::SymInt& count) {
 }  // namespace
 
 Tensor inverse_std(const Norm& norm, const Tensor& var, const c10::SymInt& count) {
-  return norm.arithmetic == Arithmetic::tutorial ? (unbiased_std(var, count) + norm.eps).reciprocal()
-                                                 : at::rsqrt(var + norm.eps);
+  return norm.arithmetic == Arithmetic::tutorial
+             ? (unbiased_std(var, count) + norm.eps).reciprocal()
+             : at::rsqrt(var + norm.eps);
 }
 
 Tensor inverse_running_std(const Norm& norm, const Tensor& running_var) {
@@ -159,6 +168,8 @@ Tensor inverse_running_std(const Norm& norm, const Tensor& running_var) {
                                                  : at::rsqrt(running_var + norm.eps);
 }
 
-Tensor concatenated(at::TensorList parts) { return parts.size() == 1 ? parts[0] : at::cat(parts, 1); }
+Tensor concatenated(at::TensorList parts) {
+  return parts.size() == 1 ? parts[0] : at::cat(parts, 1);
+}
 
 }  // namespace fusedconvbn

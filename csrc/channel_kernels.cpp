@@ -13,7 +13,8 @@ auto& registry() {
 
 }  // namespace
 
-RegisterChannelKernels::RegisterChannelKernels(c10::DeviceType device, const ChannelKernels& kernels) {
+RegisterChannelKernels::RegisterChannelKernels(c10::DeviceType device,
+                                               const ChannelKernels& kernels) {
   registry()[static_cast<size_t>(device)] = &kernels;
 }
 
@@ -48,7 +49,8 @@ std::optional<ChannelLayout> channel_layout(const at::Tensor& y) {
   };
   // One value per plane is both; then the channels are the long run. One channel likewise.
   const bool contiguous = y.is_contiguous();
-  if (contiguous && (inner > 1 || channels == 1)) return ChannelLayout{1, batch, channels, inner, false};
+  if (contiguous && (inner > 1 || channels == 1))
+    return ChannelLayout{1, batch, channels, inner, false};
   if (contiguous || channels_innermost()) return ChannelLayout{1, batch * inner, channels, 1, true};
   return std::nullopt;
 }

@@ -1,4 +1,5 @@
-// The arithmetic of a norm link on the values of one channel (chain.h), shared by the CPU and CUDA kernels.
+// The arithmetic of a norm link on the values of one channel (chain.h), shared by the CPU and CUDA
+// kernels.
 #pragma once
 
 #include "elementary.h"
@@ -29,7 +30,8 @@ struct Linear {
   acc slope = 0, offset = 0;
 
   Linear() = default;
-  FUSEDCONVBN_INLINE Linear(const Normalisation& n, acc var, acc a, acc r, acc count, acc S1, acc S2) {
+  FUSEDCONVBN_INLINE Linear(const Normalisation& n, acc var, acc a, acc r, acc count, acc S1,
+                            acc S2) {
     const acc R = n.counted ? (count < 1 ? acc(1) : count) : acc(n.count);
     acc rho = r;
     if (n.tutorial) {  // in a constant channel S2 is 0 as well as s, and so is the term
@@ -43,7 +45,8 @@ struct Linear {
 };
 
 // One batch more in the running statistics of a channel:
-//   running = (1 − momentum)·running + momentum·batch      of the mean + bias, and of the unbiased variance v·R/(R−1)
+//   running = (1 − momentum)·running + momentum·batch      of the mean + bias, and of the unbiased
+//   variance v·R/(R−1)
 // (Not running + momentum·(batch − running): that of an infinite one is NaN.)
 template <typename acc>
 struct RunningChannel {

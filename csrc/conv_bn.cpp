@@ -1,5 +1,6 @@
-// The public operator: checks, the folded convolution of eval mode, and the running statistics around a chain of two
-// links. It is composite, so eager, TorchScript, compile and export all run the same steps.
+// The public operator: checks, the folded convolution of eval mode, and the running statistics
+// around a chain of two links. It is composite, so eager, TorchScript, compile and export all run
+// the same steps.
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/batch_norm.h>
 #include <ATen/ops/convolution.h>
@@ -31,8 +32,9 @@ constexpr std::pair<std::string_view, ActivationKind> activations[] = {
 Activation parse_activation(std::string_view text) {
   const auto open = text.find('(');
   const auto name = text.substr(0, open);
-  const auto* found = std::find_if(std::begin(activations), std::end(activations),
-                                   [&](const auto& activation) { return activation.first == name; });
+  const auto* found =
+      std::find_if(std::begin(activations), std::end(activations),
+                   [&](const auto& activation) { return activation.first == name; });
   Activation activation;
   bool well_formed = found != std::end(activations);
   if (well_formed) {
@@ -49,7 +51,8 @@ Activation parse_activation(std::string_view text) {
   }
   std::string names;
   if (!well_formed)
-    for (const auto& known : activations) names += (names.empty() ? "'" : ", '") + std::string(known.first) + "'";
+    for (const auto& known : activations)
+      names += (names.empty() ? "'" : ", '") + std::string(known.first) + "'";
   TORCH_CHECK_VALUE(well_formed, "conv_bn: expected activation to be one of ", names,
                     ", or 'leaky_relu(slope)' or 'elu(alpha)' with a number, got '", text, "'");
   return activation;
@@ -58,19 +61,22 @@ Activation parse_activation(std::string_view text) {
 Arithmetic parse_arithmetic(std::string_view name) {
   if (name == "batchnorm") return Arithmetic::batchnorm;
   if (name == "tutorial") return Arithmetic::tutorial;
-  TORCH_CHECK_VALUE(false, "conv_bn: expected arithmetic 'batchnorm' or 'tutorial', got '", name, "'");
+  TORCH_CHECK_VALUE(false, "conv_bn: expected arithmetic 'batchnorm' or 'tutorial', got '", name,
+                    "'");
 }
 
-// One value for each of the n spatial dimensions, a single one standing for all, and `absent` for none.
-std::vector<int64_t> spatial(const char* name, at::OptionalIntArrayRef given, size_t n, int64_t least, int64_t absent) {
+// One value for each of the n spatial dimensions, a single one standing for all, and `absent` for
+// none.
+std::vector<int64_t> spatial(const char* name, at::OptionalIntArrayRef given, size_t n,
+                             int64_t least, int64_t absent) {
   if (!given) return std::vector<int64_t>(n, absent);
   const auto values = *given;
-  TORCH_CHECK_VALUE(values.size() == 1 || values.size() == n, "conv_bn: expected ", name, " of 1 or ", n,
-                    " values (one for each spatial dimension), got ", values);
+  TORCH_CHECK_VALUE(values.size() == 1 || values.size() == n, "conv_bn: expected ", name,
+                    " of 1 or ", n, " values (one for each spatial dimension), got ", values);
   for (const auto v : values)
-    TORCH_CHECK_VALUE(v >= least && v <= std::numeric_limits<int32_t>::max(), "conv_bn: expected ", name, " of at ",
-                      v < least ? "least " : "most ", v < least ? least : std::numeric_limits<int32_t>::max(), ", got ",
-                      values);
+    TORCH_CHECK_VALUE(v >= least && v <= std::numeric_limits<int32_t>::max(), "conv_bn: expected ",
+                      name, " of at ", v < least ? "least " : "most ",
+                      v < least ? least : std::numeric_limits<int32_t>::max(), ", got ", values);
   return values.size() == n ? values.vec() : std::vector<int64_t>(n, values[0]);
 }
 
@@ -78,8 +84,8 @@ Tensor plain_convolution(const ConvArguments& arguments, const Tensor& input) {
   const auto& [conv, weight, bias] = arguments;
   const auto dtype = conv_dtype(input);
   const auto run = [&](const Optional& bias) {
-    return at::convolution(input.to(dtype), weight.to(dtype), bias, conv.stride, conv.padding, conv.dilation,
-                           conv.transposed, conv.output_padding, conv.groups);
+    return at::convolution(input.to(dtype), weight.to(dtype), bias, conv.stride, conv.padding,
+                           conv.dilation, conv.transposed, conv.output_padding, conv.groups);
   };
   if (!bias) return run({});
   if (!reads_padding_alone(conv, input, weight)) return run(bias->to(dtype));
@@ -88,18 +94,20 @@ Tensor plain_convolution(const ConvArguments& arguments, const Tensor& input) {
   return run({}) + bias->to(dtype).reshape(per_channel);
 }
 
-// In eval mode: the chain conv → activation with the folded weight. PyTorch's own convolution where that is as good,
-// and for a compiler.
+// In eval mode: the chain conv → activation with the folded weight. PyTorch's own convolution where
+// that is as good, and for a compiler.
 Tensor folded(const Tensor& input, const ConvArguments& conv, const NormArguments& norm) {
   const auto [weight, shift] = fold(conv, norm);
   const auto& activation = norm.norm.activation;
   const auto dtype = conv_dtype(input);
   const bool half = dtype == at::kBFloat16 || dtype == at::kHalf;
   const bool traced = is_traced(input);
-  const bool plain = activation.none() && !half && (traced || !steps_over_few_channels(conv.conv, input, weight));
+  const bool plain =
+      activation.none() && !half && (traced || !steps_over_few_channels(conv.conv, input, weight));
   if (plain ||
-      (traced && !any_requires_grad({input, conv.weight, conv.bias.value_or(Tensor()), norm.weight.value_or(Tensor()),
-                                     norm.bias.value_or(Tensor()), norm.residual.value_or(Tensor())})))
+      (traced && !any_requires_grad({input, conv.weight, conv.bias.value_or(Tensor()),
+                                     norm.weight.value_or(Tensor()), norm.bias.value_or(Tensor()),
+                                     norm.residual.value_or(Tensor())})))
     return finish(plain_convolution({conv.conv, weight, shift}, input), norm.residual, activation);
 
   // The folded weight and the shift stay in float, and so do their gradients.
@@ -109,18 +117,20 @@ Tensor folded(const Tensor& input, const ConvArguments& conv, const NormArgument
   Norm activated = norm.norm;
   activated.arithmetic = Arithmetic::none;
   if (!activation.none() || norm.residual)
-    chain.push(activated, {}, {}, norm.residual ? Optional(norm.residual->to(dtype)) : norm.residual);
+    chain.push(activated, {}, {},
+               norm.residual ? Optional(norm.residual->to(dtype)) : norm.residual);
   return std::get<0>(chain_forward(chain.tensors, chain.links, chain.scalars, "",
                                    kept_result(activated, norm.residual.has_value(), 2), {}));
 }
 
 }  // namespace
 
-Tensor conv_bn(const Tensor& input, const Tensor& weight, const Optional& bias, const Optional& bn_weight,
-               const Optional& bn_bias, const Optional& running_mean, const Optional& running_var,
-               const Optional& num_batches_tracked, const Optional& residual, bool training,
-               std::optional<double> momentum, double eps, at::OptionalIntArrayRef stride,
-               at::OptionalIntArrayRef padding, at::OptionalIntArrayRef dilation, bool transposed,
+Tensor conv_bn(const Tensor& input, const Tensor& weight, const Optional& bias,
+               const Optional& bn_weight, const Optional& bn_bias, const Optional& running_mean,
+               const Optional& running_var, const Optional& num_batches_tracked,
+               const Optional& residual, bool training, std::optional<double> momentum, double eps,
+               at::OptionalIntArrayRef stride, at::OptionalIntArrayRef padding,
+               at::OptionalIntArrayRef dilation, bool transposed,
                at::OptionalIntArrayRef output_padding, int64_t groups, std::string_view activation,
                std::string_view arithmetic, std::string_view process_group) {
   // Everything that can be wrong is found here, before anything is computed.
@@ -136,13 +146,15 @@ Tensor conv_bn(const Tensor& input, const Tensor& weight, const Optional& bias, 
                            momentum};
   const bool synchronised = training && !process_group.empty();
   TORCH_CHECK_VALUE(!synchronised || norm.norm.arithmetic == Arithmetic::batchnorm,
-                    "conv_bn: expected arithmetic 'batchnorm' with a process_group, got '", arithmetic, "'");
+                    "conv_bn: expected arithmetic 'batchnorm' with a process_group, got '",
+                    arithmetic, "'");
   check_tensor(op, "input", input, input);
   check_tensor(op, "weight", weight, input);
   const size_t n = std::clamp<int64_t>(weight.dim() - 2, 1, 3);
   const ConvArguments conv{
-      {spatial("stride", stride, n, 1, 1), spatial("padding", padding, n, 0, 0), spatial("dilation", dilation, n, 1, 1),
-       spatial("output_padding", output_padding, n, 0, 0), transposed, groups},
+      {spatial("stride", stride, n, 1, 1), spatial("padding", padding, n, 0, 0),
+       spatial("dilation", dilation, n, 1, 1), spatial("output_padding", output_padding, n, 0, 0),
+       transposed, groups},
       weight,
       bias};
   const auto sizes = check_conv(op, input, input.sym_sizes(), conv);
@@ -151,7 +163,8 @@ Tensor conv_bn(const Tensor& input, const Tensor& weight, const Optional& bias, 
 
   RunningUpdates updates;
   Tensor output;
-  if (input.sym_size(0) == 0 && process_group.empty()) {  // nothing to normalise, nothing to average
+  if (input.sym_size(0) == 0 &&
+      process_group.empty()) {  // nothing to normalise, nothing to average
     output = finish(at::batch_norm(plain_convolution(conv, input), bn_weight, bn_bias, {}, {}, true,
                                    /*momentum=*/0, eps, false),
                     residual, norm.norm.activation);

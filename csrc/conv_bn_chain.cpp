@@ -1,16 +1,18 @@
-// A chain as models run it: convolutions, batch norms in either mode with their running statistics, gates, PReLUs.
-// Composite, as conv_bn is.
+// A chain as models run it: convolutions, batch norms in either mode with their running statistics,
+// gates, PReLUs. Composite, as conv_bn is.
 //
-//   tensors, links, scalars   the packed form of chain.h, its norm links of arithmetic batchnorm; the result of the
-//                             last norm may have a residual that is broadcast, with nothing but a prelu behind it
-//   buffers                   of each norm link in turn running_mean, running_var and num_batches_tracked
-//   buffer_counts             how many of them: 0, the last alone, the first two, or 3
-//   momenta                   of each norm link; NaN for none
-//   training                  of each norm link: 1 for the statistics of the batch, 0 for the running ones
-//   process_group, kept, input_statistics   as for _chain_forward
+//   tensors, links, scalars   the packed form of chain.h, its norm links of arithmetic batchnorm;
+//   the result of the
+//                             last norm may have a residual that is broadcast, with nothing but a
+//                             prelu behind it
+//   buffers                   of each norm link in turn running_mean, running_var and
+//   num_batches_tracked buffer_counts             how many of them: 0, the last alone, the first
+//   two, or 3 momenta                   of each norm link; NaN for none training of each norm link:
+//   1 for the statistics of the batch, 0 for the running ones process_group, kept, input_statistics
+//   as for _chain_forward
 //
-// A first gate may be any product: what is no gate is multiplied and then is T_0. In eval mode batch norm is folded
-// into the convolution in front of it.
+// A first gate may be any product: what is no gate is multiplied and then is T_0. In eval mode
+// batch norm is folded into the convolution in front of it.
 #include <ATen/TensorOperators.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/batch_norm.h>
@@ -35,7 +37,9 @@ using Sizes = std::vector<c10::SymInt>;
 
 // Whether s is one value per sample and channel of t.
 bool is_gate(const Tensor& s, const Tensor& t) {
-  if (s.dim() != t.dim() || s.dim() < 3 || s.scalar_type() != t.scalar_type() || s.device() != t.device()) return false;
+  if (s.dim() != t.dim() || s.dim() < 3 || s.scalar_type() != t.scalar_type() ||
+      s.device() != t.device())
+    return false;
   for (int64_t d = 0; d < s.dim(); ++d)
     if (s.sym_size(d) != (d < 2 ? t.sym_size(d) : c10::SymInt(1))) return false;
   return true;
@@ -44,7 +48,8 @@ bool is_gate(const Tensor& s, const Tensor& t) {
 bool broadcasts_to(const Tensor& t, c10::SymIntArrayRef sizes) {
   if (t.dim() > int64_t(sizes.size())) return false;
   for (int64_t d = 1; d <= t.dim(); ++d)
-    if (t.sym_size(t.dim() - d) != 1 && t.sym_size(t.dim() - d) != sizes[sizes.size() - d]) return false;
+    if (t.sym_size(t.dim() - d) != 1 && t.sym_size(t.dim() - d) != sizes[sizes.size() - d])
+      return false;
   return true;
 }
 
@@ -58,38 +63,47 @@ struct ModelLink {
 struct Model {
   std::vector<Tensor> parts;
   std::vector<ModelLink> links;
-  // What the kernels do not add: a residual of another dtype, or larger than the map, with the activation behind it.
+  // What the kernels do not add: a residual of another dtype, or larger than the map, with the
+  // activation behind it.
   Optional tail;
   Activation tail_activation;
   Tensor tail_slopes;
 
   bool in_training() const {
-    return std::any_of(links.begin(), links.end(), [](const auto& l) { return l.norm && l.norm->training; });
+    return std::any_of(links.begin(), links.end(),
+                       [](const auto& l) { return l.norm && l.norm->training; });
   }
 };
 
 // Everything that can be wrong is found here, before anything is computed.
-Model checked(at::TensorList tensors, at::TensorList buffers, const Chain& chain, at::IntArrayRef buffer_counts,
-              at::ArrayRef<double> momenta, at::IntArrayRef training, std::string_view process_group) {
-  const size_t norms = std::count_if(chain.begin(), chain.end(), [](const Link& l) { return l.norm(); });
+Model checked(at::TensorList tensors, at::TensorList buffers, const Chain& chain,
+              at::IntArrayRef buffer_counts, at::ArrayRef<double> momenta, at::IntArrayRef training,
+              std::string_view process_group) {
+  const size_t norms =
+      std::count_if(chain.begin(), chain.end(), [](const Link& l) { return l.norm(); });
   int64_t buffer_count = 0;
   for (const auto n : buffer_counts) buffer_count += n;
-  TORCH_CHECK_VALUE(buffer_counts.size() == norms && momenta.size() == norms && training.size() == norms &&
-                        buffer_count == int64_t(buffers.size()),
-                    "conv_bn_chain: expected a number of buffers, a momentum and a mode for each of ", norms,
-                    " norm links, got ", buffer_counts, ", ", momenta, " and ", training);
+  TORCH_CHECK_VALUE(
+      buffer_counts.size() == norms && momenta.size() == norms && training.size() == norms &&
+          buffer_count == int64_t(buffers.size()),
+      "conv_bn_chain: expected a number of buffers, a momentum and a mode for each of ", norms,
+      " norm links, got ", buffer_counts, ", ", momenta, " and ", training);
   Model model;
   model.parts = tensors.slice(0, chain.parts).vec();
   for (const auto& part : model.parts) check_tensor("conv_bn_chain", "input", part, tensors[0]);
-  const auto optional = [&](int64_t place) { return place < 0 ? Optional() : Optional(tensors[place]); };
+  const auto optional = [&](int64_t place) {
+    return place < 0 ? Optional() : Optional(tensors[place]);
+  };
 
   size_t first = 0;
   if (chain[0].gate()) {
     auto &x = model.parts[0], s = tensors[chain[0].weight];
-    TORCH_CHECK_VALUE(chain.parts == 1, "conv_bn_chain: expected one input in front of a gate, got ", chain.parts);
+    TORCH_CHECK_VALUE(chain.parts == 1,
+                      "conv_bn_chain: expected one input in front of a gate, got ", chain.parts);
     if (!is_gate(s, x) && is_gate(x, s)) std::swap(x, s);
     if (is_gate(s, x)) {
-      model.links.push_back({.conv = {}, .norm = {}, .gate = s, .slopes = {}, .sizes = x.sym_sizes().vec()});
+      model.links.push_back(
+          {.conv = {}, .norm = {}, .gate = s, .slopes = {}, .sizes = x.sym_sizes().vec()});
     } else {
       x = x * s;
     }
@@ -97,18 +111,21 @@ Model checked(at::TensorList tensors, at::TensorList buffers, const Chain& chain
   }
   const auto& input = model.parts[0];
   auto sizes = input.sym_sizes().vec();
-  TORCH_CHECK_VALUE(sizes.size() >= 2, "conv_bn_chain: expected input with channels, got shape ", input.sym_sizes());
+  TORCH_CHECK_VALUE(sizes.size() >= 2, "conv_bn_chain: expected input with channels, got shape ",
+                    input.sym_sizes());
   for (size_t p = 1; p < model.parts.size(); ++p) {
     auto part = model.parts[p].sym_sizes().vec();
-    TORCH_CHECK_VALUE(part.size() == sizes.size(), "conv_bn_chain: expected inputs of as many dimensions, got ",
+    TORCH_CHECK_VALUE(part.size() == sizes.size(),
+                      "conv_bn_chain: expected inputs of as many dimensions, got ",
                       input.sym_sizes(), " and ", model.parts[p].sym_sizes());
     sizes[1] = sizes[1] + part[1];
     part[1] = sizes[1];
-    TORCH_CHECK_VALUE(part == sizes, "conv_bn_chain: expected inputs that differ in their channels alone, got ",
+    TORCH_CHECK_VALUE(part == sizes,
+                      "conv_bn_chain: expected inputs that differ in their channels alone, got ",
                       input.sym_sizes(), " and ", model.parts[p].sym_sizes());
     TORCH_CHECK_TYPE(model.parts[p].scalar_type() == input.scalar_type(),
-                     "conv_bn_chain: expected inputs of one dtype, got ", input.scalar_type(), " and ",
-                     model.parts[p].scalar_type());
+                     "conv_bn_chain: expected inputs of one dtype, got ", input.scalar_type(),
+                     " and ", model.parts[p].scalar_type());
   }
   size_t n = 0, buffer = 0;
   bool convolved = false;
@@ -125,17 +142,20 @@ Model checked(at::TensorList tensors, at::TensorList buffers, const Chain& chain
     } else if (link.prelu()) {
       const auto& slopes = tensors[link.weight];
       check_tensor(op, "slopes", slopes, input);
-      TORCH_CHECK_VALUE(slopes.dim() == 1 && (slopes.sym_size(0) == 1 || slopes.sym_size(0) == sizes[1]), op,
-                        ": expected slopes of shape [1] or [", sizes[1], "], got ", slopes.sym_sizes());
+      TORCH_CHECK_VALUE(
+          slopes.dim() == 1 && (slopes.sym_size(0) == 1 || slopes.sym_size(0) == sizes[1]), op,
+          ": expected slopes of shape [1] or [", sizes[1], "], got ", slopes.sym_sizes());
       (model.tail ? model.tail_slopes : made.slopes) = slopes;
       if (model.tail) continue;
     } else {
       const bool train = training[n] != 0;
-      TORCH_CHECK_VALUE(link.norm()->arithmetic == Arithmetic::batchnorm, op, ": expected arithmetic batchnorm, got ",
-                        int64_t(link.norm()->arithmetic));
+      TORCH_CHECK_VALUE(link.norm()->arithmetic == Arithmetic::batchnorm, op,
+                        ": expected arithmetic batchnorm, got ", int64_t(link.norm()->arithmetic));
       const bool last = i + 1 == chain.size() || (i + 2 == chain.size() && chain[i + 1].prelu());
-      TORCH_CHECK_VALUE(link.residual < 0 || last, op, ": expected a residual at the last norm link alone");
-      NormArguments norm{*link.norm(), optional(link.weight), optional(link.bias), {}, {}, {}, {}, train, {}};
+      TORCH_CHECK_VALUE(link.residual < 0 || last, op,
+                        ": expected a residual at the last norm link alone");
+      NormArguments norm{
+          *link.norm(), optional(link.weight), optional(link.bias), {}, {}, {}, {}, train, {}};
       if (!std::isnan(momenta[n])) norm.momentum = momenta[n];
       const auto given = buffer_counts[n];
       TORCH_CHECK_VALUE(given >= 0 && given <= 3, op, ": expected 0 to 3 buffers, got ", given);
@@ -144,8 +164,8 @@ Model checked(at::TensorList tensors, at::TensorList buffers, const Chain& chain
       if (const auto residual = optional(link.residual)) {
         // Of the map; eager's sum has the wider dtype of the two.
         const auto dtype = convolved ? conv_dtype(input) : input.scalar_type();
-        const bool fits =
-            residual->scalar_type() == dtype && residual->device() == input.device() && broadcasts_to(*residual, sizes);
+        const bool fits = residual->scalar_type() == dtype &&
+                          residual->device() == input.device() && broadcasts_to(*residual, sizes);
         if (fits) {
           norm.residual = residual->expand_symint(sizes);
         } else {
@@ -169,13 +189,14 @@ Tensor run_empty(const Model& model, RunningUpdates& updates) {
   for (const auto& link : model.links) {
     if (link.conv) {
       const auto& conv = link.conv->conv;
-      t = at::convolution(t, link.conv->weight, link.conv->bias, conv.stride, conv.padding, conv.dilation,
-                          conv.transposed, conv.output_padding, conv.groups);
+      t = at::convolution(t, link.conv->weight, link.conv->bias, conv.stride, conv.padding,
+                          conv.dilation, conv.transposed, conv.output_padding, conv.groups);
     } else if (link.norm) {
       const auto& norm = *link.norm;
       const bool running = !norm.training;
       t = at::batch_norm(t, norm.weight, norm.bias, running ? norm.running_mean : Optional(),
-                         running ? norm.running_var : Optional(), norm.training, /*momentum=*/0, norm.norm.eps, false);
+                         running ? norm.running_var : Optional(), norm.training, /*momentum=*/0,
+                         norm.norm.eps, false);
       t = finish(t, norm.residual, norm.norm.activation);
       if (norm.training) updates.add(norm);
     } else {
@@ -185,8 +206,8 @@ Tensor run_empty(const Model& model, RunningUpdates& updates) {
   return t;
 }
 
-// The first link that a gradient is asked of, or that is below one; all of them run without a graph where there is
-// none.
+// The first link that a gradient is asked of, or that is below one; all of them run without a graph
+// where there is none.
 size_t first_trained(const Model& model) {
   if (!at::GradMode::is_enabled() || any_requires_grad(model.parts)) return 0;
   const auto trained = [](const Optional& t) { return t && t->requires_grad(); };
@@ -195,15 +216,19 @@ size_t first_trained(const Model& model) {
     if (link.conv && (link.conv->weight.requires_grad() || trained(link.conv->bias))) return i;
     for (const auto& t : {link.gate, link.slopes})
       if (t.defined() && t.requires_grad()) return i;
-    if (link.norm && (trained(link.norm->weight) || trained(link.norm->bias) || trained(link.norm->residual)))
-      return !link.norm->training && i > 0 && model.links[i - 1].conv ? i - 1 : i;  // which is folded into it
+    if (link.norm &&
+        (trained(link.norm->weight) || trained(link.norm->bias) || trained(link.norm->residual)))
+      return !link.norm->training && i > 0 && model.links[i - 1].conv
+                 ? i - 1
+                 : i;  // which is folded into it
   }
   return 0;
 }
 
 // Runs links first … last - 1 of a model on T_first. `kept` are places in the whole model.
-Tensor run(const Model& model, at::TensorList parts, size_t first, size_t last, std::string_view process_group,
-           at::IntArrayRef kept, const std::optional<Tensor>& input_statistics, RunningUpdates& updates) {
+Tensor run(const Model& model, at::TensorList parts, size_t first, size_t last,
+           std::string_view process_group, at::IntArrayRef kept,
+           const std::optional<Tensor>& input_statistics, RunningUpdates& updates) {
   const auto& links = model.links;
   const auto folds = [&](size_t i) {  // norm i into the convolution in front
     return !links[i].norm->training && i > first && links[i - 1].conv.has_value();
@@ -257,16 +282,18 @@ Tensor run(const Model& model, at::TensorList parts, size_t first, size_t last, 
   std::vector<int64_t> places;
   if (grad) {
     for (const auto k : kept)
-      if (place[k] > 0 && place[k] < pushed && (places.empty() || places.back() < place[k])) places.push_back(place[k]);
+      if (place[k] > 0 && place[k] < pushed && (places.empty() || places.back() < place[k]))
+        places.push_back(place[k]);
     if (ending)
       for (const auto k : kept_result(*ending, ending_residual, pushed)) places.push_back(k);
   }
   const auto group = training ? process_group : std::string_view();
   const bool reads_statistics = links[first].norm && links[first].norm->training;
-  const auto result = !grad && !training && is_traced(parts[0])
-                          ? unfused_chain(packed.tensors, packed.links, packed.scalars, group, {}, {})
-                          : chain_forward(packed.tensors, packed.links, packed.scalars, group, places,
-                                          reads_statistics ? input_statistics : std::nullopt);
+  const auto result =
+      !grad && !training && is_traced(parts[0])
+          ? unfused_chain(packed.tensors, packed.links, packed.scalars, group, {}, {})
+          : chain_forward(packed.tensors, packed.links, packed.scalars, group, places,
+                          reads_statistics ? input_statistics : std::nullopt);
   auto found = std::get<2>(result).begin();
   for (size_t i = first; i < last; ++i) {
     if (!links[i].norm || folds(i)) continue;
@@ -274,8 +301,8 @@ Tensor run(const Model& model, at::TensorList parts, size_t first, size_t last, 
     const auto& norm = *links[i].norm;
     if (!norm.training) continue;
     const bool bias_left_out = i > first && links[i - 1].conv;
-    updates.add(norm, statistics, links[i].sizes, bias_left_out ? links[i - 1].conv->bias : Optional(),
-                !process_group.empty());
+    updates.add(norm, statistics, links[i].sizes,
+                bias_left_out ? links[i - 1].conv->bias : Optional(), !process_group.empty());
   }
   return std::get<0>(result);
 }
@@ -283,11 +310,13 @@ Tensor run(const Model& model, at::TensorList parts, size_t first, size_t last, 
 }  // namespace
 
 Tensor conv_bn_chain(at::TensorList tensors, at::TensorList buffers, at::IntArrayRef links,
-                     at::ArrayRef<double> scalars, at::IntArrayRef buffer_counts, at::ArrayRef<double> momenta,
-                     at::IntArrayRef training, std::string_view process_group, at::IntArrayRef kept,
+                     at::ArrayRef<double> scalars, at::IntArrayRef buffer_counts,
+                     at::ArrayRef<double> momenta, at::IntArrayRef training,
+                     std::string_view process_group, at::IntArrayRef kept,
                      const std::optional<Tensor>& input_statistics) {
   const auto chain = unpack(links, scalars, tensors.size());
-  const auto model = checked(tensors, buffers, chain, buffer_counts, momenta, training, process_group);
+  const auto model =
+      checked(tensors, buffers, chain, buffer_counts, momenta, training, process_group);
 
   RunningUpdates updates;
   Tensor output;
@@ -295,11 +324,13 @@ Tensor conv_bn_chain(at::TensorList tensors, at::TensorList buffers, at::IntArra
     output = run_empty(model, updates);
   } else {
     const auto first = first_trained(model);
-    const bool multiplied = chain[0].gate() && !(model.links.size() && model.links[0].gate.defined());
+    const bool multiplied =
+        chain[0].gate() && !(model.links.size() && model.links[0].gate.defined());
     std::vector<int64_t> inner;
     for (const auto k : kept) {
-      TORCH_CHECK_VALUE(k > 0 && k < int64_t(chain.size()), "conv_bn_chain: expected kept between 1 and ",
-                        chain.size() - 1, ", got ", kept);
+      TORCH_CHECK_VALUE(k > 0 && k < int64_t(chain.size()),
+                        "conv_bn_chain: expected kept between 1 and ", chain.size() - 1, ", got ",
+                        kept);
       inner.push_back(k - multiplied);  // a product is no link
     }
     auto parts = model.parts;
@@ -312,7 +343,8 @@ Tensor conv_bn_chain(at::TensorList tensors, at::TensorList buffers, at::IntArra
                  first == 0 ? input_statistics : std::nullopt, updates);
   }
   if (model.tail) output = activate(output + *model.tail, model.tail_activation);
-  if (model.tail_slopes.defined()) output = at::prelu(output, model.tail_slopes.to(output.scalar_type()));
+  if (model.tail_slopes.defined())
+    output = at::prelu(output, model.tail_slopes.to(output.scalar_type()));
   updates.write();
   return output;
 }

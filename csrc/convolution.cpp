@@ -15,25 +15,32 @@ namespace fusedconvbn {
 
 using at::Tensor;
 
-std::vector<c10::SymInt> Conv::output_sizes(c10::SymIntArrayRef input, c10::SymIntArrayRef weight) const {
+std::vector<c10::SymInt> Conv::output_sizes(c10::SymIntArrayRef input,
+                                            c10::SymIntArrayRef weight) const {
   TORCH_CHECK_VALUE(input.size() == stride.size() + 2 && weight.size() == input.size(),
-                    "expected a map and a weight of ", stride.size() + 2, " dimensions, got ", input, " and ", weight);
-  TORCH_CHECK_VALUE(input[1] == (transposed ? weight[0] : weight[1] * groups) && weight[0] % groups == 0,
-                    "expected a weight for the channels of the map and groups=", groups, ", got ", input, " and ",
-                    weight);
+                    "expected a map and a weight of ", stride.size() + 2, " dimensions, got ",
+                    input, " and ", weight);
+  TORCH_CHECK_VALUE(
+      input[1] == (transposed ? weight[0] : weight[1] * groups) && weight[0] % groups == 0,
+      "expected a weight for the channels of the map and groups=", groups, ", got ", input, " and ",
+      weight);
   std::vector<c10::SymInt> sizes{input[0], transposed ? weight[1] * groups : weight[0]};
   for (size_t d = 0; d < stride.size(); ++d) {
     const auto reach = (weight[d + 2] - 1) * dilation[d] + 1;  // of the kernel, in input values
-    sizes.push_back(transposed ? (input[d + 2] - 1) * stride[d] - 2 * padding[d] + reach + output_padding[d]
-                               // ⌊(in + 2·padding − reach) / stride⌋ + 1, never above 0 when the kernel does not fit
-                               : (input[d + 2] + 2 * padding[d] - reach + stride[d]) / stride[d]);
+    sizes.push_back(
+        transposed
+            ? (input[d + 2] - 1) * stride[d] - 2 * padding[d] + reach + output_padding[d]
+            // ⌊(in + 2·padding − reach) / stride⌋ + 1, never above 0 when the kernel does not fit
+            : (input[d + 2] + 2 * padding[d] - reach + stride[d]) / stride[d]);
   }
   return sizes;
 }
 
 at::MemoryFormat conv_memory_format(const Tensor& input, const Tensor& weight) {
-  // ATen's rule for its fast backends; convolution in one dimension and in 3-d double is contiguous there.
-  const bool contiguous = input.dim() < 4 || (input.dim() == 5 && input.scalar_type() == at::kDouble);
+  // ATen's rule for its fast backends; convolution in one dimension and in 3-d double is contiguous
+  // there.
+  const bool contiguous =
+      input.dim() < 4 || (input.dim() == 5 && input.scalar_type() == at::kDouble);
   if (contiguous) return at::MemoryFormat::Contiguous;
   const auto format = input.suggest_memory_format();
   return format == at::MemoryFormat::Contiguous ? weight.suggest_memory_format() : format;
@@ -46,7 +53,8 @@ bool reads_padding_alone(const Conv& conv, const Tensor& input, const Tensor& we
   const auto columns = conv.output_sizes(input.sym_sizes(), weight.sym_sizes()).back().expect_int();
   for (int64_t column = 0; column < columns; ++column)
     for (int64_t place = 0; place < places; ++place) {
-      const int64_t at = column * conv.stride[last] - conv.padding[last] + place * conv.dilation[last];
+      const int64_t at =
+          column * conv.stride[last] - conv.padding[last] + place * conv.dilation[last];
       if (at >= 0 && at < width) return false;
     }
   return true;
@@ -54,8 +62,10 @@ bool reads_padding_alone(const Conv& conv, const Tensor& input, const Tensor& we
 
 bool steps_over_few_channels(const Conv& conv, const Tensor& input, const Tensor& weight) {
   constexpr int64_t enough = 16;
-  if (!input.is_cpu() || input.dim() != 4 || all(conv.stride, 1) || !all(conv.padding, 0)) return false;
-  return all(weight.sizes().slice(2), 1) && (conv.transposed ? weight.size(1) * conv.groups : input.size(1)) < enough;
+  if (!input.is_cpu() || input.dim() != 4 || all(conv.stride, 1) || !all(conv.padding, 0))
+    return false;
+  return all(weight.sizes().slice(2), 1) &&
+         (conv.transposed ? weight.size(1) * conv.groups : input.size(1)) < enough;
 }
 
 namespace {
@@ -68,24 +78,29 @@ bool cpu_has(const char* check) {
 const bool cpu_has_bfloat16 = cpu_has("mkldnn::_is_mkldnn_bf16_supported");
 const bool cpu_has_half = cpu_has("mkldnn::_is_mkldnn_fp16_supported");
 
-// Where oneDNN has no fast path for a dtype on this CPU, ATen's own takes ten times as long as one in float.
+// Where oneDNN has no fast path for a dtype on this CPU, ATen's own takes ten times as long as one
+// in float.
 bool runs_in_float(const Tensor& t) {
   if (!t.is_cpu()) return false;
-  return (t.scalar_type() == at::kBFloat16 && !cpu_has_bfloat16) || (t.scalar_type() == at::kHalf && !cpu_has_half);
+  return (t.scalar_type() == at::kBFloat16 && !cpu_has_bfloat16) ||
+         (t.scalar_type() == at::kHalf && !cpu_has_half);
 }
 
-// f(first, count) for slices of samples, so small that their maps in float are no more memory than caches hold
+// f(first, count) for slices of samples, so small that their maps in float are no more memory than
+// caches hold
 template <typename F>
 void for_sample_slices(const Tensor& input, const Tensor& output, const F& f) {
   constexpr int64_t slice_bytes = 8 << 20;
   const int64_t samples = input.size(0);
   const int64_t bytes = (input.numel() + output.numel()) * int64_t(sizeof(float));
-  const int64_t count = std::clamp<int64_t>(samples * slice_bytes / std::max<int64_t>(bytes, 1), 1, samples);
-  for (int64_t first = 0; first < samples; first += count) f(first, std::min(count, samples - first));
+  const int64_t count =
+      std::clamp<int64_t>(samples * slice_bytes / std::max<int64_t>(bytes, 1), 1, samples);
+  for (int64_t first = 0; first < samples; first += count)
+    f(first, std::min(count, samples - first));
 }
 
-// The values of a map that a strided 1×1 convolution reads, one for each of the other map: a convolution of stride 1
-// has the same weight gradient.
+// The values of a map that a strided 1×1 convolution reads, one for each of the other map: a
+// convolution of stride 1 has the same weight gradient.
 Tensor every(at::IntArrayRef stride, Tensor map, const Tensor& other) {
   for (size_t d = 0; d < stride.size(); ++d)
     map = map.slice(int64_t(d) + 2, 0, (other.size(int64_t(d) + 2) - 1) * stride[d] + 1, stride[d]);
@@ -94,13 +109,16 @@ Tensor every(at::IntArrayRef stride, Tensor map, const Tensor& other) {
 
 }  // namespace
 
-Tensor convolution(const Conv& conv, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {
+Tensor convolution(const Conv& conv, const Tensor& input, const Tensor& weight,
+                   const std::optional<Tensor>& bias) {
   const auto run = [&](const Tensor& in, const Tensor& w, const std::optional<Tensor>& b) {
-    return at::convolution(in, w, b, conv.stride, conv.padding, conv.dilation, conv.transposed, conv.output_padding,
-                           conv.groups);
+    return at::convolution(in, w, b, conv.stride, conv.padding, conv.dilation, conv.transposed,
+                           conv.output_padding, conv.groups);
   };
   const auto format = conv_memory_format(input, weight);
-  const auto cast = [&](at::ScalarType dtype) { return bias ? std::optional<Tensor>(bias->to(dtype)) : bias; };
+  const auto cast = [&](at::ScalarType dtype) {
+    return bias ? std::optional<Tensor>(bias->to(dtype)) : bias;
+  };
   if (reads_padding_alone(conv, input, weight)) {
     auto output = at::zeros_symint(conv.output_sizes(input.sym_sizes(), weight.sym_sizes()),
                                    input.options().memory_format(format));
@@ -119,19 +137,21 @@ Tensor convolution(const Conv& conv, const Tensor& input, const Tensor& weight, 
   const auto w = weight.to(input.scalar_type()).to(at::kFloat);
   const auto b = cast(at::kFloat);
   for_sample_slices(input, output, [&](int64_t first, int64_t count) {
-    output.narrow(0, first, count).copy_(convolution(conv, input.narrow(0, first, count).to(at::kFloat), w, b));
+    output.narrow(0, first, count)
+        .copy_(convolution(conv, input.narrow(0, first, count).to(at::kFloat), w, b));
   });
   return output;
 }
 
-std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Conv& conv, const Tensor& dout, const Tensor& input,
-                                                        const Tensor& weight, std::array<bool, 3> wanted) {
+std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Conv& conv, const Tensor& dout,
+                                                        const Tensor& input, const Tensor& weight,
+                                                        std::array<bool, 3> wanted) {
   const auto format = conv_memory_format(input, weight);
   const std::array<int64_t, 1> bias_size{dout.size(1)};
   const auto run = [&](const Tensor& grad, const Tensor& in, const Tensor& w) {
     auto [din, dweight, dbias] = at::convolution_backward(
-        grad, in, w, wanted[2] ? at::OptionalIntArrayRef(bias_size) : std::nullopt, conv.stride, conv.padding,
-        conv.dilation, conv.transposed, conv.output_padding, conv.groups, wanted);
+        grad, in, w, wanted[2] ? at::OptionalIntArrayRef(bias_size) : std::nullopt, conv.stride,
+        conv.padding, conv.dilation, conv.transposed, conv.output_padding, conv.groups, wanted);
     return std::make_tuple(wanted[0] ? din.contiguous(format) : Tensor(),
                            wanted[1] ? dweight.contiguous(format) : Tensor(), dbias);
   };
@@ -143,14 +163,17 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Conv& conv, const 
             wanted[1] ? depthwise_grad_weight(conv, dout, input, weight) : Tensor(), Tensor()};
   if ((wanted[1] || wanted[2]) && steps_over_few_channels(conv, input, weight)) {
     Tensor din, dweight, dbias;
-    if (wanted[0]) din = std::get<0>(convolution_backward(conv, dout, input, weight, {true, false, false}));
+    if (wanted[0])
+      din = std::get<0>(convolution_backward(conv, dout, input, weight, {true, false, false}));
     if (wanted[1]) {
       Conv dense = conv;
       for (auto* list : {&dense.stride, &dense.dilation}) std::fill(list->begin(), list->end(), 1);
       std::fill(dense.output_padding.begin(), dense.output_padding.end(), 0);
-      const auto part = conv.transposed ? every(conv.stride, dout, input) : every(conv.stride, input, dout);
-      dweight = std::get<1>(convolution_backward(dense, conv.transposed ? part : dout, conv.transposed ? input : part,
-                                                 weight, {false, true, false}))
+      const auto part =
+          conv.transposed ? every(conv.stride, dout, input) : every(conv.stride, input, dout);
+      dweight = std::get<1>(convolution_backward(dense, conv.transposed ? part : dout,
+                                                 conv.transposed ? input : part, weight,
+                                                 {false, true, false}))
                     .contiguous(format);
     }
     if (wanted[2]) dbias = dout.sum({0, 2, 3});  // oneDNN's comes out of its weight gradient
@@ -165,7 +188,8 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Conv& conv, const 
   if (wanted[0]) din = at::empty(input.sizes(), input.options().memory_format(format));
   for_sample_slices(input, dout, [&](int64_t first, int64_t count) {
     const auto part = [&](const Tensor& t) { return t.narrow(0, first, count).to(at::kFloat); };
-    auto [slice_din, slice_dweight, slice_dbias] = convolution_backward(conv, part(dout), part(input), w, wanted);
+    auto [slice_din, slice_dweight, slice_dbias] =
+        convolution_backward(conv, part(dout), part(input), w, wanted);
     if (wanted[0]) din.narrow(0, first, count).copy_(slice_din);
     if (wanted[1]) dweight = first == 0 ? slice_dweight : dweight.add_(slice_dweight);
     if (wanted[2]) dbias = first == 0 ? slice_dbias : dbias.add_(slice_dbias);

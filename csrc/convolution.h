@@ -1,4 +1,5 @@
-// The convolution of a conv link and its gradients: ATen's, in a memory format that fake kernels can promise.
+// The convolution of a conv link and its gradients: ATen's, in a memory format that fake kernels
+// can promise.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -15,7 +16,8 @@ struct Conv {
   bool transposed = false;
   int64_t groups = 1;
 
-  std::vector<c10::SymInt> output_sizes(c10::SymIntArrayRef input, c10::SymIntArrayRef weight) const;
+  std::vector<c10::SymInt> output_sizes(c10::SymIntArrayRef input,
+                                        c10::SymIntArrayRef weight) const;
 };
 
 inline bool all(at::IntArrayRef values, int64_t value) {
@@ -25,22 +27,25 @@ inline bool all(at::IntArrayRef values, int64_t value) {
 // The memory format in which a convolution returns its result and its gradients.
 at::MemoryFormat conv_memory_format(const at::Tensor& input, const at::Tensor& weight);
 
-// Whether every column of the result reads padding alone. oneDNN's float forward with a bias ends the process there
-// (oneDNN#5942), and half types and a folded batch norm reach it because we send them.
+// Whether every column of the result reads padding alone. oneDNN's float forward with a bias ends
+// the process there (oneDNN#5942), and half types and a folded batch norm reach it because we send
+// them.
 bool reads_padding_alone(const Conv& conv, const at::Tensor& input, const at::Tensor& weight);
 
-// Whether a strided 1×1 convolution steps over a map of few channels: oneDNN's weight gradient then writes behind its
-// workspace (oneDNN#6035).
+// Whether a strided 1×1 convolution steps over a map of few channels: oneDNN's weight gradient then
+// writes behind its workspace (oneDNN#6035).
 bool steps_over_few_channels(const Conv& conv, const at::Tensor& input, const at::Tensor& weight);
 
 // Weight and bias may be wider than the input, and are cast to its dtype.
 at::Tensor convolution(const Conv& conv, const at::Tensor& input, const at::Tensor& weight,
                        const std::optional<at::Tensor>& bias);
 
-// The gradients of input, weight and bias, as far as `wanted`; the latter two are float where a convolution of a half
-// type is run in float, and of the input's dtype elsewhere.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> convolution_backward(const Conv& conv, const at::Tensor& dout,
-                                                                    const at::Tensor& input, const at::Tensor& weight,
+// The gradients of input, weight and bias, as far as `wanted`; the latter two are float where a
+// convolution of a half type is run in float, and of the input's dtype elsewhere.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> convolution_backward(const Conv& conv,
+                                                                    const at::Tensor& dout,
+                                                                    const at::Tensor& input,
+                                                                    const at::Tensor& weight,
                                                                     std::array<bool, 3> wanted);
 
 }  // namespace fusedconvbn

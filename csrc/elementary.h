@@ -1,5 +1,5 @@
-// Roots, exp, expm1 and the normal distribution in a form that the compiler turns into vector code on CPU; CUDA has its
-// own.
+// Roots, exp, expm1 and the normal distribution in a form that the compiler turns into vector code
+// on CPU; CUDA has its own.
 #pragma once
 
 #include <bit>
@@ -23,13 +23,16 @@ FUSEDCONVBN_INLINE T clamp(T x, T low, T high) {
 }
 
 #if !defined(__CUDACC__)
-// eˣ = 2ⁿ·(1 + p) with x = n·ln 2 + r, |r| ≤ ln 2 / 2, and p = eʳ − 1. Within the exponents of normal numbers.
+// eˣ = 2ⁿ·(1 + p) with x = n·ln 2 + r, |r| ≤ ln 2 / 2, and p = eʳ − 1. Within the exponents of
+// normal numbers.
 struct Exponential {
   float power, p;
 
   FUSEDCONVBN_INLINE explicit Exponential(float x) {
-    constexpr float shift = 0x1.8p23f;  // added and taken away it rounds; in between, n is in the lowest bits
-    const float bounded = clamp(x, -87.f, 88.f), shifted = bounded * 0x1.715476p0f + shift, n = shifted - shift;
+    constexpr float shift =
+        0x1.8p23f;  // added and taken away it rounds; in between, n is in the lowest bits
+    const float bounded = clamp(x, -87.f, 88.f), shifted = bounded * 0x1.715476p0f + shift,
+                n = shifted - shift;
     const float r = (bounded - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;  // ln 2 in two parts
     const float q = 1 / 6.f + r * (1 / 24.f + r * (1 / 120.f + r * (1 / 720.f + r * (1 / 5040.f))));
     p = r + r * r * (0.5f + r * q);
@@ -95,11 +98,12 @@ FUSEDCONVBN_INLINE Normal<float> normal(float x) {
 #if defined(__CUDACC__)
   return {0.39894228f * ::expf(-0.5f * x * x), ::normcdff(x)};
 #else
-  // Φ(−|x|) = exp(−x²/2)·t·P(s), t = 1/(1 + 0.3·|x|), s = 1 − t. P is the polynomial of least relative error, 4·10⁻⁹,
-  // with P(0) = 1/2. Of s and not of t: next to 0, where Φ is largest, the rounding of t would count almost three
-  // times.
-  constexpr float coefficients[] = {0.0205008443f, -0.0727188438f, 0.070454441f, 0.0107375775f, 0.0230420567f,
-                                    -0.139630646f, -0.0810390115f, 0.618147194f, -0.829807281f, 0.5f};
+  // Φ(−|x|) = exp(−x²/2)·t·P(s), t = 1/(1 + 0.3·|x|), s = 1 − t. P is the polynomial of least
+  // relative error, 4·10⁻⁹, with P(0) = 1/2. Of s and not of t: next to 0, where Φ is largest, the
+  // rounding of t would count almost three times.
+  constexpr float coefficients[] = {
+      0.0205008443f, -0.0727188438f, 0.070454441f, 0.0107375775f, 0.0230420567f,
+      -0.139630646f, -0.0810390115f, 0.618147194f, -0.829807281f, 0.5f};
   const float scaled = 0.3f * (x < 0 ? -x : x), t = 1.f / (1.f + scaled), s = scaled * t;
   const float e = exponential(-0.5f * x * x);
   float polynomial = 0;

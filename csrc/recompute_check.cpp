@@ -15,7 +15,8 @@ namespace {
 
 std::atomic<bool> checked = false;
 
-// By what two algorithms for one convolution may differ in all values of a channel alike, of the values' size.
+// By what two algorithms for one convolution may differ in all values of a channel alike, of the
+// values' size.
 double shared_error(const at::Tensor& y) {
   const auto dtype = y.scalar_type();
   if (dtype != at::kFloat) return dtype == at::kDouble ? 1e-12 : 1e-4;
@@ -30,7 +31,8 @@ double shared_error(const at::Tensor& y) {
   }
 }
 
-// By what a value is off that is rounded to the type of the map, of its size: another amount in each.
+// By what a value is off that is rounded to the type of the map, of its size: another amount in
+// each.
 double own_error(const at::Tensor& y) {
   switch (y.scalar_type()) {
     case at::kDouble:
@@ -51,22 +53,27 @@ std::string& layer_name() {
   return name;
 }
 
-// With a size of s = std + |mean|, a value may differ by d = (shared + own)·s. The own parts of R values average out:
+// With a size of s = std + |mean|, a value may differ by d = (shared + own)·s. The own parts of R
+// values average out:
 //   |mean' − mean| ≤ e = (shared + 3·own/√R)·s      |var' − var| ≤ 2·std·e + d²
 void check_recomputed(const at::Tensor& y, const at::Tensor& found, const at::Tensor& saved) {
   const double shared = shared_error(y), own = own_error(y), values = double(y.numel() / y.size(1));
   const auto mean = saved.select(0, 0), var = saved.select(0, 1), std = at::sqrt(var);
   const auto size = std + mean.abs();
-  const auto bound_mean = (shared + 3 * own / std::sqrt(values)) * size, bound = (shared + own) * size;
-  const auto right = (found.select(0, 0) - mean)
-                         .abs()
-                         .le(bound_mean)
-                         .logical_and((found.select(0, 1) - var).abs().le(2 * std * bound_mean + bound * bound));
-  const auto wrong = right.logical_or(mean.isfinite().logical_not()).logical_not();  // a NaN that was there is right
+  const auto bound_mean = (shared + 3 * own / std::sqrt(values)) * size,
+             bound = (shared + own) * size;
+  const auto right =
+      (found.select(0, 0) - mean)
+          .abs()
+          .le(bound_mean)
+          .logical_and((found.select(0, 1) - var).abs().le(2 * std * bound_mean + bound * bound));
+  const auto wrong = right.logical_or(mean.isfinite().logical_not())
+                         .logical_not();  // a NaN that was there is right
   const auto count = wrong.sum().item<int64_t>();
-  TORCH_CHECK(count == 0, "check_recompute: ", layer_name().empty() ? "conv_bn" : layer_name(), ": the statistics of ",
-              count, " of ", wrong.numel(),
-              " channels are not those of forward. Its input or weight was changed before backward where autograd does "
+  TORCH_CHECK(count == 0, "check_recompute: ", layer_name().empty() ? "conv_bn" : layer_name(),
+              ": the statistics of ", count, " of ", wrong.numel(),
+              " channels are not those of forward. Its input or weight was changed before backward "
+              "where autograd does "
               "not see it, as by a write to .data");
 }
 

@@ -22,7 +22,8 @@ std::pair<Tensor, Tensor> fold(const ConvArguments& conv, const NormArguments& n
   const auto mean = norm.running_mean->to(wide);
   auto shift = (conv.bias ? *conv.bias - mean : -mean) * scale;
   if (norm.bias) shift = shift + *norm.bias;
-  // The output channels are dimension 0; of a transposed weight (in, out/groups, …), those of each group in turn.
+  // The output channels are dimension 0; of a transposed weight (in, out/groups, …), those of each
+  // group in turn.
   if (!conv.conv.transposed) {
     std::vector<int64_t> per_channel(weight.dim(), 1);
     per_channel[0] = -1;
@@ -31,22 +32,24 @@ std::pair<Tensor, Tensor> fold(const ConvArguments& conv, const NormArguments& n
   std::vector<int64_t> per_channel(weight.dim() + 1, 1);
   per_channel[0] = conv.conv.groups;
   per_channel[2] = -1;
-  return {(weight.unflatten(0, {conv.conv.groups, -1}) * scale.reshape(per_channel)).flatten(0, 1), shift};
+  return {(weight.unflatten(0, {conv.conv.groups, -1}) * scale.reshape(per_channel)).flatten(0, 1),
+          shift};
 }
 
 namespace {
 
 // RunningChannel (channel_vectors.h) in ATen.
-Tensor moved(const Tensor& running, const Tensor& batch, const std::optional<double>& momentum, const Tensor& count) {
+Tensor moved(const Tensor& running, const Tensor& batch, const std::optional<double>& momentum,
+             const Tensor& count) {
   const auto wide = running.to(batch.scalar_type());
   if (momentum) return (wide * (1 - *momentum)).add(batch, *momentum);
   const auto part = count.to(batch.scalar_type()).reciprocal();
   return wide * (1 - part) + batch * part;
 }
 
-// torch.utils.checkpoint, but for its reentrant form, makes a forward again inside of backward, under hooks that take
-// what is saved, and stops it by an error as soon as it has all: behind most chains, in the middle of the last one.
-// That is no other batch.
+// torch.utils.checkpoint, but for its reentrant form, makes a forward again inside of backward,
+// under hooks that take what is saved, and stops it by an error as soon as it has all: behind most
+// chains, in the middle of the last one. That is no other batch.
 bool is_recomputation() {
   return torch::autograd::get_current_node() != nullptr && at::SavedTensorDefaultHooks::get_hooks();
 }
@@ -55,7 +58,8 @@ bool is_batched(const Tensor& t) { return t.key_set().has(c10::DispatchKey::Func
 
 // Whether t is a few values that a kernel may read, and write to, at once.
 bool in_memory(const Tensor& t, at::ScalarType dtype, c10::Device device) {
-  return !t.defined() || (t.device() == device && t.scalar_type() == dtype && t.is_contiguous() && !t.requires_grad());
+  return !t.defined() || (t.device() == device && t.scalar_type() == dtype && t.is_contiguous() &&
+                          !t.requires_grad());
 }
 
 bool in_memory(const RunningUpdate& update) {
@@ -64,13 +68,15 @@ bool in_memory(const RunningUpdate& update) {
   std::vector<Tensor> all{statistics};
   for (const auto& t : {update.mean, update.var, update.bias, update.counter})
     if (t.defined()) all.push_back(t);
-  const auto fits = [&](const Tensor& t) { return in_memory(t, statistics.scalar_type(), statistics.device()); };
-  return is_plain(all) && fits(statistics) && fits(update.mean) && fits(update.var) && fits(update.bias) &&
-         in_memory(update.counter, at::kLong, statistics.device());
+  const auto fits = [&](const Tensor& t) {
+    return in_memory(t, statistics.scalar_type(), statistics.device());
+  };
+  return is_plain(all) && fits(statistics) && fits(update.mean) && fits(update.var) &&
+         fits(update.bias) && in_memory(update.counter, at::kLong, statistics.device());
 }
 
-// As PyTorch's own batch norm writes them: without a new version, as that has them saved for backward where it runs on
-// the same statistics.
+// As PyTorch's own batch norm writes them: without a new version, as that has them saved for
+// backward where it runs on the same statistics.
 void write_to(const Tensor& running, const Tensor& value) {
   if (!is_plain(running)) {
     running.copy_(value);
@@ -84,21 +90,27 @@ void write_to(const Tensor& running, const Tensor& value) {
 
 RunningUpdates::RunningUpdates() : counted_(!is_recomputation()) {}
 
-void RunningUpdates::add(const NormArguments& norm, const Tensor& statistics, c10::SymIntArrayRef sizes,
-                         const Optional& bias, bool synchronised) {
+void RunningUpdates::add(const NormArguments& norm, const Tensor& statistics,
+                         c10::SymIntArrayRef sizes, const Optional& bias, bool synchronised) {
   if (!counted_) return;
   const auto counter = norm.num_batches_tracked.value_or(Tensor());
   const bool moves = norm.running_mean && statistics.defined();
   if (!moves && !counter.defined()) return;
-  RunningUpdate update{
-      .mean = {}, .var = {}, .counter = counter, .statistics = {}, .bias = {}, .momentum = 0, .values = 0};
+  RunningUpdate update{.mean = {},
+                       .var = {},
+                       .counter = counter,
+                       .statistics = {},
+                       .bias = {},
+                       .momentum = 0,
+                       .values = 0};
   c10::SymInt values = 0;
   if (moves) {
-    TORCH_CHECK_VALUE(
-        !is_batched(statistics) || (is_batched(*norm.running_mean) && is_batched(*norm.running_var)),
-        "conv_bn: expected running_mean and running_var that vmap maps over, as the statistics of each of "
-        "its calls are others, got one for all; map over them too, or give none "
-        "(torch.func.replace_all_batch_norm_modules_ takes them away)");
+    TORCH_CHECK_VALUE(!is_batched(statistics) ||
+                          (is_batched(*norm.running_mean) && is_batched(*norm.running_var)),
+                      "conv_bn: expected running_mean and running_var that vmap maps over, as the "
+                      "statistics of each of "
+                      "its calls are others, got one for all; map over them too, or give none "
+                      "(torch.func.replace_all_batch_norm_modules_ takes them away)");
     values = sizes[0];
     for (const auto& size : sizes.slice(2)) values = values * size;
     update = {.mean = *norm.running_mean,
@@ -118,7 +130,8 @@ void RunningUpdates::add(const NormArguments& norm, const Tensor& statistics, c1
 void RunningUpdates::add_in_aten(const RunningUpdate& update, const std::optional<double>& momentum,
                                  const c10::SymInt& values, bool synchronised) {
   const auto count = update.counter.defined() ? update.counter + 1 : Tensor();
-  if (count.defined()) writes_.push_back([counter = update.counter, count] { counter.copy_(count); });
+  if (count.defined())
+    writes_.push_back([counter = update.counter, count] { counter.copy_(count); });
   if (!update.mean.defined()) return;
   auto mean = update.statistics.select(0, 0), var = update.statistics.select(0, 1);
   if (update.bias.defined()) mean = mean + update.bias;
@@ -128,7 +141,8 @@ void RunningUpdates::add_in_aten(const RunningUpdate& update, const std::optiona
   const auto write = [&](const Tensor& running, const Tensor& batch) {
     auto value = moved(running, batch, momentum, count);
     if (synchronised)
-      value = at::where(counts > 0, value, running.to(value.scalar_type()));  // else nobody has a sample
+      value = at::where(counts > 0, value,
+                        running.to(value.scalar_type()));  // else nobody has a sample
     writes_.push_back([running, value] { write_to(running, value); });
   };
   write(update.mean, mean);

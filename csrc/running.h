@@ -1,4 +1,5 @@
-// Running statistics: read in eval mode, where they are folded into the convolution in front, and updated in training.
+// Running statistics: read in eval mode, where they are folded into the convolution in front, and
+// updated in training.
 #pragma once
 
 #include <functional>
@@ -13,23 +14,24 @@ namespace fusedconvbn {
 // Both differentiable, in float for half types.
 std::pair<at::Tensor, at::Tensor> fold(const ConvArguments& conv, const NormArguments& norm);
 
-// The running statistics of any number of norms, written together: what allocates, and so may fail, comes before the
-// first write. Of a forward that torch.utils.checkpoint recomputes they are left alone.
+// The running statistics of any number of norms, written together: what allocates, and so may fail,
+// comes before the first write. Of a forward that torch.utils.checkpoint recomputes they are left
+// alone.
 class RunningUpdates {
  public:
   RunningUpdates();
 
-  // `statistics` as _chain_forward returns them, of a map of `sizes`, less `bias`, which the convolution left out. Of a
-  // batch without samples there are none, and it is counted alone.
-  void add(const NormArguments& norm, const at::Tensor& statistics = {}, c10::SymIntArrayRef sizes = {},
-           const Optional& bias = {}, bool synchronised = false);
+  // `statistics` as _chain_forward returns them, of a map of `sizes`, less `bias`, which the
+  // convolution left out. Of a batch without samples there are none, and it is counted alone.
+  void add(const NormArguments& norm, const at::Tensor& statistics = {},
+           c10::SymIntArrayRef sizes = {}, const Optional& bias = {}, bool synchronised = false);
 
   void write() const;
 
  private:
   // What is traced, or of other types than the kernels': as operators.
-  void add_in_aten(const RunningUpdate& update, const std::optional<double>& momentum, const c10::SymInt& values,
-                   bool synchronised);
+  void add_in_aten(const RunningUpdate& update, const std::optional<double>& momentum,
+                   const c10::SymInt& values, bool synchronised);
 
   const bool counted_;
   std::vector<RunningUpdate> updates_;

@@ -51,23 +51,29 @@ Tensor activate(const Tensor& u, const Activation& activation) {
   TORCH_INTERNAL_ASSERT(false);
 }
 
-ChainResult unfused_chain(at::TensorList tensors, at::IntArrayRef links, at::ArrayRef<double> scalars,
-                          std::string_view process_group, at::IntArrayRef kept, const Tensor& result) {
-  TORCH_CHECK_NOT_IMPLEMENTED(process_group.empty(),
-                              "fusedconvbn: second derivatives, forward mode and torch.func are not there for "
-                              "synchronised batch norm");
+ChainResult unfused_chain(at::TensorList tensors, at::IntArrayRef links,
+                          at::ArrayRef<double> scalars, std::string_view process_group,
+                          at::IntArrayRef kept, const Tensor& result) {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      process_group.empty(),
+      "fusedconvbn: second derivatives, forward mode and torch.func are not there for "
+      "synchronised batch norm");
   const auto chain = unpack(links, scalars, tensors.size());
   check_places("kept", kept, 1, int64_t(chain.size()));
   std::vector<Tensor> maps{concatenated(tensors.slice(0, chain.parts))}, kept_maps, statistics;
   for (size_t i = 0; i < chain.size(); ++i) {
     const auto t = maps.back();
-    const auto tensor = [&](int64_t place) { return place < 0 ? std::nullopt : std::optional<Tensor>(tensors[place]); };
+    const auto tensor = [&](int64_t place) {
+      return place < 0 ? std::nullopt : std::optional<Tensor>(tensors[place]);
+    };
     const auto weight = tensor(chain[i].weight), bias = tensor(chain[i].bias);
     if (const auto* conv = chain[i].conv()) {
       const auto dtype = t.scalar_type();
-      const auto added = bias && !bias_cancels(chain, i) ? std::optional<Tensor>(bias->to(dtype)) : std::nullopt;
-      maps.push_back(at::convolution(t, weight->to(dtype), added, conv->stride, conv->padding, conv->dilation,
-                                     conv->transposed, conv->output_padding, conv->groups));
+      const auto added =
+          bias && !bias_cancels(chain, i) ? std::optional<Tensor>(bias->to(dtype)) : std::nullopt;
+      maps.push_back(at::convolution(t, weight->to(dtype), added, conv->stride, conv->padding,
+                                     conv->dilation, conv->transposed, conv->output_padding,
+                                     conv->groups));
       continue;
     }
     if (chain[i].gate()) {
@@ -102,8 +108,10 @@ ChainResult unfused_chain(at::TensorList tensors, at::IntArrayRef links, at::Arr
       statistics.push_back(at::stack({mean, var}));
     }
     if (const auto residual = tensor(chain[i].residual)) u = u + *residual;
-    const bool slopes_known = result.defined() && i + 1 == chain.size() && norm.activation.slope_from_result();
-    maps.push_back((slopes_known ? u * result.gt(0) : activate(u, norm.activation)).to(t.scalar_type()));
+    const bool slopes_known =
+        result.defined() && i + 1 == chain.size() && norm.activation.slope_from_result();
+    maps.push_back(
+        (slopes_known ? u * result.gt(0) : activate(u, norm.activation)).to(t.scalar_type()));
   }
   for (const auto i : kept)
     if (i < int64_t(chain.size())) kept_maps.push_back(maps[i]);

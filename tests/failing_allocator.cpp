@@ -19,7 +19,9 @@ struct FailingAllocator final : c10::Allocator {
     return real->allocate(bytes);
   }
   c10::DeleterFnPtr raw_deleter() const override { return real->raw_deleter(); }
-  void copy_data(void* to, const void* from, size_t bytes) const override { real->copy_data(to, from, bytes); }
+  void copy_data(void* to, const void* from, size_t bytes) const override {
+    real->copy_data(to, from, bytes);
+  }
 
   c10::Allocator* real;
 };
@@ -33,6 +35,7 @@ void install() {
   c10::SetCPUAllocator(&allocator, /*priority=*/200);
 }
 
-// Lets `count` allocations pass and fails all after them; none with a negative count. Returns how many were left.
+// Lets `count` allocations pass and fails all after them; none with a negative count. Returns how
+// many were left.
 long allow(long count) { return left.exchange(count < 0 ? never : count); }
 }

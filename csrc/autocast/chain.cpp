@@ -1,5 +1,6 @@
-// Under autocast a chain runs in the lower precision, as convolution does; norm parameters stay as they are. So do the
-// weights of convolutions, which are cast where they are used: saved for backward is the parameter, not a copy.
+// Under autocast a chain runs in the lower precision, as convolution does; norm parameters stay as
+// they are. So do the weights of convolutions, which are cast where they are used: saved for
+// backward is the parameter, not a copy.
 #include "../chain.h"
 
 #include <ATen/autocast_mode.h>
@@ -10,7 +11,9 @@
 
 namespace fusedconvbn {
 
-bool autocast_enabled(const Tensor& t) { return !t.is_meta() && at::autocast::is_autocast_enabled(t.device().type()); }
+bool autocast_enabled(const Tensor& t) {
+  return !t.is_meta() && at::autocast::is_autocast_enabled(t.device().type());
+}
 
 at::ScalarType conv_dtype(const Tensor& input) {
   const auto device = input.device().type();
@@ -21,8 +24,9 @@ at::ScalarType conv_dtype(const Tensor& input) {
 namespace {
 
 template <c10::DeviceType device, c10::DispatchKey key>
-ChainResult chain_forward_autocast(at::TensorList tensors, at::IntArrayRef links, at::ArrayRef<double> scalars,
-                                   std::string_view process_group, at::IntArrayRef kept,
+ChainResult chain_forward_autocast(at::TensorList tensors, at::IntArrayRef links,
+                                   at::ArrayRef<double> scalars, std::string_view process_group,
+                                   at::IntArrayRef kept,
                                    const std::optional<Tensor>& input_statistics) {
   c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKeySet{key});
   const auto dtype = at::autocast::get_autocast_dtype(device);

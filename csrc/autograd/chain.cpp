@@ -27,38 +27,44 @@ bool ends_in_kernel(const Tensor& dout, const variable_list& saved) {
   return !at::GradMode::is_enabled() && !any_has_tangent(dout) && is_plain(dout) && is_plain(saved);
 }
 
-bool result_is_kept(at::IntArrayRef kept, size_t links) { return !kept.empty() && kept.back() == int64_t(links); }
+bool result_is_kept(at::IntArrayRef kept, size_t links) {
+  return !kept.empty() && kept.back() == int64_t(links);
+}
 
-// Of a call, for its backward: how many tensors, parts and kept maps it has, the place of a last residual that backward
-// does not read, and that of one whose gradient is dout.
+// Of a call, for its backward: how many tensors, parts and kept maps it has, the place of a last
+// residual that backward does not read, and that of one whose gradient is dout.
 struct Facts {
   int64_t tensors, parts, kept, unread = -1, plain_residual = -1;
 
   static constexpr size_t size = 5;
   static Facts read(at::IntArrayRef v) { return {v[0], v[1], v[2], v[3], v[4]}; }
-  std::array<int64_t, size> values() const { return {tensors, parts, kept, unread, plain_residual}; }
+  std::array<int64_t, size> values() const {
+    return {tensors, parts, kept, unread, plain_residual};
+  }
 };
 
 struct ChainFunction : torch::autograd::Function<ChainFunction> {
   static constexpr bool is_traceable = true;  // compiled autograd puts backward into its graph
 
   static Tensor forward(AutogradContext* ctx, at::TensorList tensors, at::IntArrayRef links,
-                        at::ArrayRef<double> scalars, std::string_view process_group, at::IntArrayRef kept,
-                        const std::optional<Tensor>* input_statistics, ChainResult* result) {
+                        at::ArrayRef<double> scalars, std::string_view process_group,
+                        at::IntArrayRef kept, const std::optional<Tensor>* input_statistics,
+                        ChainResult* result) {
     at::AutoDispatchBelowADInplaceOrView guard;
     *result = chain_forward(tensors, links, scalars, process_group, kept, *input_statistics);
     const auto& [output, kept_maps, statistics] = *result;
     const auto chain = unpack(links, scalars, tensors.size());
     auto saved = tensors.vec();
     Facts facts{int64_t(tensors.size()), chain.parts, int64_t(kept.size())};
-    if (const auto place = chain.back().residual; place >= 0 && !last_residual_is_read(chain, kept)) {
+    if (const auto place = chain.back().residual;
+        place >= 0 && !last_residual_is_read(chain, kept)) {
       saved[place] = output.new_empty({});
       facts.unread = place;
       if (chain.back().norm()->activation.none()) facts.plain_residual = place;
     }
     saved.insert(saved.end(), kept_maps.begin(), kept_maps.end());
-    // Without the graph: were the result itself what waits to be saved, a hook that raises then, as the early stop of
-    // torch.utils.checkpoint, would leave it and its node to each other for ever.
+    // Without the graph: were the result itself what waits to be saved, a hook that raises then, as
+    // the early stop of torch.utils.checkpoint, would leave it and its node to each other for ever.
     if (result_is_kept(kept, chain.size())) saved.push_back(output.tensor_data());
     saved.insert(saved.end(), statistics.begin(), statistics.end());
     ctx->save_for_backward(std::move(saved));
@@ -75,7 +81,8 @@ struct ChainFunction : torch::autograd::Function<ChainFunction> {
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list& grads) {
-    // Forward settled the dtypes; under an autocast of the caller a remade map would have another one.
+    // Forward settled the dtypes; under an autocast of the caller a remade map would have another
+    // one.
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     auto saved = ctx->get_saved_variables();
     auto& data = ctx->saved_data;
@@ -83,8 +90,10 @@ struct ChainFunction : torch::autograd::Function<ChainFunction> {
     const auto facts = Facts::read(integers);
     const auto lists = at::IntArrayRef(integers).slice(Facts::size);
     const auto kept = lists.slice(0, facts.kept), links = lists.slice(facts.kept);
-    const auto scalars = data.count("scalars") ? data["scalars"].toDoubleVector() : std::vector<double>();
-    const auto process_group = data.count("process_group") ? data["process_group"].toStringRef() : std::string();
+    const auto scalars =
+        data.count("scalars") ? data["scalars"].toDoubleVector() : std::vector<double>();
+    const auto process_group =
+        data.count("process_group") ? data["process_group"].toStringRef() : std::string();
     if (facts.unread >= 0) {
       auto& residual = saved[facts.unread];
       residual = residual.expand_symint(grads[0].sym_sizes());
@@ -94,7 +103,8 @@ struct ChainFunction : torch::autograd::Function<ChainFunction> {
     variable_list result(count + 6);  // one for each argument of forward
     // Without an activation the gradient of the last residual is dout.
     const int64_t plain_residual = facts.plain_residual, parts = facts.parts;
-    if (plain_residual >= 0 && ctx->needs_input_grad(plain_residual)) result[plain_residual] = grads[0];
+    if (plain_residual >= 0 && ctx->needs_input_grad(plain_residual))
+      result[plain_residual] = grads[0];
     std::vector<int64_t> wanted;
     for (int64_t i = 0; i < int64_t(count); ++i) {
       if (!ctx->needs_input_grad(i) || i == plain_residual) continue;
@@ -107,8 +117,9 @@ struct ChainFunction : torch::autograd::Function<ChainFunction> {
     const auto restore_name =
         c10::make_scope_exit([outer = std::exchange(layer_name(), name)] { layer_name() = outer; });
     const auto call = [&](const auto& backward, auto&& dout) {
-      return backward(std::forward<decltype(dout)>(dout), all.slice(0, count), all.slice(count, kept.size()),
-                      all.slice(last_kept), links, scalars, process_group, kept, wanted);
+      return backward(std::forward<decltype(dout)>(dout), all.slice(0, count),
+                      all.slice(count, kept.size()), all.slice(last_kept), links, scalars,
+                      process_group, kept, wanted);
     };
     std::vector<Tensor> computed;
     if (ends_in_kernel(grads[0], saved)) {
@@ -132,22 +143,26 @@ struct ChainFunction : torch::autograd::Function<ChainFunction> {
   }
 };
 
-ChainResult chain_forward_autograd(at::TensorList tensors, at::IntArrayRef links, at::ArrayRef<double> scalars,
-                                   std::string_view process_group, at::IntArrayRef kept,
+ChainResult chain_forward_autograd(at::TensorList tensors, at::IntArrayRef links,
+                                   at::ArrayRef<double> scalars, std::string_view process_group,
+                                   at::IntArrayRef kept,
                                    const std::optional<Tensor>& input_statistics) {
-  if (needs_unfused(tensors)) return unfused_chain(tensors, links, scalars, process_group, kept, {});
+  if (needs_unfused(tensors))
+    return unfused_chain(tensors, links, scalars, process_group, kept, {});
   if (!any_requires_grad(tensors)) {
     at::AutoDispatchBelowADInplaceOrView guard;
     return chain_forward(tensors, links, scalars, process_group, kept, input_statistics);
   }
   ChainResult result;
-  std::get<0>(result) = ChainFunction::apply(tensors, links, scalars, process_group, kept, &input_statistics, &result);
+  std::get<0>(result) = ChainFunction::apply(tensors, links, scalars, process_group, kept,
+                                             &input_statistics, &result);
   return result;
 }
 
 // The backward of backward: the gradients of the unfused chain, which autograd can follow.
-std::vector<Tensor> differentiable_backward(const Tensor& dout, at::TensorList tensors, at::TensorList kept_maps,
-                                            at::TensorList, at::IntArrayRef links, at::ArrayRef<double> scalars,
+std::vector<Tensor> differentiable_backward(const Tensor& dout, at::TensorList tensors,
+                                            at::TensorList kept_maps, at::TensorList,
+                                            at::IntArrayRef links, at::ArrayRef<double> scalars,
                                             std::string_view process_group, at::IntArrayRef kept,
                                             at::IntArrayRef wanted) {
   check_places("wanted", wanted, 0, int64_t(tensors.size()) - 1);
@@ -155,7 +170,8 @@ std::vector<Tensor> differentiable_backward(const Tensor& dout, at::TensorList t
   const at::AutoGradMode grad_mode(true);
   const auto chain = unpack(links, scalars, tensors.size());
   const bool has_result = result_is_kept(kept, chain.size());
-  // T_0 as one tensor. Views, so that a tensor which was made from another one does not pass its gradient on.
+  // T_0 as one tensor. Views, so that a tensor which was made from another one does not pass its
+  // gradient on.
   const auto parts = chain.parts;
   variable_list own{concatenated(tensors.slice(0, parts))};
   if (parts > 1)
@@ -168,28 +184,34 @@ std::vector<Tensor> differentiable_backward(const Tensor& dout, at::TensorList t
     auto& t = own[i == 0 ? 0 : i - parts + 1];
     inputs.push_back(t.requires_grad() ? t : t.requires_grad_());
   }
-  const auto output = std::get<0>(
-      unfused_chain(own, links, scalars, process_group, {}, has_result ? kept_maps.back().detach() : Tensor()));
-  auto grads = torch::autograd::grad({output}, inputs, {dout}, /*retain_graph=*/create_graph, create_graph,
-                                     /*allow_unused=*/true);
+  const auto output = std::get<0>(unfused_chain(own, links, scalars, process_group, {},
+                                                has_result ? kept_maps.back().detach() : Tensor()));
+  auto grads =
+      torch::autograd::grad({output}, inputs, {dout}, /*retain_graph=*/create_graph, create_graph,
+                            /*allow_unused=*/true);
   for (size_t k = 0; k < grads.size(); ++k)
     if (!grads[k].defined())  // of a bias that cancels; part of the graph like the others
       grads[k] = create_graph ? inputs[k] * 0 : at::zeros_like(inputs[k]);
   return grads;
 }
 
-std::vector<Tensor> chain_backward_autograd(const Tensor& dout, at::TensorList tensors, at::TensorList kept_maps,
-                                            at::TensorList statistics, at::IntArrayRef links,
-                                            at::ArrayRef<double> scalars, std::string_view process_group,
-                                            at::IntArrayRef kept, at::IntArrayRef wanted) {
-  if (any_requires_grad(tensors) || any_requires_grad(dout) || any_has_tangent(tensors) || any_has_tangent(dout))
-    return differentiable_backward(dout, tensors, kept_maps, statistics, links, scalars, process_group, kept, wanted);
+std::vector<Tensor> chain_backward_autograd(const Tensor& dout, at::TensorList tensors,
+                                            at::TensorList kept_maps, at::TensorList statistics,
+                                            at::IntArrayRef links, at::ArrayRef<double> scalars,
+                                            std::string_view process_group, at::IntArrayRef kept,
+                                            at::IntArrayRef wanted) {
+  if (any_requires_grad(tensors) || any_requires_grad(dout) || any_has_tangent(tensors) ||
+      any_has_tangent(dout))
+    return differentiable_backward(dout, tensors, kept_maps, statistics, links, scalars,
+                                   process_group, kept, wanted);
   at::AutoDispatchBelowADInplaceOrView guard;
-  return chain_backward(dout, tensors, kept_maps, statistics, links, scalars, process_group, kept, wanted);
+  return chain_backward(dout, tensors, kept_maps, statistics, links, scalars, process_group, kept,
+                        wanted);
 }
 
-ChainResult chain_forward_vmap(at::TensorList tensors, at::IntArrayRef links, at::ArrayRef<double> scalars,
-                               std::string_view process_group, at::IntArrayRef kept, const std::optional<Tensor>&) {
+ChainResult chain_forward_vmap(at::TensorList tensors, at::IntArrayRef links,
+                               at::ArrayRef<double> scalars, std::string_view process_group,
+                               at::IntArrayRef kept, const std::optional<Tensor>&) {
   return unfused_chain(tensors, links, scalars, process_group, kept, {});
 }
 
@@ -216,7 +238,9 @@ TORCH_LIBRARY_IMPL(fusedconvbn, FuncTorchBatchedDecomposition, m) {
 }
 
 // torch.autograd.grad(…, is_grads_batched=True)
-TORCH_LIBRARY_IMPL(fusedconvbn, Batched, m) { m.impl("_chain_backward", TORCH_FN(differentiable_backward)); }
+TORCH_LIBRARY_IMPL(fusedconvbn, Batched, m) {
+  m.impl("_chain_backward", TORCH_FN(differentiable_backward));
+}
 
 TORCH_LIBRARY_IMPL(fusedconvbn, Autograd, m) {
   m.impl("_channel_stats", TORCH_FN(channel_stats_autograd));

@@ -28,7 +28,8 @@ struct MaxPool : torch::autograd::Function<MaxPool> {
     const auto like = input.new_empty({}).expand_symint(input.sym_sizes());
     ctx->save_for_backward({like, places});
     ctx->saved_data["pool"] = pool.packed();
-    ctx->saved_data["channels_last"] = input.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
+    ctx->saved_data["channels_last"] =
+        input.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
     return output;
   }
 
@@ -36,8 +37,8 @@ struct MaxPool : torch::autograd::Function<MaxPool> {
     const auto saved = ctx->get_saved_variables();
     const auto &like = saved[0], &places = saved[1];
     const ArenaScope scope;
-    return {max_pool2d_backward(grads[0], places, ctx->saved_data["pool"].toIntVector(), like.sym_sizes(),
-                                ctx->saved_data["channels_last"].toBool()),
+    return {max_pool2d_backward(grads[0], places, ctx->saved_data["pool"].toIntVector(),
+                                like.sym_sizes(), ctx->saved_data["channels_last"].toBool()),
             Tensor()};
   }
 };
@@ -48,22 +49,26 @@ Tensor floor_divide(const Tensor& t, const at::Scalar& by) { return at::div(t, b
 Tensor places_in_map(const Tensor& places, const Pool& pool, const c10::SymInt& width) {
   const auto firsts = [&](size_t dim) {  // the first row, or column, of each window
     const auto size = places.sym_size(int64_t(dim) - 2);
-    return at::arange(size, places.options().dtype(at::kLong)) * pool.stride[dim] - pool.padding[dim];
+    return at::arange(size, places.options().dtype(at::kLong)) * pool.stride[dim] -
+           pool.padding[dim];
   };
   const auto place = places.to(at::kLong), row = floor_divide(place, pool.kernel[1]);
   const auto column = place - row * pool.kernel[1];
-  return (row * pool.dilation[0] + firsts(0).unsqueeze(1)) * width + (column * pool.dilation[1] + firsts(1));
+  return (row * pool.dilation[0] + firsts(0).unsqueeze(1)) * width +
+         (column * pool.dilation[1] + firsts(1));
 }
 
 // In operators that autograd and vmap know.
 Tensor differentiable_backward(const Tensor& dout, const Tensor& places, at::IntArrayRef packed,
                                c10::SymIntArrayRef sizes, bool channels_last) {
   const auto pool = Pool::unpack(packed);
-  return pool.backward_of_indices(dout, places_in_map(places, pool, sizes[3]), sizes, channels_last);
+  return pool.backward_of_indices(dout, places_in_map(places, pool, sizes[3]), sizes,
+                                  channels_last);
 }
 
-Tensor max_pool2d_backward_autograd(const Tensor& dout, const Tensor& places, at::IntArrayRef packed,
-                                    c10::SymIntArrayRef sizes, bool channels_last) {
+Tensor max_pool2d_backward_autograd(const Tensor& dout, const Tensor& places,
+                                    at::IntArrayRef packed, c10::SymIntArrayRef sizes,
+                                    bool channels_last) {
   if (any_requires_grad(dout) || any_has_tangent(dout))
     return differentiable_backward(dout, places, packed, sizes, channels_last);
   const at::AutoDispatchBelowADInplaceOrView guard;
@@ -72,23 +77,28 @@ Tensor max_pool2d_backward_autograd(const Tensor& dout, const Tensor& places, at
 
 }  // namespace
 
-Tensor max_pool2d(const Tensor& input, at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding,
-                  at::IntArrayRef dilation, bool ceil_mode) {
+Tensor max_pool2d(const Tensor& input, at::IntArrayRef kernel_size, at::IntArrayRef stride,
+                  at::IntArrayRef padding, at::IntArrayRef dilation, bool ceil_mode) {
   const auto known = [](at::IntArrayRef v) { return v.size() == 1 || v.size() == 2; };
   if (any_requires_grad(input) && input.dim() == 4 && !needs_unfused(input) && known(kernel_size) &&
       (stride.empty() || known(stride)) && known(padding) && known(dilation)) {
     const auto pool = Pool::of(kernel_size, stride, padding, dilation, ceil_mode);
     if (pool.places() <= Pool::most_places) return MaxPool::apply(input, pool);
   }
-  return at::max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode);  // and its errors
+  return at::max_pool2d(input, kernel_size, stride, padding, dilation,
+                        ceil_mode);  // and its errors
 }
 
-TORCH_LIBRARY_IMPL(fusedconvbn, Autograd, m) { m.impl("_max_pool2d_backward", TORCH_FN(max_pool2d_backward_autograd)); }
+TORCH_LIBRARY_IMPL(fusedconvbn, Autograd, m) {
+  m.impl("_max_pool2d_backward", TORCH_FN(max_pool2d_backward_autograd));
+}
 
 // torch.func.vmap, and torch.autograd.grad(…, is_grads_batched=True)
 TORCH_LIBRARY_IMPL(fusedconvbn, FuncTorchBatchedDecomposition, m) {
   m.impl("_max_pool2d_backward", TORCH_FN(differentiable_backward));
 }
-TORCH_LIBRARY_IMPL(fusedconvbn, Batched, m) { m.impl("_max_pool2d_backward", TORCH_FN(differentiable_backward)); }
+TORCH_LIBRARY_IMPL(fusedconvbn, Batched, m) {
+  m.impl("_max_pool2d_backward", TORCH_FN(differentiable_backward));
+}
 
 }  // namespace fusedconvbn

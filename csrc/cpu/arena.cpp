@@ -24,19 +24,20 @@ thread_local bool in_scope = false;
 #ifdef FUSEDCONVBN_ARENA
 
 constexpr size_t smallest = 1 << 20;  // bytes of an allocation that comes from the arena
-constexpr size_t page = 2 << 20;      // the kernel's huge ones: far fewer page faults and TLB misses
+constexpr size_t page = 2 << 20;  // the kernel's huge ones: far fewer page faults and TLB misses
 
 constexpr size_t rounded_up(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }
 
-// A range of addresses as long as the machine's memory. Blocks are taken at the lowest address where they fit, so what
-// has been touched stays together at its low end.
+// A range of addresses as long as the machine's memory. Blocks are taken at the lowest address
+// where they fit, so what has been touched stays together at its low end.
 class Arena {
  public:
   Arena() {
     const size_t bytes = rounded_up(size_t(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGESIZE), page);
-    void* const range =
-        mmap(nullptr, bytes + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (range == MAP_FAILED) return;  // as under a limit of the address space: all requests are passed on
+    void* const range = mmap(nullptr, bytes + page, PROT_READ | PROT_WRITE,
+                             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (range == MAP_FAILED)
+      return;  // as under a limit of the address space: all requests are passed on
     begin_ = reinterpret_cast<char*>(rounded_up(reinterpret_cast<size_t>(range), page));
     size_ = bytes;
     madvise(begin_, size_, MADV_HUGEPAGE);
@@ -49,7 +50,8 @@ class Arena {
   void* take(size_t bytes) {
     bytes = rounded_up(bytes, 4096);
     const std::lock_guard lock(mutex_);
-    const auto hole = std::find_if(free_.begin(), free_.end(), [&](const auto& hole) { return hole.second >= bytes; });
+    const auto hole = std::find_if(free_.begin(), free_.end(),
+                                   [&](const auto& hole) { return hole.second >= bytes; });
     if (hole == free_.end()) return nullptr;
     const auto [at, room] = *hole;
     free_.erase(hole);
@@ -109,7 +111,8 @@ void give_back(void* block) {
   arena.give_back(block);
 }
 
-// In front of the allocator that was there before; passes on what is small or asked for outside of a scope.
+// In front of the allocator that was there before; passes on what is small or asked for outside of
+// a scope.
 class ArenaAllocator final : public c10::Allocator {
  public:
   static c10::Allocator*& before() {
@@ -126,17 +129,22 @@ class ArenaAllocator final : public c10::Allocator {
 
   c10::DeleterFnPtr raw_deleter() const override {
     if (!before()->raw_deleter()) return nullptr;
-    return [](void* block) { arena.owns(block) ? give_back(block) : before()->raw_deleter()(block); };
+    return
+        [](void* block) { arena.owns(block) ? give_back(block) : before()->raw_deleter()(block); };
   }
 
-  void copy_data(void* to, const void* from, size_t bytes) const override { before()->copy_data(to, from, bytes); }
+  void copy_data(void* to, const void* from, size_t bytes) const override {
+    before()->copy_data(to, from, bytes);
+  }
 };
 
 [[maybe_unused]] const bool installed = [] {
   ArenaAllocator::before() = c10::GetCPUAllocator();
   c10::SetCPUAllocator(new ArenaAllocator, /*priority=*/1);
-  // A forked process has the thread that forked and no other: what another one holds then would stay locked for ever.
-  pthread_atfork([] { arena.mutex().lock(); }, [] { arena.mutex().unlock(); }, [] { arena.mutex().unlock(); });
+  // A forked process has the thread that forked and no other: what another one holds then would
+  // stay locked for ever.
+  pthread_atfork([] { arena.mutex().lock(); }, [] { arena.mutex().unlock(); },
+                 [] { arena.mutex().unlock(); });
   return true;
 }();
 

@@ -1,4 +1,5 @@
-// The channel kernels on CPU: slices of work for the loops of channel_loops.h, and the sums put together.
+// The channel kernels on CPU: slices of work for the loops of channel_loops.h, and the sums put
+// together.
 #include "../channel_kernels.h"
 
 #include <ATen/Dispatch.h>
@@ -44,7 +45,9 @@ const ChannelLoops<T>& loops(const ChannelLayout& layout) {
   return layout.channels_last ? chosen_loops<T>.channels_last : chosen_loops<T>.contiguous;
 }
 
-Shape shape_of(const ChannelLayout& layout) { return {layout.outer, layout.channels, layout.inner}; }
+Shape shape_of(const ChannelLayout& layout) {
+  return {layout.outer, layout.channels, layout.inner};
+}
 
 template <typename T>
 const T* data_or_null(const Tensor& t) {
@@ -84,16 +87,16 @@ class Expanded {
   std::vector<acc> absent_, scale_, r_;  // absent_ is 0
 };
 
-// Both sums of each group, (2, G). add(channel, group, begin, end, sums) is a reduction of ChannelLoops whose vectors
-// start at `group`. The slices depend on the shape alone, and are added in order: the result does not depend on the
-// number of threads.
+// Both sums of each group, (2, G). add(channel, group, begin, end, sums) is a reduction of
+// ChannelLoops whose vectors start at `group`. The slices depend on the shape alone, and are added
+// in order: the result does not depend on the number of threads.
 template <typename Add>
 std::vector<double> reduce(const ChannelLayout& layout, const Add& add) {
   const int64_t C = layout.channels, G = layout.groups(), positions = layout.count();
   // What is sliced by itself: a channel, or, channels last, all channels of a sample.
   const int64_t units = layout.channels_last ? layout.samples : C, width = G / units;
-  const int64_t slices =
-      std::clamp<int64_t>(std::min(most_slices / units, positions * width / grain), 1, std::max<int64_t>(positions, 1));
+  const int64_t slices = std::clamp<int64_t>(
+      std::min(most_slices / units, positions * width / grain), 1, std::max<int64_t>(positions, 1));
   const int64_t length = at::divup(positions, slices);
   std::vector<double> partial(slices * 2 * G);
   at::parallel_for(0, slices * units, 1, [&](int64_t first, int64_t last) {
@@ -135,7 +138,8 @@ void for_slices(const ChannelLayout& layout, const F& f) {
 
 template <typename F>
 void dispatch(const Tensor& y, const F& f) {
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, y.scalar_type(), "fusedconvbn", [&] { f(scalar_t{}); });
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, y.scalar_type(), "fusedconvbn",
+                                  [&] { f(scalar_t{}); });
 }
 
 template <typename T>
@@ -144,7 +148,8 @@ acc_t<T>* values_of(Tensor& t) {
 }
 
 Tensor pair_of_vectors(const Tensor& y, const ChannelLayout& layout) {
-  return at::empty({2, layout.groups()}, y.options().dtype(statistics_dtype(y)).memory_format(std::nullopt));
+  return at::empty({2, layout.groups()},
+                   y.options().dtype(statistics_dtype(y)).memory_format(std::nullopt));
 }
 
 Tensor channel_stats(const Tensor& y, int64_t samples) {
@@ -153,8 +158,8 @@ Tensor channel_stats(const Tensor& y, int64_t samples) {
   auto result = pair_of_vectors(y, layout);
   dispatch(y, [&]<typename T>(T) {
     const auto* data = y.const_data_ptr<T>();
-    // Sums are taken from a value of the channel, so that they stay exact when |mean| ≫ std. The middle one: the
-    // first is next to the padding.
+    // Sums are taken from a value of the channel, so that they stay exact when |mean| ≫ std. The
+    // middle one: the first is next to the padding.
     std::vector<acc_t<T>> origin(G);
     const auto plane_stride = layout.channels_last ? 1 : layout.inner;
     const auto* middle = data + (layout.outer / 2) * C * layout.inner + layout.inner / 2;
@@ -164,9 +169,11 @@ Tensor channel_stats(const Tensor& y, int64_t samples) {
         origin[sample * C + c] = std::isfinite(value) ? value : 0;
       }
     }
-    const auto sums = reduce(layout, [&](int64_t channel, int64_t group, int64_t begin, int64_t end, double* sums) {
-      loops<T>(layout).stats(shape_of(layout), channel, begin, end, data, origin.data() + group, sums);
-    });
+    const auto sums = reduce(
+        layout, [&](int64_t channel, int64_t group, int64_t begin, int64_t end, double* sums) {
+          loops<T>(layout).stats(shape_of(layout), channel, begin, end, data, origin.data() + group,
+                                 sums);
+        });
     auto* mean = values_of<T>(result);
     for_groups(layout, sums, [&](int64_t g, const double* at) {
       const double shifted = at[0] / count, var = at[C] / count - shifted * shifted;
@@ -177,8 +184,8 @@ Tensor channel_stats(const Tensor& y, int64_t samples) {
   return result;
 }
 
-void channel_apply_(Tensor& out, const Tensor& y, const NormVectors& norm, const Activation& activation,
-                    const Tensor& residual) {
+void channel_apply_(Tensor& out, const Tensor& y, const NormVectors& norm,
+                    const Activation& activation, const Tensor& residual) {
   const auto layout = dense_layout(y, samples_of(y, norm));
   dispatch(y, [&]<typename T>(T) {
     const Expanded<T> vectors(norm, layout);
@@ -196,8 +203,9 @@ void channel_apply_(Tensor& out, const Tensor& y, const NormVectors& norm, const
   });
 }
 
-Tensor channel_grad_stats(const Tensor& dout, const Tensor& y, int64_t samples, const NormVectors& norm,
-                          const Activation& activation, const Joined& joined, const ParameterGrads& grads) {
+Tensor channel_grad_stats(const Tensor& dout, const Tensor& y, int64_t samples,
+                          const NormVectors& norm, const Activation& activation,
+                          const Joined& joined, const ParameterGrads& grads) {
   const auto layout = dense_layout(y, samples);
   const int64_t G = layout.groups();
   auto result = pair_of_vectors(y, layout);
@@ -205,10 +213,12 @@ Tensor channel_grad_stats(const Tensor& dout, const Tensor& y, int64_t samples, 
     const Expanded<T> vectors(norm, layout);
     const cpu::Joined<T> with{data_or_null<T>(joined.residual), data_or_null<T>(joined.result),
                               joined.du.defined() ? joined.du.mutable_data_ptr<T>() : nullptr};
-    const auto sums = reduce(layout, [&](int64_t channel, int64_t group, int64_t begin, int64_t end, double* sums) {
-      loops<T>(layout).grad_stats(shape_of(layout), channel, begin, end, dout.const_data_ptr<T>(),
-                                  y.const_data_ptr<T>(), vectors.from(group), activation, with, sums);
-    });
+    const auto sums = reduce(
+        layout, [&](int64_t channel, int64_t group, int64_t begin, int64_t end, double* sums) {
+          loops<T>(layout).grad_stats(shape_of(layout), channel, begin, end,
+                                      dout.const_data_ptr<T>(), y.const_data_ptr<T>(),
+                                      vectors.from(group), activation, with, sums);
+        });
     auto *S1 = values_of<T>(result), *S2 = S1 + G;
     for_groups(layout, sums, [&](int64_t g, const double* at) {
       S1[g] = acc_t<T>(at[0]);
@@ -222,8 +232,8 @@ Tensor channel_grad_stats(const Tensor& dout, const Tensor& y, int64_t samples, 
   return result;
 }
 
-void channel_grad_apply_(Tensor& out, const Tensor& dout, const Tensor& y, const NormVectors& norm, const Tensor& sums,
-                         const Activation& activation) {
+void channel_grad_apply_(Tensor& out, const Tensor& dout, const Tensor& y, const NormVectors& norm,
+                         const Tensor& sums, const Activation& activation) {
   const auto layout = dense_layout(y, samples_of(y, norm));
   const int64_t G = layout.groups();
   dispatch(y, [&]<typename T>(T) {
@@ -231,7 +241,8 @@ void channel_grad_apply_(Tensor& out, const Tensor& dout, const Tensor& y, const
     const Expanded<T> vectors(norm, layout);
     std::vector<acc> linear(2 * G);
     if (sums.defined()) {
-      const auto *S1 = sums.const_data_ptr<acc>(), *S2 = S1 + G, *found = data_or_null<acc>(norm.statistics);
+      const auto *S1 = sums.const_data_ptr<acc>(), *S2 = S1 + G,
+                 *found = data_or_null<acc>(norm.statistics);
       for (int64_t g = 0; g < G; ++g) {
         const Linear<acc> of(norm.how, found[G + g], vectors.from(g).scale[0], vectors.r(g),
                              norm.how.counted ? found[2 * G + g] : acc(0), S1[g], S2[g]);
@@ -240,8 +251,9 @@ void channel_grad_apply_(Tensor& out, const Tensor& dout, const Tensor& y, const
     }
     auto* to = out.mutable_data_ptr<T>();
     for_slices(layout, [&](int64_t begin, int64_t end, int64_t group) {
-      loops<T>(layout).grad_apply(shape_of(layout), begin, end, to, dout.const_data_ptr<T>(), y.const_data_ptr<T>(),
-                                  vectors.from(group), linear.data() + group, linear.data() + G + group, activation);
+      loops<T>(layout).grad_apply(shape_of(layout), begin, end, to, dout.const_data_ptr<T>(),
+                                  y.const_data_ptr<T>(), vectors.from(group), linear.data() + group,
+                                  linear.data() + G + group, activation);
     });
   });
 }
@@ -249,12 +261,14 @@ void channel_grad_apply_(Tensor& out, const Tensor& dout, const Tensor& y, const
 void update_running(at::ArrayRef<RunningUpdate> updates) {
   for (const auto& update : updates) {
     const int64_t C = update.statistics.size(1);
-    const double count = update.counter.defined() ? ++*update.counter.mutable_data_ptr<int64_t>() : 0;
+    const double count =
+        update.counter.defined() ? ++*update.counter.mutable_data_ptr<int64_t>() : 0;
     if (!update.mean.defined()) continue;
     dispatch(update.statistics, [&]<typename acc>(acc) {
       if constexpr (std::is_same_v<acc, acc_t<acc>>) {
         const auto* found = update.statistics.const_data_ptr<acc>();
-        const RunningChannel<acc> of{found, data_or_null<acc>(update.bias), C, update.momentum, update.values, count};
+        const RunningChannel<acc> of{
+            found, data_or_null<acc>(update.bias), C, update.momentum, update.values, count};
         auto *mean = update.mean.mutable_data_ptr<acc>(), *var = update.var.mutable_data_ptr<acc>();
         for (int64_t c = 0; c < C; ++c) of.move(c, mean[c], var[c]);
       }
@@ -262,7 +276,8 @@ void update_running(at::ArrayRef<RunningUpdate> updates) {
   }
 }
 
-const ChannelKernels kernels{channel_stats, channel_apply_, channel_grad_stats, channel_grad_apply_, update_running};
+const ChannelKernels kernels{channel_stats, channel_apply_, channel_grad_stats, channel_grad_apply_,
+                             update_running};
 const RegisterChannelKernels registered(at::kCPU, kernels);
 
 }  // namespace

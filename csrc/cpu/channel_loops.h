@@ -1,6 +1,7 @@
 // The four channel kernels (channel_kernels.h) over a slice of a feature map, on raw pointers.
 //
-// channel_loops_impl.h is compiled once per instruction set; `channel_loops_*` return the tables made so.
+// channel_loops_impl.h is compiled once per instruction set; `channel_loops_*` return the tables
+// made so.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +24,8 @@ struct Vectors {
   const acc_t<T>*mean, *scale, *shift;
 };
 
-// As in channel_kernels.h: act' from act(u + residual), or from u + residual, or, without either, from u.
+// As in channel_kernels.h: act' from act(u + residual), or from u + residual, or, without either,
+// from u.
 template <typename T>
 struct Joined {
   const T* residual = nullptr;
@@ -31,19 +33,21 @@ struct Joined {
   T* du = nullptr;
 };
 
-// Reductions add to sums[c] and sums[C + c]. Contiguous: positions [begin, end) of the outer·inner ones of `channel`.
-// Channels last: rows [begin, end) of every channel (`channel` is not read).
+// Reductions add to sums[c] and sums[C + c]. Contiguous: positions [begin, end) of the outer·inner
+// ones of `channel`. Channels last: rows [begin, end) of every channel (`channel` is not read).
 // Elementwise: values [begin, end) of the map (contiguous), rows [begin, end) (channels last).
 template <typename T>
 struct ChannelLoops {
   // Σ (y − origin), Σ (y − origin)²
-  void (*stats)(Shape, int64_t channel, int64_t begin, int64_t end, const T* y, const acc_t<T>* origin, double* sums);
-  void (*grad_stats)(Shape, int64_t channel, int64_t begin, int64_t end, const T* dout, const T* y, Vectors<T>,
-                     Activation, Joined<T>, double* sums);
-  void (*apply)(Shape, int64_t begin, int64_t end, T* out, const T* y, Vectors<T>, Activation, const T* residual);
+  void (*stats)(Shape, int64_t channel, int64_t begin, int64_t end, const T* y,
+                const acc_t<T>* origin, double* sums);
+  void (*grad_stats)(Shape, int64_t channel, int64_t begin, int64_t end, const T* dout, const T* y,
+                     Vectors<T>, Activation, Joined<T>, double* sums);
+  void (*apply)(Shape, int64_t begin, int64_t end, T* out, const T* y, Vectors<T>, Activation,
+                const T* residual);
   void (*multiply)(Shape, int64_t begin, int64_t end, T* out, const T* y, const acc_t<T>* scale);
-  void (*grad_apply)(Shape, int64_t begin, int64_t end, T* out, const T* dout, const T* y, Vectors<T>,
-                     const acc_t<T>* slope, const acc_t<T>* offset, Activation);
+  void (*grad_apply)(Shape, int64_t begin, int64_t end, T* out, const T* dout, const T* y,
+                     Vectors<T>, const acc_t<T>* slope, const acc_t<T>* offset, Activation);
 };
 
 template <typename T>

@@ -1,5 +1,6 @@
 #if defined(__x86_64__)
-// All that is shared with other files comes before the target changes, so none of it is compiled for this one.
+// All that is shared with other files comes before the target changes, so none of it is compiled
+// for this one.
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 

@@ -1,13 +1,15 @@
 #if defined(__x86_64__)
-// All that is shared with other files comes before the target changes, so none of it is compiled for this one.
+// All that is shared with other files comes before the target changes, so none of it is compiled
+// for this one.
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
 #include "channel_loops.h"
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
-                             apply_to = function)
+#pragma clang attribute push(                                                    \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+    apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
 #endif

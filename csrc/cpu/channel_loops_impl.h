@@ -1,8 +1,9 @@
-// Included by channel_loops_{baseline,avx2,avx512}.cpp, each with its own target and FUSEDCONVBN_ISA.
-// Plain loops over contiguous memory; the compiler makes the vector code.
+// Included by channel_loops_{baseline,avx2,avx512}.cpp, each with its own target and
+// FUSEDCONVBN_ISA. Plain loops over contiguous memory; the compiler makes the vector code.
 //
-// Both layouts run the same row loops: a channels-last row has one value per channel, and a contiguous plane is cut
-// into rows of `lanes` values of one channel, whose sums are added up at the end.
+// Both layouts run the same row loops: a channels-last row has one value per channel, and a
+// contiguous plane is cut into rows of `lanes` values of one channel, whose sums are added up at
+// the end.
 
 #define FUSEDCONVBN_CONCAT_(a, b) a##b
 #define FUSEDCONVBN_CONCAT(a, b) FUSEDCONVBN_CONCAT_(a, b)
@@ -12,7 +13,8 @@ namespace {
 
 constexpr int64_t lanes = 32;
 
-// v in the type of a map. c10's own rounding to bfloat16 branches on NaN, and no loop with it becomes a vector loop.
+// v in the type of a map. c10's own rounding to bfloat16 branches on NaN, and no loop with it
+// becomes a vector loop.
 template <typename T>
 FUSEDCONVBN_INLINE T rounded(acc_t<T> v) {
   if constexpr (std::is_same_v<T, c10::BFloat16>) {
@@ -24,8 +26,9 @@ FUSEDCONVBN_INLINE T rounded(acc_t<T> v) {
   }
 }
 
-// A reduction adds up its terms for a block of this many rows in float, and the blocks in double. Maps with few values
-// a channel, where rounding does not average out and time does not count, are added up in double throughout.
+// A reduction adds up its terms for a block of this many rows in float, and the blocks in double.
+// Maps with few values a channel, where rounding does not average out and time does not count, are
+// added up in double throughout.
 constexpr int64_t block_rows = 64, block_channels = 512, few_values = 256;
 
 // Calls f(Sum{}) with the type in which the terms of a block are added up.
@@ -39,8 +42,8 @@ FUSEDCONVBN_INLINE void with_sum(Shape shape, const F& f) {
 
 // sums1[c], sums2[c] += Σ_rows term(row·stride + c, c)
 template <typename Term, typename Sum>
-FUSEDCONVBN_INLINE void add_rows(int64_t rows, int64_t stride, int64_t width, const Term& term, Sum* __restrict sums1,
-                                 Sum* __restrict sums2) {
+FUSEDCONVBN_INLINE void add_rows(int64_t rows, int64_t stride, int64_t width, const Term& term,
+                                 Sum* __restrict sums1, Sum* __restrict sums2) {
   int64_t row = 0;
   for (; row + 2 <= rows; row += 2) {  // for each read and write of the sums
 #pragma omp simd
@@ -65,7 +68,8 @@ FUSEDCONVBN_INLINE void add_rows(int64_t rows, int64_t stride, int64_t width, co
 
 // f(offset, length) for the runs of memory that positions [begin, end) of a channel consist of
 template <typename F>
-FUSEDCONVBN_INLINE void for_runs(Shape shape, int64_t channel, int64_t begin, int64_t end, const F& f) {
+FUSEDCONVBN_INLINE void for_runs(Shape shape, int64_t channel, int64_t begin, int64_t end,
+                                 const F& f) {
   while (begin < end) {
     const int64_t plane = begin / shape.inner, at = begin % shape.inner;
     const int64_t length = end - begin < shape.inner - at ? end - begin : shape.inner - at;
@@ -82,13 +86,15 @@ struct Lanes {  // one channel's value in every lane
   T values[lanes];
 };
 
-// Sums of one channel of a contiguous map; term_at(offset) gives the term of the run that starts there.
+// Sums of one channel of a contiguous map; term_at(offset) gives the term of the run that starts
+// there.
 template <typename Sum, typename TermAt>
-FUSEDCONVBN_INLINE void add_channel(Shape shape, int64_t channel, int64_t begin, int64_t end, const TermAt& term_at,
-                                    double* sums) {
+FUSEDCONVBN_INLINE void add_channel(Shape shape, int64_t channel, int64_t begin, int64_t end,
+                                    const TermAt& term_at, double* sums) {
   for_runs(shape, channel, begin, end, [&](int64_t offset, int64_t length) {
     for (const int64_t last = offset + length; offset < last;) {
-      const int64_t left = last - offset, most = block_rows * lanes, count = left < most ? left : most;
+      const int64_t left = last - offset, most = block_rows * lanes,
+                    count = left < most ? left : most;
       const int64_t whole = count / lanes * lanes;
       const auto term = term_at(offset);
       Sum own1[lanes] = {}, own2[lanes] = {};
@@ -96,7 +102,8 @@ FUSEDCONVBN_INLINE void add_channel(Shape shape, int64_t channel, int64_t begin,
       if (count > whole)
         add_rows(
             1, lanes, count - whole,
-            [&](int64_t i, int64_t c, Sum& add1, Sum& add2) { term(whole + i, c, add1, add2); }, own1, own2);
+            [&](int64_t i, int64_t c, Sum& add1, Sum& add2) { term(whole + i, c, add1, add2); },
+            own1, own2);
       double sum1 = 0, sum2 = 0;
       for (int64_t l = 0; l < lanes; ++l) {
         sum1 += own1[l];
@@ -108,9 +115,11 @@ FUSEDCONVBN_INLINE void add_channel(Shape shape, int64_t channel, int64_t begin,
   });
 }
 
-// Sums of all channels of a channels-last map; term_at(row, c) gives the term of the block that starts there.
+// Sums of all channels of a channels-last map; term_at(row, c) gives the term of the block that
+// starts there.
 template <typename Sum, typename TermAt>
-FUSEDCONVBN_INLINE void add_channels(Shape shape, int64_t begin, int64_t end, const TermAt& term_at, double* sums) {
+FUSEDCONVBN_INLINE void add_channels(Shape shape, int64_t begin, int64_t end, const TermAt& term_at,
+                                     double* sums) {
   const int64_t C = shape.channels;
   for (int64_t row = begin; row < end; row += block_rows) {
     const int64_t rows = end - row < block_rows ? end - row : block_rows;
@@ -120,13 +129,14 @@ FUSEDCONVBN_INLINE void add_channels(Shape shape, int64_t begin, int64_t end, co
       Sum own1[block_channels], own2[block_channels];
       for (int64_t c = 0; c < width; ++c) own1[c] = own2[c] = 0;
       add_rows(rows, C, width, term, own1, own2);
-      for (int64_t c = 0; c < width; ++c) term.add(c, rows, own1[c], own2[c], sums[first + c], sums[C + first + c]);
+      for (int64_t c = 0; c < width; ++c)
+        term.add(c, rows, own1[c], own2[c], sums[first + c], sums[C + first + c]);
     }
   }
 }
 
-// Σ d and Σ d² of a block are those of the distances to a value of the block, `near`, and are moved to the origin of
-// the channel then: a value far out spoils no sums but those of its block.
+// Σ d and Σ d² of a block are those of the distances to a value of the block, `near`, and are moved
+// to the origin of the channel then: a value far out spoils no sums but those of its block.
 template <typename T, typename Sum, int64_t width>
 struct StatsTerm {
   const T* y;
@@ -134,7 +144,8 @@ struct StatsTerm {
   acc_t<T> near[width];
 
   // near[c] = y[c·step]
-  FUSEDCONVBN_INLINE StatsTerm(const T* y, const acc_t<T>* origin, int64_t used, int64_t step) : y(y), origin(origin) {
+  FUSEDCONVBN_INLINE StatsTerm(const T* y, const acc_t<T>* origin, int64_t used, int64_t step)
+      : y(y), origin(origin) {
     for (int64_t c = 0; c < used; ++c) {
       const acc_t<T> value = acc_t<T>(y[c * step]);
       near[c] = value - value == 0 ? value : origin[c * step];  // a finite one
@@ -155,7 +166,8 @@ struct StatsTerm {
   }
 };
 
-// Where act' is taken: at u, at u + residual, or where act(u + residual) says. All but `u` write du.
+// Where act' is taken: at u, at u + residual, or where act(u + residual) says. All but `u` write
+// du.
 enum class At { u, u_writing, sum, result };
 
 template <typename T, typename Act, At at, typename Sum>
@@ -178,7 +190,8 @@ struct GradTerm {
     sum += Sum(gradient);
     dot += Sum(gradient) * Sum(centred);
   }
-  FUSEDCONVBN_INLINE void add(int64_t, int64_t, double own_sum, double own_dot, double& sum, double& dot) const {
+  FUSEDCONVBN_INLINE void add(int64_t, int64_t, double own_sum, double own_dot, double& sum,
+                              double& dot) const {
     sum += own_sum;
     dot += own_dot;
   }
@@ -204,19 +217,21 @@ FUSEDCONVBN_INLINE T* advance(T* from, int64_t by) {
 }
 
 template <typename T, typename Act>
-FUSEDCONVBN_INLINE T grad_value(Act act, T dout, T y, acc_t<T> mean, acc_t<T> scale, acc_t<T> shift, acc_t<T> slope,
-                                acc_t<T> offset) {
+FUSEDCONVBN_INLINE T grad_value(Act act, T dout, T y, acc_t<T> mean, acc_t<T> scale, acc_t<T> shift,
+                                acc_t<T> slope, acc_t<T> offset) {
   const acc_t<T> centred = acc_t<T>(y) - mean;
   const acc_t<T> du = act.backward(centred * scale + shift, acc_t<T>(dout));
-  const acc_t<T> linear = slope == 0 ? acc_t<T>(0) : slope * centred;  // an infinite value is no NaN then
+  const acc_t<T> linear =
+      slope == 0 ? acc_t<T>(0) : slope * centred;  // an infinite value is no NaN then
   return rounded<T>(scale * du + (linear + offset));
 }
 
-// ------------------------------------------------------------------------------------------- contiguous
+// -------------------------------------------------------------------------------------------
+// contiguous
 
 template <typename T>
-void stats_contiguous(Shape shape, int64_t channel, int64_t begin, int64_t end, const T* y, const acc_t<T>* origin,
-                      double* sums) {
+void stats_contiguous(Shape shape, int64_t channel, int64_t begin, int64_t end, const T* y,
+                      const acc_t<T>* origin, double* sums) {
   with_sum<T>(shape, [&]<typename Sum>(Sum) {
     const auto term_at = [&](int64_t offset) {
       return StatsTerm<T, Sum, lanes>(y + offset, origin + channel, lanes, 0);
@@ -226,16 +241,21 @@ void stats_contiguous(Shape shape, int64_t channel, int64_t begin, int64_t end, 
 }
 
 template <typename T>
-void grad_stats_contiguous(Shape shape, int64_t channel, int64_t begin, int64_t end, const T* dout, const T* y,
-                           Vectors<T> v, Activation activation, Joined<T> joined, double* sums) {
+void grad_stats_contiguous(Shape shape, int64_t channel, int64_t begin, int64_t end, const T* dout,
+                           const T* y, Vectors<T> v, Activation activation, Joined<T> joined,
+                           double* sums) {
   const Lanes<acc_t<T>> mean(v.mean[channel]), scale(v.scale[channel]), shift(v.shift[channel]);
   const Vectors<T> spread{mean.values, scale.values, shift.values};
   with_activation(activation, [&](auto act) {
     with_slope_at(joined, act, [&](auto at, const T* other) {
       with_sum<T>(shape, [&]<typename Sum>(Sum) {
         const auto term_at = [&](int64_t offset) {
-          return GradTerm<T, decltype(act), at(), Sum>{
-              dout + offset, y + offset, spread, act, advance(other, offset), advance(joined.du, offset)};
+          return GradTerm<T, decltype(act), at(), Sum>{dout + offset,
+                                                       y + offset,
+                                                       spread,
+                                                       act,
+                                                       advance(other, offset),
+                                                       advance(joined.du, offset)};
         };
         add_channel<Sum>(shape, channel, begin, end, term_at, sums);
       });
@@ -255,15 +275,16 @@ FUSEDCONVBN_INLINE void for_planes(Shape shape, int64_t begin, int64_t end, cons
 }
 
 template <typename T>
-void apply_contiguous(Shape shape, int64_t begin, int64_t end, T* out, const T* y, Vectors<T> v, Activation activation,
-                      const T* residual) {
+void apply_contiguous(Shape shape, int64_t begin, int64_t end, T* out, const T* y, Vectors<T> v,
+                      Activation activation, const T* residual) {
   with_activation(activation, [&](auto act) {
     for_planes(shape, begin, end, [&](int64_t offset, int64_t length, int64_t c) {
       const auto mean = v.mean[c], scale = v.scale[c], shift = v.shift[c];
       if (residual) {
 #pragma omp simd
         for (int64_t i = offset; i < offset + length; ++i)
-          out[i] = rounded<T>(act.forward((acc_t<T>(y[i]) - mean) * scale + shift + acc_t<T>(residual[i])));
+          out[i] = rounded<T>(
+              act.forward((acc_t<T>(y[i]) - mean) * scale + shift + acc_t<T>(residual[i])));
       } else {
 #pragma omp simd
         for (int64_t i = offset; i < offset + length; ++i)
@@ -274,7 +295,8 @@ void apply_contiguous(Shape shape, int64_t begin, int64_t end, T* out, const T* 
 }
 
 template <typename T>
-void multiply_contiguous(Shape shape, int64_t begin, int64_t end, T* out, const T* y, const acc_t<T>* scale) {
+void multiply_contiguous(Shape shape, int64_t begin, int64_t end, T* out, const T* y,
+                         const acc_t<T>* scale) {
   for_planes(shape, begin, end, [&](int64_t offset, int64_t length, int64_t c) {
     const auto by = scale[c];
 #pragma omp simd
@@ -283,8 +305,9 @@ void multiply_contiguous(Shape shape, int64_t begin, int64_t end, T* out, const 
 }
 
 template <typename T>
-void grad_apply_contiguous(Shape shape, int64_t begin, int64_t end, T* out, const T* dout, const T* y, Vectors<T> v,
-                           const acc_t<T>* slope, const acc_t<T>* offset, Activation activation) {
+void grad_apply_contiguous(Shape shape, int64_t begin, int64_t end, T* out, const T* dout,
+                           const T* y, Vectors<T> v, const acc_t<T>* slope, const acc_t<T>* offset,
+                           Activation activation) {
   with_activation(activation, [&](auto act) {
     for_planes(shape, begin, end, [&](int64_t first, int64_t length, int64_t c) {
       const auto mean = v.mean[c], scale = v.scale[c], shift = v.shift[c];
@@ -296,11 +319,12 @@ void grad_apply_contiguous(Shape shape, int64_t begin, int64_t end, T* out, cons
   });
 }
 
-// ---------------------------------------------------------------------------------------- channels last
+// ---------------------------------------------------------------------------------------- channels
+// last
 
 template <typename T>
-void stats_channels_last(Shape shape, int64_t, int64_t begin, int64_t end, const T* y, const acc_t<T>* origin,
-                         double* sums) {
+void stats_channels_last(Shape shape, int64_t, int64_t begin, int64_t end, const T* y,
+                         const acc_t<T>* origin, double* sums) {
   with_sum<T>(shape, [&]<typename Sum>(Sum) {
     const auto term_at = [&](int64_t row, int64_t c, int64_t width) {
       return StatsTerm<T, Sum, block_channels>(y + row * shape.channels + c, origin + c, width, 1);
@@ -310,8 +334,9 @@ void stats_channels_last(Shape shape, int64_t, int64_t begin, int64_t end, const
 }
 
 template <typename T>
-void grad_stats_channels_last(Shape shape, int64_t, int64_t begin, int64_t end, const T* dout, const T* y, Vectors<T> v,
-                              Activation activation, Joined<T> joined, double* sums) {
+void grad_stats_channels_last(Shape shape, int64_t, int64_t begin, int64_t end, const T* dout,
+                              const T* y, Vectors<T> v, Activation activation, Joined<T> joined,
+                              double* sums) {
   with_activation(activation, [&](auto act) {
     with_slope_at(joined, act, [&](auto at, const T* other) {
       with_sum<T>(shape, [&]<typename Sum>(Sum) {
@@ -339,19 +364,21 @@ void apply_channels_last(Shape shape, int64_t begin, int64_t end, T* out, const 
       if (residual) {
 #pragma omp simd
         for (int64_t c = 0; c < C; ++c)
-          out[row + c] = rounded<T>(
-              act.forward((acc_t<T>(y[row + c]) - v.mean[c]) * v.scale[c] + v.shift[c] + acc_t<T>(residual[row + c])));
+          out[row + c] = rounded<T>(act.forward((acc_t<T>(y[row + c]) - v.mean[c]) * v.scale[c] +
+                                                v.shift[c] + acc_t<T>(residual[row + c])));
       } else {
 #pragma omp simd
         for (int64_t c = 0; c < C; ++c)
-          out[row + c] = rounded<T>(act.forward((acc_t<T>(y[row + c]) - v.mean[c]) * v.scale[c] + v.shift[c]));
+          out[row + c] =
+              rounded<T>(act.forward((acc_t<T>(y[row + c]) - v.mean[c]) * v.scale[c] + v.shift[c]));
       }
     }
   });
 }
 
 template <typename T>
-void multiply_channels_last(Shape shape, int64_t begin, int64_t end, T* out, const T* y, const acc_t<T>* scale) {
+void multiply_channels_last(Shape shape, int64_t begin, int64_t end, T* out, const T* y,
+                            const acc_t<T>* scale) {
   const int64_t C = shape.channels;
   for (int64_t row = begin * C; row < end * C; row += C) {
 #pragma omp simd
@@ -360,15 +387,16 @@ void multiply_channels_last(Shape shape, int64_t begin, int64_t end, T* out, con
 }
 
 template <typename T>
-void grad_apply_channels_last(Shape shape, int64_t begin, int64_t end, T* out, const T* dout, const T* y, Vectors<T> v,
-                              const acc_t<T>* slope, const acc_t<T>* offset, Activation activation) {
+void grad_apply_channels_last(Shape shape, int64_t begin, int64_t end, T* out, const T* dout,
+                              const T* y, Vectors<T> v, const acc_t<T>* slope,
+                              const acc_t<T>* offset, Activation activation) {
   const int64_t C = shape.channels;
   with_activation(activation, [&](auto act) {
     for (int64_t row = begin * C; row < end * C; row += C) {
 #pragma omp simd
       for (int64_t c = 0; c < C; ++c)
-        out[row + c] =
-            grad_value<T>(act, dout[row + c], y[row + c], v.mean[c], v.scale[c], v.shift[c], slope[c], offset[c]);
+        out[row + c] = grad_value<T>(act, dout[row + c], y[row + c], v.mean[c], v.scale[c],
+                                     v.shift[c], slope[c], offset[c]);
     }
   });
 }
@@ -377,10 +405,10 @@ void grad_apply_channels_last(Shape shape, int64_t begin, int64_t end, T* out, c
 
 template <typename T>
 ChannelLoopsPair<T> FUSEDCONVBN_CONCAT(channel_loops_, FUSEDCONVBN_ISA)() {
-  return {{stats_contiguous<T>, grad_stats_contiguous<T>, apply_contiguous<T>, multiply_contiguous<T>,
-           grad_apply_contiguous<T>},
-          {stats_channels_last<T>, grad_stats_channels_last<T>, apply_channels_last<T>, multiply_channels_last<T>,
-           grad_apply_channels_last<T>}};
+  return {{stats_contiguous<T>, grad_stats_contiguous<T>, apply_contiguous<T>,
+           multiply_contiguous<T>, grad_apply_contiguous<T>},
+          {stats_channels_last<T>, grad_stats_channels_last<T>, apply_channels_last<T>,
+           multiply_channels_last<T>, grad_apply_channels_last<T>}};
 }
 
 template ChannelLoopsPair<double> FUSEDCONVBN_CONCAT(channel_loops_, FUSEDCONVBN_ISA)();

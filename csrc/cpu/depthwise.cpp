@@ -24,7 +24,8 @@ constexpr int64_t most_slices = 16;  // of a weight gradient, which are added up
 
 const std::string capability = at::get_cpu_capability();
 
-std::optional<cpu::DepthwiseLoops> loops([[maybe_unused]] int64_t kernel, [[maybe_unused]] int64_t stride) {
+std::optional<cpu::DepthwiseLoops> loops([[maybe_unused]] int64_t kernel,
+                                         [[maybe_unused]] int64_t stride) {
 #if defined(__x86_64__)
   if (capability == "AVX2") return cpu::depthwise_loops_avx2(kernel, stride);
   if (capability.find("AVX") == 0) return cpu::depthwise_loops_avx512(kernel, stride);
@@ -34,8 +35,9 @@ std::optional<cpu::DepthwiseLoops> loops([[maybe_unused]] int64_t kernel, [[mayb
 
 DepthwiseShape shape_of(const Conv& conv, const Tensor& input, const Tensor& weight) {
   const auto sizes = conv.output_sizes(input.sym_sizes(), weight.sym_sizes());
-  return {input.size(0),         input.size(1),  input.size(2),  input.size(3),   sizes[2].expect_int(),
-          sizes[3].expect_int(), weight.size(2), conv.stride[0], conv.padding[0], conv.padding[1]};
+  return {input.size(0),         input.size(1),         input.size(2),  input.size(3),
+          sizes[2].expect_int(), sizes[3].expect_int(), weight.size(2), conv.stride[0],
+          conv.padding[0],       conv.padding[1]};
 }
 
 // (C, 1, kernel, kernel) as (kernel, kernel, C), or turned around.
@@ -51,7 +53,8 @@ void for_rows(const DepthwiseShape& s, int64_t rows, int64_t width, const F& f) 
 }
 
 Tensor convolve(const DepthwiseShape& s, const Tensor& in, const Tensor& weight, bool turned) {
-  auto out = at::empty({s.batch, s.channels, s.out_height, s.out_width}, in.options().memory_format(channels_last));
+  auto out = at::empty({s.batch, s.channels, s.out_height, s.out_width},
+                       in.options().memory_format(channels_last));
   const auto places = by_places(weight, turned);
   for_rows(s, s.out_height, s.out_width, [&](int64_t begin, int64_t end) {
     loops(s.kernel, s.stride)
@@ -64,24 +67,27 @@ Tensor convolve(const DepthwiseShape& s, const Tensor& in, const Tensor& weight,
 }  // namespace
 
 bool depthwise_applies(const Conv& conv, const Tensor& input, const Tensor& weight) {
-  return input.scalar_type() == at::kFloat && weight.scalar_type() == at::kFloat && is_depthwise(conv, input, weight);
+  return input.scalar_type() == at::kFloat && weight.scalar_type() == at::kFloat &&
+         is_depthwise(conv, input, weight);
 }
 
 bool is_depthwise(const Conv& conv, const Tensor& input, const Tensor& weight) {
   if (!input.is_cpu() || input.dim() != 4 || conv.transposed) return false;
   const int64_t channels = input.size(1), kernel = weight.size(2), stride = conv.stride[0];
-  return conv.groups == channels && weight.size(0) == channels && weight.size(1) == 1 && channels >= 16 &&
-         channels <= cpu::most_channels && (kernel == 3 || kernel == 5) && weight.size(3) == kernel &&
-         (stride == 1 || stride == 2) && conv.stride[1] == stride && conv.dilation[0] == 1 && conv.dilation[1] == 1 &&
-         conv.padding[0] < kernel && conv.padding[1] < kernel && input.is_contiguous(channels_last) &&
-         input.numel() > 0 && loops(kernel, stride);
+  return conv.groups == channels && weight.size(0) == channels && weight.size(1) == 1 &&
+         channels >= 16 && channels <= cpu::most_channels && (kernel == 3 || kernel == 5) &&
+         weight.size(3) == kernel && (stride == 1 || stride == 2) && conv.stride[1] == stride &&
+         conv.dilation[0] == 1 && conv.dilation[1] == 1 && conv.padding[0] < kernel &&
+         conv.padding[1] < kernel && input.is_contiguous(channels_last) && input.numel() > 0 &&
+         loops(kernel, stride);
 }
 
 Tensor depthwise(const Conv& conv, const Tensor& input, const Tensor& weight) {
   return convolve(shape_of(conv, input, weight), input, weight, /*turned=*/false);
 }
 
-Tensor depthwise_grad_input(const Conv& conv, const Tensor& dout, const Tensor& input, const Tensor& weight) {
+Tensor depthwise_grad_input(const Conv& conv, const Tensor& dout, const Tensor& input,
+                            const Tensor& weight) {
   const auto gradient = dout.contiguous(channels_last);
   auto s = shape_of(conv, input, weight);
   if (s.stride == 1) {  // the convolution of dout with the weight turned around
@@ -95,32 +101,36 @@ Tensor depthwise_grad_input(const Conv& conv, const Tensor& dout, const Tensor& 
   const auto places = by_places(weight, /*turned=*/false);
   for_rows(s, s.height, s.width, [&](int64_t begin, int64_t end) {
     loops(s.kernel, s.stride)
-        ->grad_input(s, begin, end, gradient.const_data_ptr<float>(), places.const_data_ptr<float>(),
-                     din.mutable_data_ptr<float>());
+        ->grad_input(s, begin, end, gradient.const_data_ptr<float>(),
+                     places.const_data_ptr<float>(), din.mutable_data_ptr<float>());
   });
   return din;
 }
 
-Tensor depthwise_grad_weight(const Conv& conv, const Tensor& dout, const Tensor& input, const Tensor& weight) {
+Tensor depthwise_grad_weight(const Conv& conv, const Tensor& dout, const Tensor& input,
+                             const Tensor& weight) {
   const auto gradient = dout.contiguous(channels_last);
   const auto s = shape_of(conv, input, weight);
   const int64_t kernel = s.kernel;
   const int64_t rows = s.batch * s.out_height, size = kernel * kernel * s.channels;
-  const int64_t slices = std::clamp<int64_t>(rows * s.out_width * size / grain, 1, std::min(rows, most_slices));
+  const int64_t slices =
+      std::clamp<int64_t>(rows * s.out_width * size / grain, 1, std::min(rows, most_slices));
   const int64_t length = at::divup(rows, slices);
   std::vector<double> sums(slices * size);
   at::parallel_for(0, slices, 1, [&](int64_t first, int64_t last) {
     for (int64_t slice = first; slice < last; ++slice)
       loops(kernel, s.stride)
           ->grad_weight(s, std::min(rows, slice * length), std::min(rows, (slice + 1) * length),
-                        gradient.const_data_ptr<float>(), input.const_data_ptr<float>(), sums.data() + slice * size);
+                        gradient.const_data_ptr<float>(), input.const_data_ptr<float>(),
+                        sums.data() + slice * size);
   });
   for (int64_t slice = 1; slice < slices; ++slice)
     for (int64_t i = 0; i < size; ++i) sums[i] += sums[slice * size + i];
   auto dweight = at::empty(weight.sizes(), weight.options().memory_format(channels_last));
   auto* const to = dweight.mutable_data_ptr<float>();
   for (int64_t c = 0; c < s.channels; ++c)
-    for (int64_t q = 0; q < kernel * kernel; ++q) to[c * kernel * kernel + q] = float(sums[q * s.channels + c]);
+    for (int64_t q = 0; q < kernel * kernel; ++q)
+      to[c * kernel * kernel + q] = float(sums[q * s.channels + c]);
   return dweight;
 }
 

@@ -5,8 +5,8 @@
 
 namespace fusedconvbn {
 
-// Whether the functions below take this convolution once its tensors are float. They win then; in half types the weight
-// gradient is where oneDNN is slow.
+// Whether the functions below take this convolution once its tensors are float. They win then; in
+// half types the weight gradient is where oneDNN is slow.
 bool is_depthwise(const Conv& conv, const at::Tensor& input, const at::Tensor& weight);
 bool depthwise_applies(const Conv& conv, const at::Tensor& input, const at::Tensor& weight);
 

@@ -1,6 +1,7 @@
 // Depthwise convolutions of channels-last maps in float, on raw pointers.
 //
-// depthwise_loops_impl.h is compiled once per instruction set; `depthwise_loops_*` return the tables made so.
+// depthwise_loops_impl.h is compiled once per instruction set; `depthwise_loops_*` return the
+// tables made so.
 #pragma once
 
 #include <cstdint>
@@ -9,21 +10,24 @@
 
 namespace fusedconvbn::cpu {
 
-// A square kernel and one stride; the padding may differ. `channels` is at least a vector, of 16 values.
+// A square kernel and one stride; the padding may differ. `channels` is at least a vector, of 16
+// values.
 struct DepthwiseShape {
-  int64_t batch, channels, height, width, out_height, out_width, kernel, stride, pad_height, pad_width;
+  int64_t batch, channels, height, width, out_height, out_width, kernel, stride, pad_height,
+      pad_width;
 };
 
 // Weights and their sums are (kernel, kernel, channels).
 struct DepthwiseLoops {
   // Rows [begin, end) of all samples of the result.
-  void (*forward)(const DepthwiseShape&, int64_t begin, int64_t end, const float* in, const float* weight, float* out);
+  void (*forward)(const DepthwiseShape&, int64_t begin, int64_t end, const float* in,
+                  const float* weight, float* out);
   // Rows [begin, end) of all samples of the input gradient.
-  void (*grad_input)(const DepthwiseShape&, int64_t begin, int64_t end, const float* dout, const float* weight,
-                     float* din);
+  void (*grad_input)(const DepthwiseShape&, int64_t begin, int64_t end, const float* dout,
+                     const float* weight, float* din);
   // sums += what rows [begin, end) of dout contribute to the weight gradient
-  void (*grad_weight)(const DepthwiseShape&, int64_t begin, int64_t end, const float* dout, const float* in,
-                      double* sums);
+  void (*grad_weight)(const DepthwiseShape&, int64_t begin, int64_t end, const float* dout,
+                      const float* in, double* sums);
 };
 
 #if defined(__x86_64__)

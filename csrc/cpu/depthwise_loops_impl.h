@@ -1,4 +1,5 @@
-// Included by depthwise_loops_{avx2,avx512}.cpp, each with its own target, FUSEDCONVBN_ISA and FUSEDCONVBN_VECTOR.
+// Included by depthwise_loops_{avx2,avx512}.cpp, each with its own target, FUSEDCONVBN_ISA and
+// FUSEDCONVBN_VECTOR.
 #include "vector.h"
 
 #define FUSEDCONVBN_CONCAT_(a, b) a##b
@@ -13,14 +14,15 @@ inline void for_vectors(int64_t channels, const F& f) {
   for (int64_t c = 0; c < channels; c += lanes) f(c + lanes <= channels ? c : channels - lanes);
 }
 
-// out[x] = Σ in[x·stride − pad + j]·weight[j] over a kernel, `count` results in a row at a time, which share their
-// inputs.
+// out[x] = Σ in[x·stride − pad + j]·weight[j] over a kernel, `count` results in a row at a time,
+// which share their inputs.
 template <int64_t kernel, int64_t stride, int64_t count>
 inline void convolve(const DepthwiseShape& s, int64_t sample, int64_t y, int64_t x, const float* in,
                      const float* weight, float* out) {
   constexpr int64_t columns = (count - 1) * stride + kernel;
-  const Window<kernel, columns> window(in + sample * s.height * s.width * s.channels, s.height, s.width, s.channels,
-                                       y * stride - s.pad_height, x * stride - s.pad_width);
+  const Window<kernel, columns> window(in + sample * s.height * s.width * s.channels, s.height,
+                                       s.width, s.channels, y * stride - s.pad_height,
+                                       x * stride - s.pad_width);
   float* const to = out + ((sample * s.out_height + y) * s.out_width + x) * s.channels;
   for_vectors(s.channels, [&](int64_t c) {
     Vector sums[count] = {};
@@ -43,20 +45,23 @@ inline void convolve(const DepthwiseShape& s, int64_t sample, int64_t y, int64_t
 }
 
 template <int64_t kernel, int64_t stride>
-void forward(const DepthwiseShape& s, int64_t begin, int64_t end, const float* in, const float* weight, float* out) {
+void forward(const DepthwiseShape& s, int64_t begin, int64_t end, const float* in,
+             const float* weight, float* out) {
   constexpr int64_t count = 4;
   for (int64_t row = begin; row < end; ++row) {
     const int64_t sample = row / s.out_height, y = row % s.out_height;
     int64_t x = 0;
-    for (; x + count <= s.out_width; x += count) convolve<kernel, stride, count>(s, sample, y, x, in, weight, out);
+    for (; x + count <= s.out_width; x += count)
+      convolve<kernel, stride, count>(s, sample, y, x, in, weight, out);
     for (; x < s.out_width; ++x) convolve<kernel, stride, 1>(s, sample, y, x, in, weight, out);
   }
 }
 
-// din[y, x] = Σ dout[(y + pad − i)/stride, (x + pad − j)/stride]·weight[i, j] over the (i, j) that leave no remainder
+// din[y, x] = Σ dout[(y + pad − i)/stride, (x + pad − j)/stride]·weight[i, j] over the (i, j) that
+// leave no remainder
 template <int64_t kernel>
-void grad_input(const DepthwiseShape& s, int64_t begin, int64_t end, const float* dout, const float* weight,
-                float* din) {
+void grad_input(const DepthwiseShape& s, int64_t begin, int64_t end, const float* dout,
+                const float* weight, float* din) {
   const int64_t C = s.channels;
   for (int64_t row = begin; row < end; ++row) {
     const int64_t sample = row / s.height, y = row % s.height;
@@ -65,8 +70,11 @@ void grad_input(const DepthwiseShape& s, int64_t begin, int64_t end, const float
       int64_t taps = 0;
       for (int64_t i = (y + s.pad_height) % s.stride; i < kernel; i += s.stride)
         for (int64_t j = (x + s.pad_width) % s.stride; j < kernel; j += s.stride) {
-          const int64_t oy = (y + s.pad_height - i) / s.stride, ox = (x + s.pad_width - j) / s.stride;
-          if (y + s.pad_height < i || x + s.pad_width < j || oy >= s.out_height || ox >= s.out_width) continue;
+          const int64_t oy = (y + s.pad_height - i) / s.stride,
+                        ox = (x + s.pad_width - j) / s.stride;
+          if (y + s.pad_height < i || x + s.pad_width < j || oy >= s.out_height ||
+              ox >= s.out_width)
+            continue;
           values[taps] = dout + ((sample * s.out_height + oy) * s.out_width + ox) * C;
           weights[taps++] = weight + (i * kernel + j) * C;
         }
@@ -82,13 +90,14 @@ void grad_input(const DepthwiseShape& s, int64_t begin, int64_t end, const float
 
 // The sums of one vector of channels, each in a register, over a few rows of a sample.
 template <int64_t kernel, int64_t stride>
-void grad_weight(const DepthwiseShape& s, int64_t begin, int64_t end, const float* dout, const float* in,
-                 double* sums) {
+void grad_weight(const DepthwiseShape& s, int64_t begin, int64_t end, const float* dout,
+                 const float* in, double* sums) {
   constexpr int64_t most = 512;  // products that are added up in float
   const int64_t C = s.channels;
   // Columns of dout whose window lies inside the map.
   const int64_t first = std::min((s.pad_width + stride - 1) / stride, s.out_width);
-  const int64_t last = std::clamp((s.width + s.pad_width - kernel) / stride + 1, first, s.out_width);
+  const int64_t last =
+      std::clamp((s.width + s.pad_width - kernel) / stride + 1, first, s.out_width);
   for (int64_t row = begin; row < end;) {
     const int64_t sample = row / s.out_height, next = std::min(end, (sample + 1) * s.out_height);
     const int64_t rows = std::min(next - row, std::max<int64_t>(1, most / s.out_width));
@@ -97,7 +106,8 @@ void grad_weight(const DepthwiseShape& s, int64_t begin, int64_t end, const floa
       Vector own[kernel][kernel] = {};
       for (int64_t r = row; r < row + rows; ++r) {
         const int64_t top = r % s.out_height * stride - s.pad_height;
-        const int64_t i_begin = std::max<int64_t>(0, -top), i_end = std::min(kernel, s.height - top);
+        const int64_t i_begin = std::max<int64_t>(0, -top),
+                      i_end = std::min(kernel, s.height - top);
         const float* const d = dout + r * s.out_width * C + c;
         const float* const map = in + (sample * s.height + top) * s.width * C + c;
         const auto add = [&](int64_t x, auto inside) {
@@ -117,7 +127,8 @@ void grad_weight(const DepthwiseShape& s, int64_t begin, int64_t end, const floa
         for (int64_t x = last; x < s.out_width; ++x) add(x, std::false_type{});
       }
       for (int64_t q = 0; q < kernel * kernel; ++q)
-        for (int64_t l = done - c; l < lanes; ++l) sums[q * C + c + l] += own[q / kernel][q % kernel][l];
+        for (int64_t l = done - c; l < lanes; ++l)
+          sums[q * C + c + l] += own[q / kernel][q % kernel][l];
       done = c + lanes;
     });
     row += rows;
@@ -125,11 +136,13 @@ void grad_weight(const DepthwiseShape& s, int64_t begin, int64_t end, const floa
 }
 
 template <int64_t kernel, int64_t stride>
-constexpr DepthwiseLoops loops_of = {forward<kernel, stride>, grad_input<kernel>, grad_weight<kernel, stride>};
+constexpr DepthwiseLoops loops_of = {forward<kernel, stride>, grad_input<kernel>,
+                                     grad_weight<kernel, stride>};
 
 }  // namespace
 
-DepthwiseLoops FUSEDCONVBN_CONCAT(depthwise_loops_, FUSEDCONVBN_ISA)(int64_t kernel, int64_t stride) {
+DepthwiseLoops FUSEDCONVBN_CONCAT(depthwise_loops_, FUSEDCONVBN_ISA)(int64_t kernel,
+                                                                     int64_t stride) {
   if (kernel == 3) return stride == 1 ? loops_of<3, 1> : loops_of<3, 2>;
   return stride == 1 ? loops_of<5, 1> : loops_of<5, 2>;
 }

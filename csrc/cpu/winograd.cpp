@@ -18,9 +18,10 @@ using at::Tensor;
 using cpu::WinogradShape;
 
 constexpr auto channels_last = at::MemoryFormat::ChannelsLast;
-constexpr int64_t unit = 32;                       // channels, of which both maps have a multiple
-constexpr int64_t least_tiles = 64;                // of a thread, or the filters cost more than they save
-constexpr int64_t most_values = int64_t(1) << 20;  // of a scratch buffer that is for filters, or tiles, of all threads
+constexpr int64_t unit = 32;         // channels, of which both maps have a multiple
+constexpr int64_t least_tiles = 64;  // of a thread, or the filters cost more than they save
+constexpr int64_t most_values =
+    int64_t(1) << 20;  // of a scratch buffer that is for filters, or tiles, of all threads
 
 std::optional<cpu::WinogradLoops> choose_loops() {
 #if defined(__x86_64__)
@@ -47,7 +48,8 @@ Tensor scratch(int64_t values, const Tensor& like) {
 
 // As many filters at a time as their u, or du, has room for.
 int64_t filters_at_a_time(const WinogradShape& s) {
-  return std::clamp<int64_t>(most_values / (cpu::winograd_places * s.channels) / unit * unit, unit, s.all_filters);
+  return std::clamp<int64_t>(most_values / (cpu::winograd_places * s.channels) / unit * unit, unit,
+                             s.all_filters);
 }
 
 // f(shape, k) for filters k, k + 1, …, k + shape.filters − 1, a few at a time
@@ -62,17 +64,21 @@ void for_filters(const WinogradShape& all, const F& f) {
 
 Tensor convolve(const WinogradShape& all, const Tensor& in, const Tensor& weight, bool turned) {
   const Tensor kernel = weight.contiguous(channels_last);
-  const cpu::WinogradWeight w{kernel.const_data_ptr<float>(), weight.size(0), weight.size(1), turned};
+  const cpu::WinogradWeight w{kernel.const_data_ptr<float>(), weight.size(0), weight.size(1),
+                              turned};
   auto out = at::empty({all.batch, all.all_filters, all.out_height(), all.out_width()},
                        in.options().memory_format(channels_last));
   const auto u = scratch(cpu::winograd_places * all.channels * filters_at_a_time(all), in);
-  // Tiles of a thread at a time, which with their products stay in its cache, in blocks of the same size.
+  // Tiles of a thread at a time, which with their products stay in its cache, in blocks of the same
+  // size.
   const int64_t threads = std::clamp<int64_t>(all.tiles() / 8, 1, at::get_num_threads());
-  const int64_t most = std::clamp<int64_t>((1 << 15) / (all.channels + filters_at_a_time(all)), 16, 64);
+  const int64_t most =
+      std::clamp<int64_t>((1 << 15) / (all.channels + filters_at_a_time(all)), 16, 64);
   const int64_t rounds = at::divup(all.tiles(), threads * most);
   const int64_t block = at::divup(at::divup(all.tiles(), threads * rounds), 8) * 8,
                 blocks = at::divup(all.tiles(), block);
-  const int64_t own_values = cpu::winograd_places * (block * (all.channels + filters_at_a_time(all)) + 2 * unit);
+  const int64_t own_values =
+      cpu::winograd_places * (block * (all.channels + filters_at_a_time(all)) + 2 * unit);
   const auto own = scratch(threads * own_values, in);
   for_filters(all, [&](const WinogradShape& s, int64_t k) {
     for_units(s.filters, loops->panel, [&](int64_t begin, int64_t end) {
@@ -81,8 +87,9 @@ Tensor convolve(const WinogradShape& all, const Tensor& in, const Tensor& weight
     at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
       for (int64_t t = first; t < last; ++t)
         for (int64_t b = t * blocks / threads; b < (t + 1) * blocks / threads; ++b)
-          loops->outputs(s, b * block, std::min(s.tiles(), (b + 1) * block), in.const_data_ptr<float>(),
-                         u.const_data_ptr<float>(), own.mutable_data_ptr<float>() + t * own_values,
+          loops->outputs(s, b * block, std::min(s.tiles(), (b + 1) * block),
+                         in.const_data_ptr<float>(), u.const_data_ptr<float>(),
+                         own.mutable_data_ptr<float>() + t * own_values,
                          out.mutable_data_ptr<float>() + k);
     });
   });
@@ -97,14 +104,17 @@ WinogradShape shape_of(const Conv& conv, const Tensor& input, const Tensor& weig
 }  // namespace
 
 bool winograd_applies(const Conv& conv, const Tensor& input, const Tensor& weight) {
-  if (!input.is_cpu() || input.scalar_type() != at::kFloat || weight.scalar_type() != at::kFloat || input.dim() != 4 ||
-      conv.transposed || conv.groups != 1 || !all(conv.stride, 1) || !all(conv.dilation, 1) || weight.size(2) != 3 ||
-      weight.size(3) != 3 || !loops)
+  if (!input.is_cpu() || input.scalar_type() != at::kFloat || weight.scalar_type() != at::kFloat ||
+      input.dim() != 4 || conv.transposed || conv.groups != 1 || !all(conv.stride, 1) ||
+      !all(conv.dilation, 1) || weight.size(2) != 3 || weight.size(3) != 3 || !loops)
     return false;
-  const auto wide = [](int64_t channels) { return channels % unit == 0 && channels <= cpu::most_channels; };
+  const auto wide = [](int64_t channels) {
+    return channels % unit == 0 && channels <= cpu::most_channels;
+  };
   const auto padded = [](int64_t padding) { return padding <= 2; };
   if (weight.size(1) != input.size(1) || !wide(input.size(1)) || !wide(weight.size(0)) ||
-      !std::all_of(conv.padding.begin(), conv.padding.end(), padded) || !input.is_contiguous(channels_last))
+      !std::all_of(conv.padding.begin(), conv.padding.end(), padded) ||
+      !input.is_contiguous(channels_last))
     return false;
   const int64_t tiles = input.size(0) * at::divup(input.size(2) + 2 * conv.padding[0] - 2, 2) *
                         at::divup(input.size(3) + 2 * conv.padding[1] - 2, 2);
@@ -116,25 +126,33 @@ Tensor winograd(const Conv& conv, const Tensor& input, const Tensor& weight) {
 }
 
 Tensor winograd_grad_input(const Conv& conv, const Tensor& dout, const Tensor& weight) {
-  const WinogradShape shape{dout.size(0),        weight.size(0),     0, weight.size(1), dout.size(2), dout.size(3),
+  const WinogradShape shape{dout.size(0),        weight.size(0),     0,
+                            weight.size(1),      dout.size(2),       dout.size(3),
                             2 - conv.padding[0], 2 - conv.padding[1]};
   return convolve(shape, dout.contiguous(channels_last), weight, /*turned=*/true);
 }
 
-Tensor winograd_grad_weight(const Conv& conv, const Tensor& dout, const Tensor& input, const Tensor& weight) {
+Tensor winograd_grad_weight(const Conv& conv, const Tensor& dout, const Tensor& input,
+                            const Tensor& weight) {
   const auto all = shape_of(conv, input, weight);
   const Tensor gradient = dout.contiguous(channels_last);
   auto dweight = at::empty(weight.sizes(), input.options().memory_format(channels_last));
-  const int64_t C = all.channels, most = filters_at_a_time(all), size = cpu::winograd_places * most * C;
-  // Slices of the tiles, each with a sum of its own, where the sums are small; else the threads share the products.
+  const int64_t C = all.channels, most = filters_at_a_time(all),
+                size = cpu::winograd_places * most * C;
+  // Slices of the tiles, each with a sum of its own, where the sums are small; else the threads
+  // share the products.
   const int64_t slices = std::clamp<int64_t>(std::min(most_values / size, all.tiles() / 256), 1, 8);
   const int64_t length = at::divup(all.tiles(), slices);
-  const int64_t count = slices > 1 ? 64 : std::clamp<int64_t>(most_values / 16 / (C + most) / 64 * 64, 64, 256);
-  const int64_t v_size = cpu::winograd_places * count * C, z_size = cpu::winograd_places * count * most;
-  const auto sums = scratch(slices * size, input), spread = scratch(slices * (v_size + z_size), input);
+  const int64_t count =
+      slices > 1 ? 64 : std::clamp<int64_t>(most_values / 16 / (C + most) / 64 * 64, 64, 256);
+  const int64_t v_size = cpu::winograd_places * count * C,
+                z_size = cpu::winograd_places * count * most;
+  const auto sums = scratch(slices * size, input),
+             spread = scratch(slices * (v_size + z_size), input);
   for_filters(all, [&](const WinogradShape& s, int64_t k) {
     const auto add = [&](int64_t slice, const auto& for_each) {
-      auto *const v = spread.mutable_data_ptr<float>() + slice * (v_size + z_size), *const z = v + v_size;
+      auto *const v = spread.mutable_data_ptr<float>() + slice * (v_size + z_size), *const z =
+                                                                                        v + v_size;
       auto* const du = sums.mutable_data_ptr<float>() + slice * size;
       std::fill_n(du, cpu::winograd_places * s.filters * C, 0.f);
       const int64_t end = std::min(s.tiles(), (slice + 1) * length);

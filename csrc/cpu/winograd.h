@@ -1,4 +1,5 @@
-// 3×3 convolutions of stride 1 on CPU in float, channels last, by Winograd's algorithm (winograd_loops.h).
+// 3×3 convolutions of stride 1 on CPU in float, channels last, by Winograd's algorithm
+// (winograd_loops.h).
 #pragma once
 
 #include "../convolution.h"

@@ -1,10 +1,12 @@
 #if defined(__x86_64__)
-// All that is shared with other files comes before the target changes, so none of it is compiled for this one.
+// All that is shared with other files comes before the target changes, so none of it is compiled
+// for this one.
 #include "winograd_loops.h"
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
-                             apply_to = function)
+#pragma clang attribute push(                                                    \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+    apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
 #endif

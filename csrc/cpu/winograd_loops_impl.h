@@ -1,5 +1,5 @@
-// Included by winograd_loops_{avx2,avx512}.cpp, each with its own target, FUSEDCONVBN_ISA and FUSEDCONVBN_VECTOR, the
-// floats in a vector.
+// Included by winograd_loops_{avx2,avx512}.cpp, each with its own target, FUSEDCONVBN_ISA and
+// FUSEDCONVBN_VECTOR, the floats in a vector.
 
 #include "vector.h"
 
@@ -10,12 +10,14 @@ namespace fusedconvbn::cpu {
 namespace {
 
 constexpr int64_t panel = 2 * lanes;
-constexpr int64_t rows_at_a_time = lanes / 2;  // of a product: with two vectors each, half of the registers
+constexpr int64_t rows_at_a_time =
+    lanes / 2;  // of a product: with two vectors each, half of the registers
 
-// c[i][j] (+)= Σ_k a[i·row + k·step]·b[k·b_row + j] for `rows_at_a_time` rows and one panel of columns
+// c[i][j] (+)= Σ_k a[i·row + k·step]·b[k·b_row + j] for `rows_at_a_time` rows and one panel of
+// columns
 template <bool add>
-inline void multiply(int64_t depth, const float* a, int64_t row, int64_t step, const float* b, int64_t b_row, float* c,
-                     int64_t c_row) {
+inline void multiply(int64_t depth, const float* a, int64_t row, int64_t step, const float* b,
+                     int64_t b_row, float* c, int64_t c_row) {
   Vector sums[rows_at_a_time][2] = {};
   for (int64_t k = 0; k < depth; ++k) {
     const Vector b0 = load(b), b1 = load(b + lanes);
@@ -65,10 +67,12 @@ struct Place {
 };
 
 // v[p·plane + c] = (Bᵀ d B)_p
-inline void spread_input(const WinogradShape& s, int64_t tile, const float* in, float* v, int64_t plane) {
+inline void spread_input(const WinogradShape& s, int64_t tile, const float* in, float* v,
+                         int64_t plane) {
   const Place place(s, tile);
-  const Window<4, 4> window(in + place.sample * s.height * s.width * s.channels, s.height, s.width, s.channels,
-                            2 * place.row - s.pad_height, 2 * place.column - s.pad_width);
+  const Window<4, 4> window(in + place.sample * s.height * s.width * s.channels, s.height, s.width,
+                            s.channels, 2 * place.row - s.pad_height,
+                            2 * place.column - s.pad_width);
   for (int64_t c = 0; c < s.channels; c += lanes) {
     Tile d;
     for (int64_t i = 0; i < 4; ++i)
@@ -80,10 +84,12 @@ inline void spread_input(const WinogradShape& s, int64_t tile, const float* in, 
 }
 
 // z[p·plane + k] = (A dy Aᵀ)_p
-inline void spread_gradient(const WinogradShape& s, int64_t tile, const float* dout, float* z, int64_t plane) {
+inline void spread_gradient(const WinogradShape& s, int64_t tile, const float* dout, float* z,
+                            int64_t plane) {
   const Place place(s, tile);
-  const Window<2, 2> window(dout + place.sample * s.out_height() * s.out_width() * s.all_filters, s.out_height(),
-                            s.out_width(), s.all_filters, 2 * place.row, 2 * place.column);
+  const Window<2, 2> window(dout + place.sample * s.out_height() * s.out_width() * s.all_filters,
+                            s.out_height(), s.out_width(), s.all_filters, 2 * place.row,
+                            2 * place.column);
   for (int64_t k = 0; k < s.filters; k += lanes) {
     Vector t[4][2];
     for (int64_t j = 0; j < 2; ++j) {
@@ -104,9 +110,11 @@ inline void spread_gradient(const WinogradShape& s, int64_t tile, const float* d
 }
 
 // y = Aᵀ m A of m[p·plane + k]
-inline void gather_output(const WinogradShape& s, int64_t tile, const float* m, int64_t plane, float* out) {
+inline void gather_output(const WinogradShape& s, int64_t tile, const float* m, int64_t plane,
+                          float* out) {
   const Place place(s, tile);
-  const int64_t top = 2 * place.row, left = 2 * place.column, height = s.out_height(), width = s.out_width();
+  const int64_t top = 2 * place.row, left = 2 * place.column, height = s.out_height(),
+                width = s.out_width();
   float* const corner = out + ((place.sample * height + top) * width + left) * s.all_filters;
   const bool right = left + 1 < width, below = top + 1 < height;
   for (int64_t k = 0; k < s.filters; k += lanes) {
@@ -127,12 +135,14 @@ inline void gather_output(const WinogradShape& s, int64_t tile, const float* m, 
   }
 }
 
-void outputs(const WinogradShape& s, int64_t begin, int64_t end, const float* in, const float* u, float* scratch,
-             float* out) {
+void outputs(const WinogradShape& s, int64_t begin, int64_t end, const float* in, const float* u,
+             float* scratch, float* out) {
   const int64_t count = end - begin, C = s.channels, K = s.filters;
-  const int64_t rows = (count + rows_at_a_time - 1) / rows_at_a_time * rows_at_a_time;  // the last ones may be anything
-  constexpr int64_t most = 256;                                          // channels added up in a row, as in `products`
-  const int64_t v_plane = rows * C + lanes, m_plane = rows * K + lanes;  // planes not all at the same place of a cache
+  const int64_t rows = (count + rows_at_a_time - 1) / rows_at_a_time *
+                       rows_at_a_time;  // the last ones may be anything
+  constexpr int64_t most = 256;         // channels added up in a row, as in `products`
+  const int64_t v_plane = rows * C + lanes,
+                m_plane = rows * K + lanes;  // planes not all at the same place of a cache
   float *const v = scratch, *const m = scratch + winograd_places * v_plane;
   for (int64_t t = 0; t < count; ++t) spread_input(s, begin + t, in, v + t * C, v_plane);
   for (int64_t p = 0; p < winograd_places; ++p)
@@ -140,22 +150,22 @@ void outputs(const WinogradShape& s, int64_t begin, int64_t end, const float* in
       for (int64_t t = 0; t < count; t += rows_at_a_time)
         for (int64_t c = 0; c < C; c += most) {
           const auto add_up = c == 0 ? multiply<false> : multiply<true>;
-          add_up(C - c < most ? C - c : most, v + p * v_plane + t * C + c, C, 1, u + (p * K + k) * C + c * panel, panel,
-                 m + p * m_plane + t * K + k, K);
+          add_up(C - c < most ? C - c : most, v + p * v_plane + t * C + c, C, 1,
+                 u + (p * K + k) * C + c * panel, panel, m + p * m_plane + t * K + k, K);
         }
   for (int64_t t = 0; t < count; ++t) gather_output(s, begin + t, m + t * K, m_plane, out);
 }
 
-void spread(const WinogradShape& s, int64_t first, int64_t begin, int64_t end, int64_t stride, const float* in,
-            const float* dout, float* v, float* z) {
+void spread(const WinogradShape& s, int64_t first, int64_t begin, int64_t end, int64_t stride,
+            const float* in, const float* dout, float* v, float* z) {
   for (int64_t t = begin; t < end; ++t) {
     spread_input(s, first + t, in, v + t * s.channels, stride * s.channels);
     spread_gradient(s, first + t, dout, z + t * s.filters, stride * s.filters);
   }
 }
 
-void products(const WinogradShape& s, int64_t p, int64_t begin, int64_t end, int64_t count, int64_t stride,
-              const float* v, const float* z, float* du) {
+void products(const WinogradShape& s, int64_t p, int64_t begin, int64_t end, int64_t count,
+              int64_t stride, const float* v, const float* z, float* du) {
   constexpr int64_t most = 64;  // products added up in a row: longer sums lose digits
   const int64_t C = s.channels, K = s.filters;
   v += p * stride * C;
@@ -171,7 +181,8 @@ void products(const WinogradShape& s, int64_t p, int64_t begin, int64_t end, int
 inline Tile filter_tile(const float* g, int64_t step) {
   Vector t[4][3];
   for (int64_t j = 0; j < 3; ++j) {
-    const Vector g0 = load(g + j * step), g1 = load(g + (3 + j) * step), g2 = load(g + (6 + j) * step);
+    const Vector g0 = load(g + j * step), g1 = load(g + (3 + j) * step),
+                 g2 = load(g + (6 + j) * step);
     t[0][j] = g0;
     t[1][j] = 0.5f * (g0 + g1 + g2);
     t[2][j] = 0.5f * (g0 - g1 + g2);
@@ -188,7 +199,7 @@ inline Tile filter_tile(const float* g, int64_t step) {
 }
 
 void filters(WinogradWeight w, int64_t first, int64_t count, int64_t begin, int64_t end, float* u) {
-  constexpr int64_t block = 8;                   // channels, gathered so that u is written in long runs
+  constexpr int64_t block = 8;  // channels, gathered so that u is written in long runs
   constexpr int64_t mirrored[4] = {3, 1, 2, 0};  // G g Gᵀ of a g that is turned around
   const int64_t channels = w.turned ? w.filters : w.channels;
   for (int64_t k = begin; k < end; k += panel)
@@ -204,15 +215,16 @@ void filters(WinogradWeight w, int64_t first, int64_t count, int64_t begin, int6
           const Tile t = filter_tile(&g[0][i][j], block * panel);
           for (int64_t y = 0; y < 4; ++y)
             for (int64_t x = 0; x < 4; ++x)
-              store(&tiles[4 * y + x][i][j], w.turned ? t.at[mirrored[y]][mirrored[x]] : t.at[y][x]);
+              store(&tiles[4 * y + x][i][j],
+                    w.turned ? t.at[mirrored[y]][mirrored[x]] : t.at[y][x]);
         }
       for (int64_t p = 0; p < winograd_places; ++p)
         __builtin_memcpy(u + (p * count + k) * channels + c * panel, tiles[p], sizeof tiles[p]);
     }
 }
 
-void filter_gradients(const WinogradShape& s, int64_t begin, int64_t end, int64_t count, int64_t stride,
-                      const float* du, float* dweight) {
+void filter_gradients(const WinogradShape& s, int64_t begin, int64_t end, int64_t count,
+                      int64_t stride, const float* du, float* dweight) {
   const int64_t C = s.channels, K = s.filters;
   for (int64_t k = begin; k < end; ++k)
     for (int64_t c = 0; c < C; c += lanes) {
@@ -220,7 +232,8 @@ void filter_gradients(const WinogradShape& s, int64_t begin, int64_t end, int64_
       for (int64_t j = 0; j < 4; ++j) {
         const auto at = [&](int64_t i) {
           Vector sum = {};
-          for (int64_t n = 0; n < count; ++n) sum += load(du + n * stride + ((4 * i + j) * K + k) * C + c);
+          for (int64_t n = 0; n < count; ++n)
+            sum += load(du + n * stride + ((4 * i + j) * K + k) * C + c);
           return sum;
         };
         const Vector u0 = at(0), u1 = at(1), u2 = at(2), u3 = at(3);

@@ -21,7 +21,8 @@ using at::Tensor;
 cuda::Map map_of(const Tensor& y, int64_t samples) {
   const auto layout = dense_layout(y, samples);
   int multiprocessors = 0;
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, y.device().index()));
+  C10_CUDA_CHECK(
+      cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, y.device().index()));
   return {cuda::dtype_of(y), layout.channels_last, layout.samples, layout.outer,
           layout.channels,   layout.inner,         multiprocessors};
 }
@@ -30,8 +31,8 @@ const void* data_or_null(const Tensor& t) { return t.defined() ? t.const_data_pt
 void* mutable_data_or_null(const Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
 
 cuda::Vectors vectors_of(const NormVectors& norm, const Tensor& y, int64_t samples) {
-  return {data_or_null(norm.statistics), data_or_null(norm.weight), data_or_null(norm.bias), samples * y.size(1),
-          norm.how};
+  return {data_or_null(norm.statistics), data_or_null(norm.weight), data_or_null(norm.bias),
+          samples * y.size(1), norm.how};
 }
 
 // run(map, scratch, result, stream)
@@ -42,7 +43,8 @@ Tensor reduce(const Tensor& y, int64_t samples, const Run& run) {
   const auto options = at::TensorOptions().device(y.device());
   auto result = at::empty({2, samples * y.size(1)}, options.dtype(statistics_dtype(y)));
   const auto scratch = at::empty({cuda::scratch_bytes(map)}, options.dtype(at::kByte));
-  run(map, scratch.mutable_data_ptr(), result.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream().stream());
+  run(map, scratch.mutable_data_ptr(), result.mutable_data_ptr(),
+      c10::cuda::getCurrentCUDAStream().stream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return result;
 }
@@ -57,35 +59,43 @@ void elementwise(const Tensor& y, const NormVectors& norm, const Run& run) {
 }
 
 Tensor channel_stats(const Tensor& y, int64_t samples) {
-  return reduce(y, samples, [&](const cuda::Map& map, void* scratch, void* result, cudaStream_t stream) {
-    cuda::channel_stats(map, y.const_data_ptr(), scratch, result, stream);
-  });
+  return reduce(y, samples,
+                [&](const cuda::Map& map, void* scratch, void* result, cudaStream_t stream) {
+                  cuda::channel_stats(map, y.const_data_ptr(), scratch, result, stream);
+                });
 }
 
-Tensor channel_grad_stats(const Tensor& dout, const Tensor& y, int64_t samples, const NormVectors& norm,
-                          const Activation& activation, const Joined& joined, const ParameterGrads& grads) {
-  const cuda::Joined with{data_or_null(joined.residual), data_or_null(joined.result), mutable_data_or_null(joined.du)};
-  return reduce(y, samples, [&](const cuda::Map& map, void* scratch, void* result, cudaStream_t stream) {
-    cuda::channel_grad_stats(map, dout.const_data_ptr(), y.const_data_ptr(), vectors_of(norm, y, samples), activation,
-                             with, scratch, result, mutable_data_or_null(grads.weight),
-                             mutable_data_or_null(grads.bias), stream);
-  });
+Tensor channel_grad_stats(const Tensor& dout, const Tensor& y, int64_t samples,
+                          const NormVectors& norm, const Activation& activation,
+                          const Joined& joined, const ParameterGrads& grads) {
+  const cuda::Joined with{data_or_null(joined.residual), data_or_null(joined.result),
+                          mutable_data_or_null(joined.du)};
+  return reduce(y, samples,
+                [&](const cuda::Map& map, void* scratch, void* result, cudaStream_t stream) {
+                  cuda::channel_grad_stats(map, dout.const_data_ptr(), y.const_data_ptr(),
+                                           vectors_of(norm, y, samples), activation, with, scratch,
+                                           result, mutable_data_or_null(grads.weight),
+                                           mutable_data_or_null(grads.bias), stream);
+                });
 }
 
-void channel_apply_(Tensor& out, const Tensor& y, const NormVectors& norm, const Activation& activation,
-                    const Tensor& residual) {
-  elementwise(y, norm, [&](const cuda::Map& map, const cuda::Vectors& vectors, cudaStream_t stream) {
-    cuda::channel_apply_(map, out.mutable_data_ptr(), y.const_data_ptr(), vectors, activation, data_or_null(residual),
-                         stream);
-  });
+void channel_apply_(Tensor& out, const Tensor& y, const NormVectors& norm,
+                    const Activation& activation, const Tensor& residual) {
+  elementwise(y, norm,
+              [&](const cuda::Map& map, const cuda::Vectors& vectors, cudaStream_t stream) {
+                cuda::channel_apply_(map, out.mutable_data_ptr(), y.const_data_ptr(), vectors,
+                                     activation, data_or_null(residual), stream);
+              });
 }
 
-void channel_grad_apply_(Tensor& out, const Tensor& dout, const Tensor& y, const NormVectors& norm, const Tensor& sums,
-                         const Activation& activation) {
-  elementwise(y, norm, [&](const cuda::Map& map, const cuda::Vectors& vectors, cudaStream_t stream) {
-    cuda::channel_grad_apply_(map, out.mutable_data_ptr(), dout.const_data_ptr(), y.const_data_ptr(), vectors,
-                              data_or_null(sums), activation, stream);
-  });
+void channel_grad_apply_(Tensor& out, const Tensor& dout, const Tensor& y, const NormVectors& norm,
+                         const Tensor& sums, const Activation& activation) {
+  elementwise(y, norm,
+              [&](const cuda::Map& map, const cuda::Vectors& vectors, cudaStream_t stream) {
+                cuda::channel_grad_apply_(map, out.mutable_data_ptr(), dout.const_data_ptr(),
+                                          y.const_data_ptr(), vectors, data_or_null(sums),
+                                          activation, stream);
+              });
 }
 
 void update_running(at::ArrayRef<RunningUpdate> updates) {
@@ -108,14 +118,16 @@ void update_running(at::ArrayRef<RunningUpdate> updates) {
                                    u.momentum,
                                    u.values};
     // A norm that runs twice in a chain is updated twice, one after the other.
-    const bool again = std::any_of(entries.begin(), entries.end(), [&](const auto& e) { return e.mean == entry.mean; });
+    const bool again = std::any_of(entries.begin(), entries.end(),
+                                   [&](const auto& e) { return e.mean == entry.mean; });
     if (again || int64_t(entries.size()) == cuda::most_running_entries) launch();
     entries.push_back(entry);
   }
   launch();
 }
 
-const ChannelKernels kernels{channel_stats, channel_apply_, channel_grad_stats, channel_grad_apply_, update_running};
+const ChannelKernels kernels{channel_stats, channel_apply_, channel_grad_stats, channel_grad_apply_,
+                             update_running};
 const RegisterChannelKernels registered(at::kCUDA, kernels);
 
 }  // namespace

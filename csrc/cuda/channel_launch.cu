@@ -1,13 +1,17 @@
 // How the four kernels walk a map:
 //
-//   contiguous      A plane (one sample, one channel) is read as the aligned vectors that cover it. Those that
-//                   stick out at its ends, as planes need not begin at a vector, are done value by value.
-//   channels last   A thread stays on one vector of channels and goes down the rows. Where the channels are no whole
+//   contiguous      A plane (one sample, one channel) is read as the aligned vectors that cover it.
+//   Those that
+//                   stick out at its ends, as planes need not begin at a vector, are done value by
+//                   value.
+//   channels last   A thread stays on one vector of channels and goes down the rows. Where the
+//   channels are no whole
 //                   number of vectors, several rows are read as one of as many times the channels.
 //
-// A reduction has two stages. In the first a block makes one partial result of each group it saw, in the second they
-// are merged. Both add in an order that depends on the shape and the device alone. Reductions walk from the end of a
-// map to its start and the others from the start: what was written or read last is what the cache still has.
+// A reduction has two stages. In the first a block makes one partial result of each group it saw,
+// in the second they are merged. Both add in an order that depends on the shape and the device
+// alone. Reductions walk from the end of a map to its start and the others from the start: what was
+// written or read last is what the cache still has.
 #include <algorithm>
 #include <numeric>
 #include <type_traits>
@@ -24,13 +28,14 @@ constexpr unsigned threads = 256;  // of a block, at most
 constexpr unsigned blocks_per_multiprocessor = 4;
 template <typename acc>
 constexpr unsigned resident = sizeof(acc) == 8 ? 2 : blocks_per_multiprocessor;
-// Blocks at most. Channels last, each of them first reads the vectors of its channels: no more than run at a time.
-// Contiguous, more of them make the last wave smaller.
+// Blocks at most. Channels last, each of them first reads the vectors of its channels: no more than
+// run at a time. Contiguous, more of them make the last wave smaller.
 constexpr int64_t most_reduction_blocks = 4736;  // the parts of which are merged
 constexpr int64_t most_plane_blocks = 16384;
 constexpr int64_t steps = 4;  // vectors a thread should do, before more blocks are used
 
-// ---------------------------------------------------------------------------------------------- contiguous
+// ----------------------------------------------------------------------------------------------
+// contiguous
 
 // The aligned vectors that cover planes, `width` places for each: as many as a plane can touch.
 template <int V>
@@ -61,7 +66,8 @@ struct Piece {
   bool whole;
   typename Op::template Loaded<V> loaded;
 
-  __device__ __forceinline__ void load(const Op& op, const Planes<V>& planes, int64_t number, int64_t vector) {
+  __device__ __forceinline__ void load(const Op& op, const Planes<V>& planes, int64_t number,
+                                       int64_t vector) {
     plane = number;
     const int64_t start = plane * planes.inner;
     first = start / V * V + vector * V;
@@ -99,7 +105,8 @@ __global__ void __launch_bounds__(threads, resident<typename Op::acc>)
 #pragma unroll
     for (int i = 0; i < batch; ++i) {
       if (pieces[i].plane >= count) return;
-      pieces[i].run(op, planes, op.template groups<1>({0, pieces[i].plane % planes.channels, planes.channels}));
+      pieces[i].run(op, planes,
+                    op.template groups<1>({0, pieces[i].plane % planes.channels, planes.channels}));
     }
   }
 }
@@ -121,7 +128,8 @@ __global__ void __launch_bounds__(threads, resident<typename Op::acc>)
     Piece<Op, V> pieces[batch];
 #pragma unroll
     for (int i = 0; i < batch; ++i) {
-      if (at + i * threads < last) pieces[i].load(op, planes, place.plane * planes.channels + c, place.vector);
+      if (at + i * threads < last)
+        pieces[i].load(op, planes, place.plane * planes.channels + c, place.vector);
       place.advance(planes, step);
     }
 #pragma unroll
@@ -139,7 +147,8 @@ __global__ void __launch_bounds__(threads, resident<typename Op::acc>)
   if (t == 0) partial[part * planes.channels + c] = shared[0];
 }
 
-// ------------------------------------------------------------------------------------------- channels last
+// -------------------------------------------------------------------------------------------
+// channels last
 
 // The rows of each sample. A row has the channels `width / channels` times.
 struct Rows {
@@ -155,20 +164,26 @@ struct Column {
   int64_t sample, first;
 
   __device__ explicit Column(const Rows& map)
-      : sample(blockIdx.x / map.columns), first((blockIdx.x % map.columns * int64_t(blockDim.x) + threadIdx.x) * V) {}
+      : sample(blockIdx.x / map.columns),
+        first((blockIdx.x % map.columns * int64_t(blockDim.x) + threadIdx.x) * V) {}
   __device__ bool inside(const Rows& map) const { return first < map.width; }
-  __device__ Lanes lanes(const Rows& map) const { return {sample * map.channels, first % map.channels, map.channels}; }
+  __device__ Lanes lanes(const Rows& map) const {
+    return {sample * map.channels, first % map.channels, map.channels};
+  }
 };
 
-// Runs `op` on every (gridDim.y·blockDim.y)-th row, from the first of them or, backward, from the last.
+// Runs `op` on every (gridDim.y·blockDim.y)-th row, from the first of them or, backward, from the
+// last.
 template <int V, bool backward, typename Op, typename... Accumulator>
 __device__ __forceinline__ void go_down(const Op& op, const Rows& map, const Column<V>& column,
                                         Accumulator&... accumulator) {
   constexpr int batch = Op::template in_flight<V, V>;
   const auto groups = op.template groups<V>(column.lanes(map));
-  const int64_t step = int64_t(gridDim.y) * blockDim.y, jump = (backward ? -step : step) * map.width;
+  const int64_t step = int64_t(gridDim.y) * blockDim.y,
+                jump = (backward ? -step : step) * map.width;
   int64_t row = int64_t(blockIdx.y) * blockDim.y + threadIdx.y;
-  int64_t at = (column.sample * map.rows + (backward ? map.rows - 1 - row : row)) * map.width + column.first;
+  int64_t at =
+      (column.sample * map.rows + (backward ? map.rows - 1 - row : row)) * map.width + column.first;
   for (; row < map.rows; row += batch * step, at += batch * jump) {
     typename Op::template Loaded<V> loaded[batch];
 #pragma unroll
@@ -176,12 +191,14 @@ __device__ __forceinline__ void go_down(const Op& op, const Rows& map, const Col
       if (row + i * step < map.rows) loaded[i] = op.template load<V>(at + i * jump);
 #pragma unroll
     for (int i = 0; i < batch; ++i)
-      if (row + i * step < map.rows) op.template run<V, V>(loaded[i], at + i * jump, groups, accumulator...);
+      if (row + i * step < map.rows)
+        op.template run<V, V>(loaded[i], at + i * jump, groups, accumulator...);
   }
 }
 
 template <typename Op, int V>
-__global__ void __launch_bounds__(threads, resident<typename Op::acc>) elementwise_channels_last(Op op, Rows map) {
+__global__ void __launch_bounds__(threads, resident<typename Op::acc>)
+    elementwise_channels_last(Op op, Rows map) {
   const Column<V> column(map);
   if (column.inside(map)) go_down<V, false>(op, map, column);
 }
@@ -189,7 +206,8 @@ __global__ void __launch_bounds__(threads, resident<typename Op::acc>) elementwi
 // partial: (gridDim.y, samples, width)
 template <typename Op, int V>
 __global__ void __launch_bounds__(threads, resident<typename Op::acc>)
-    reduce_channels_last(Op op, Rows map, typename Op::template Partial<typename Op::acc>* partial) {
+    reduce_channels_last(Op op, Rows map,
+                         typename Op::template Partial<typename Op::acc>* partial) {
   using Partial = typename Op::template Partial<typename Op::acc>;
   const Column<V> column(map);
   typename Op::template Accumulator<V> accumulator;
@@ -203,15 +221,18 @@ __global__ void __launch_bounds__(threads, resident<typename Op::acc>)
     const unsigned half = (left + 1) / 2;
     __syncthreads();
     if (threadIdx.y + half < left)
-      for (int j = 0; j < V; ++j) shared[j * threads + t].merge(shared[j * threads + t + half * blockDim.x]);
+      for (int j = 0; j < V; ++j)
+        shared[j * threads + t].merge(shared[j * threads + t + half * blockDim.x]);
     left = half;
   }
   if (threadIdx.y == 0 && column.inside(map))
     for (int j = 0; j < V; ++j)
-      partial[(blockIdx.y * map.samples + column.sample) * map.width + column.first + j] = shared[j * threads + t];
+      partial[(blockIdx.y * map.samples + column.sample) * map.width + column.first + j] =
+          shared[j * threads + t];
 }
 
-// -------------------------------------------------------------------------------------------- second stage
+// --------------------------------------------------------------------------------------------
+// second stage
 
 constexpr unsigned merged_groups = 8;  // of a block
 
@@ -224,8 +245,9 @@ struct Sink {
 
 // partial: (parts / folded, samples, folded, channels)
 template <template <typename> typename Partial, typename acc>
-__global__ void __launch_bounds__(threads, 2) merge_partials(const Partial<acc>* partial, int64_t parts, int64_t folded,
-                                                             int64_t channels, int64_t groups, Sink<acc> sink) {
+__global__ void __launch_bounds__(threads, 2)
+    merge_partials(const Partial<acc>* partial, int64_t parts, int64_t folded, int64_t channels,
+                   int64_t groups, Sink<acc> sink) {
   const int64_t g = int64_t(blockIdx.x) * merged_groups + threadIdx.x;
   const int64_t start = g / channels * folded * channels + g % channels;
   Partial<double> merged{};
@@ -235,8 +257,9 @@ __global__ void __launch_bounds__(threads, 2) merge_partials(const Partial<acc>*
 #pragma unroll
     for (int i = 0; i < batch; ++i) {
       const int64_t part = k + i * int64_t(blockDim.y);
-      next[i] =
-          part < parts ? partial[start + part / folded * folded * groups + part % folded * channels] : Partial<acc>{};
+      next[i] = part < parts
+                    ? partial[start + part / folded * folded * groups + part % folded * channels]
+                    : Partial<acc>{};
     }
 #pragma unroll
     for (int i = 0; i < batch; ++i) merged.merge(next[i]);
@@ -256,12 +279,14 @@ __global__ void __launch_bounds__(threads, 2) merge_partials(const Partial<acc>*
     if (sink.bias) sink.bias[g] = first;
     if (sink.weight) {
       const auto* statistics = static_cast<const acc*>(sink.vectors.statistics);
-      sink.weight[g] = statistics ? inverse_std(sink.vectors.how, statistics[groups + g]) * second : second;
+      sink.weight[g] =
+          statistics ? inverse_std(sink.vectors.how, statistics[groups + g]) * second : second;
     }
   }
 }
 
-// -------------------------------------------------------------------------------------------------- launch
+// --------------------------------------------------------------------------------------------------
+// launch
 
 // How many rows are read as one for vectors of V values, or 0 where that cannot be.
 int64_t folded_rows(const Map& map, int64_t V) {
@@ -272,7 +297,8 @@ int64_t folded_rows(const Map& map, int64_t V) {
 // f(std::integral_constant<int, V>) with the widest vector that every pointer allows,
 template <typename T, typename F>
 void with_plane_vector(std::initializer_list<const void*> pointers, const F& f) {
-  if (aligned<T>(pointers, whole_vector<T>)) return f(std::integral_constant<int, whole_vector<T>>{});
+  if (aligned<T>(pointers, whole_vector<T>))
+    return f(std::integral_constant<int, whole_vector<T>>{});
   f(std::integral_constant<int, 1>{});
 }
 
@@ -289,7 +315,8 @@ void with_row_vector(const Map& map, std::initializer_list<const void*> pointers
 template <typename Op>
 constexpr int row_vector = std::min(whole_vector<typename Op::type>, Op::most_groups);
 
-// How many parts the work is cut into, when one part has `blocks` blocks and each block `units` steps to do.
+// How many parts the work is cut into, when one part has `blocks` blocks and each block `units`
+// steps to do.
 int64_t parts_for(int64_t most, int64_t blocks, int64_t units) {
   return std::clamp<int64_t>(std::min(most / blocks, units / steps), 1, most);
 }
@@ -301,7 +328,8 @@ struct RowPlan {
   int64_t parts;
 
   RowPlan(const Map& m, int64_t V) {
-    const int64_t folded = folded_rows(m, V), vectors = folded * m.channels / V, columns = ceil_div(vectors, 32);
+    const int64_t folded = folded_rows(m, V), vectors = folded * m.channels / V,
+                  columns = ceil_div(vectors, 32);
     map = {m.samples, m.outer / folded, folded * m.channels, m.channels, columns};
     const unsigned x = ceil_div(vectors, columns);
     block = {x, threads / x, 1};
@@ -318,8 +346,8 @@ int64_t plane_parts(const Map& map) {
 }
 
 template <typename Op>
-void reduce(const Map& map, const Op& op, std::initializer_list<const void*> pointers, void* scratch,
-            const Sink<typename Op::acc>& sink, cudaStream_t stream) {
+void reduce(const Map& map, const Op& op, std::initializer_list<const void*> pointers,
+            void* scratch, const Sink<typename Op::acc>& sink, cudaStream_t stream) {
   using acc = typename Op::acc;
   using Partial = typename Op::template Partial<acc>;
   auto* partial = static_cast<Partial*>(scratch);
@@ -336,18 +364,19 @@ void reduce(const Map& map, const Op& op, std::initializer_list<const void*> poi
       const Planes<V()> planes(map.inner, map.channels);
       parts = plane_parts<V()>(map);
       const int64_t length = ceil_div(map.outer * planes.width, parts);
-      launch(reduce_contiguous<Op, V()>, dim3(map.channels, parts), dim3(threads), stream, op, planes, map.outer,
-             length, partial);
+      launch(reduce_contiguous<Op, V()>, dim3(map.channels, parts), dim3(threads), stream, op,
+             planes, map.outer, length, partial);
     });
   }
   const int64_t groups = map.samples * map.channels;
   launch(merge_partials<Op::template Partial, acc>, dim3(ceil_div(groups, merged_groups)),
-         dim3(merged_groups, threads / merged_groups), stream, static_cast<const Partial*>(partial), parts, folded,
-         map.channels, groups, sink);
+         dim3(merged_groups, threads / merged_groups), stream, static_cast<const Partial*>(partial),
+         parts, folded, map.channels, groups, sink);
 }
 
 template <typename Op>
-void elementwise(const Map& map, const Op& op, std::initializer_list<const void*> pointers, cudaStream_t stream) {
+void elementwise(const Map& map, const Op& op, std::initializer_list<const void*> pointers,
+                 cudaStream_t stream) {
   if (map.channels_last) {
     with_row_vector<typename Op::type, row_vector<Op>>(map, pointers, [&](auto V) {
       const RowPlan plan(map, V);
@@ -358,7 +387,8 @@ void elementwise(const Map& map, const Op& op, std::initializer_list<const void*
       const Planes<V()> planes(map.inner, map.channels);
       const int64_t count = map.outer * map.channels;
       const int64_t blocks = parts_for(most_plane_blocks, 1, count * planes.width / threads);
-      launch(elementwise_contiguous<Op, V()>, dim3(blocks), dim3(threads), stream, op, planes, count);
+      launch(elementwise_contiguous<Op, V()>, dim3(blocks), dim3(threads), stream, op, planes,
+             count);
     });
   }
 }
@@ -414,21 +444,26 @@ int64_t scratch_bytes(const Map& map) {
   return parts * map.samples * map.channels * 4 * acc;
 }
 
-void channel_stats(const Map& map, const void* y, void* scratch, void* result, cudaStream_t stream) {
+void channel_stats(const Map& map, const void* y, void* scratch, void* result,
+                   cudaStream_t stream) {
   with_dtype(map.dtype, [&]<typename T>(T) {
     const Sink<acc_t<T>> sink{static_cast<acc_t<T>*>(result), nullptr, nullptr, {}};
     reduce(map, Stats<T>{static_cast<const T*>(y)}, {y}, scratch, sink, stream);
   });
 }
 
-void channel_grad_stats(const Map& map, const void* dout, const void* y, Vectors vectors, Activation activation,
-                        Joined joined, void* scratch, void* result, void* dweight, void* dbias, cudaStream_t stream) {
+void channel_grad_stats(const Map& map, const void* dout, const void* y, Vectors vectors,
+                        Activation activation, Joined joined, void* scratch, void* result,
+                        void* dweight, void* dbias, cudaStream_t stream) {
   with_dtype(map.dtype, [&]<typename T>(T) {
     using acc = acc_t<T>;
-    const Sink<acc> sink{static_cast<acc*>(result), static_cast<acc*>(dweight), static_cast<acc*>(dbias), vectors};
+    const Sink<acc> sink{static_cast<acc*>(result), static_cast<acc*>(dweight),
+                         static_cast<acc*>(dbias), vectors};
     with_act(activation, [&]<typename Act>(Act act) {
       with_slope_at<Act>(joined, [&](auto where) {
-        const void* other = where() == At::u ? nullptr : where() == At::sum ? joined.residual : joined.result;
+        const void* other = where() == At::u     ? nullptr
+                            : where() == At::sum ? joined.residual
+                                                 : joined.result;
         const GradStats<T, Act, where()> op{static_cast<const T*>(dout),
                                             static_cast<const T*>(y),
                                             static_cast<const T*>(other),
@@ -441,8 +476,8 @@ void channel_grad_stats(const Map& map, const void* dout, const void* y, Vectors
   });
 }
 
-void channel_apply_(const Map& map, void* out, const void* y, Vectors vectors, Activation activation,
-                    const void* residual, cudaStream_t stream) {
+void channel_apply_(const Map& map, void* out, const void* y, Vectors vectors,
+                    Activation activation, const void* residual, cudaStream_t stream) {
   with_dtype(map.dtype, [&]<typename T>(T) {
     with_act(activation, [&]<typename Act>(Act act) {
       const auto run = [&](auto with_residual) {
@@ -455,8 +490,9 @@ void channel_apply_(const Map& map, void* out, const void* y, Vectors vectors, A
   });
 }
 
-void channel_grad_apply_(const Map& map, void* out, const void* dout, const void* y, Vectors vectors, const void* sums,
-                         Activation activation, cudaStream_t stream) {
+void channel_grad_apply_(const Map& map, void* out, const void* dout, const void* y,
+                         Vectors vectors, const void* sums, Activation activation,
+                         cudaStream_t stream) {
   with_dtype(map.dtype, [&]<typename T>(T) {
     with_act(activation, [&]<typename Act>(Act act) {
       const GradApply<T, Act> op{static_cast<T*>(out),

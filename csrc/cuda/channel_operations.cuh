@@ -1,12 +1,14 @@
-// What the four kernels do with a vector of values: Apply, GradApply, and, adding up, Stats and GradStats. How they
-// walk a map is in channel_launch.cu.
+// What the four kernels do with a vector of values: Apply, GradApply, and, adding up, Stats and
+// GradStats. How they walk a map is in channel_launch.cu.
 //
-// Act is the functor of an activation or, for all but the most frequent ones, `Activation`: then it is chosen once for
-// a vector, alike in all threads. Kernels for each activation would be a hundred.
+// Act is the functor of an activation or, for all but the most frequent ones, `Activation`: then it
+// is chosen once for a vector, alike in all threads. Kernels for each activation would be a
+// hundred.
 //
-// load<V> reads the V values at `at` and run<V, W> does them. They belong to W groups: one (contiguous) or V (channels
-// last); `most_groups` are those whose vectors there is room for in 64 registers. A thread loads `in_flight<V, W>`
-// vectors before it does the first of them (`python tests/build_cuda.py resources` shows what becomes of both).
+// load<V> reads the V values at `at` and run<V, W> does them. They belong to W groups: one
+// (contiguous) or V (channels last); `most_groups` are those whose vectors there is room for in 64
+// registers. A thread loads `in_flight<V, W>` vectors before it does the first of them (`python
+// tests/build_cuda.py resources` shows what becomes of both).
 #pragma once
 
 #include <algorithm>
@@ -18,7 +20,8 @@
 namespace fusedconvbn::cuda {
 namespace {
 
-// How many vectors of V values, of each of `maps` maps, a thread loads at a time, from one channel or more.
+// How many vectors of V values, of each of `maps` maps, a thread loads at a time, from one channel
+// or more.
 template <typename Act, typename T, int V, int W, int maps>
 constexpr int vectors_in_flight() {
   if (std::is_same_v<Act, Activation> || (W == 1 && V == 1)) return 1;
@@ -34,10 +37,11 @@ __device__ __forceinline__ void with_functor(const Act& functor, const F& f) {
   f(functor);
 }
 
-// -------------------------------------------------------------------------------------------- vectors of groups
+// --------------------------------------------------------------------------------------------
+// vectors of groups
 
-// The groups of neighbouring values: channels from `channel` on, and after the last one from the first again, of the
-// sample whose first group is `group`.
+// The groups of neighbouring values: channels from `channel` on, and after the last one from the
+// first again, of the sample whose first group is `group`.
 struct Lanes {
   int64_t group, channel, channels;
 };
@@ -53,7 +57,8 @@ __device__ __forceinline__ Values<acc, W> read(const acc* vector, const Lanes& l
   constexpr int width = W < int(vector_bytes / sizeof(acc)) ? W : int(vector_bytes / sizeof(acc));
   Values<acc, W> values;
   const acc* const from = vector + lanes.group;
-  const bool aligned = reinterpret_cast<uintptr_t>(from + lanes.channel) % (width * sizeof(acc)) == 0;
+  const bool aligned =
+      reinterpret_cast<uintptr_t>(from + lanes.channel) % (width * sizeof(acc)) == 0;
   if (vector == nullptr) {
 #pragma unroll
     for (int j = 0; j < W; ++j) values.of[j] = absent;
@@ -95,7 +100,8 @@ struct Affine {
   }
 };
 
-// -------------------------------------------------------------------------------------------------- elementwise
+// --------------------------------------------------------------------------------------------------
+// elementwise
 
 template <typename T, typename Act, bool with_residual>
 struct Apply {
@@ -128,7 +134,8 @@ struct Apply {
     return loaded;
   }
   template <int V, int W>
-  __device__ __forceinline__ void run(const Loaded<V>& loaded, int64_t at, const Groups<W>& g) const {
+  __device__ __forceinline__ void run(const Loaded<V>& loaded, int64_t at,
+                                      const Groups<W>& g) const {
     acc result[V] = {};
     with_functor(activation, [&](auto act) {
 #pragma unroll
@@ -172,12 +179,15 @@ struct GradApply {
     if (sums == nullptr) return g;
     const auto* statistics = static_cast<const acc*>(vectors.statistics);
     const auto* counts = vectors.how.counted ? statistics + 2 * vectors.groups : nullptr;
-    const auto var = read<W>(statistics + vectors.groups, lanes, acc(0)), count = read<W>(counts, lanes, acc(0));
-    const auto S1 = read<W>(sums, lanes, acc(0)), S2 = read<W>(sums + vectors.groups, lanes, acc(0));
+    const auto var = read<W>(statistics + vectors.groups, lanes, acc(0)),
+               count = read<W>(counts, lanes, acc(0));
+    const auto S1 = read<W>(sums, lanes, acc(0)),
+               S2 = read<W>(sums + vectors.groups, lanes, acc(0));
 #pragma unroll
     for (int j = 0; j < W; ++j) {
       const acc r = inverse_std(vectors.how, var.of[j]);
-      const Linear<acc> linear(vectors.how, var.of[j], g.norm.scale[j], r, count.of[j], S1.of[j], S2.of[j]);
+      const Linear<acc> linear(vectors.how, var.of[j], g.norm.scale[j], r, count.of[j], S1.of[j],
+                               S2.of[j]);
       g.slope[j] = linear.slope;
       g.offset[j] = linear.offset;
     }
@@ -188,15 +198,19 @@ struct GradApply {
     return {cuda::load<V>(y, at), cuda::load<V>(dout, at)};
   }
   template <int V, int W>
-  __device__ __forceinline__ void run(const Loaded<V>& loaded, int64_t at, const Groups<W>& g) const {
+  __device__ __forceinline__ void run(const Loaded<V>& loaded, int64_t at,
+                                      const Groups<W>& g) const {
     acc result[V] = {};
     with_functor(activation, [&](auto act) {
 #pragma unroll
       for (int j = 0; j < V; ++j) {
         const int w = W == 1 ? 0 : j;
         const acc centred = loaded.y.get(j) - g.norm.mean[w];
-        const acc du = act.backward(centred * g.norm.scale[w] + g.norm.shift[w], loaded.dout.get(j));
-        const acc linear = g.slope[w] == acc(0) ? acc(0) : g.slope[w] * centred;  // an infinite value is no NaN then
+        const acc du =
+            act.backward(centred * g.norm.scale[w] + g.norm.shift[w], loaded.dout.get(j));
+        const acc linear = g.slope[w] == acc(0)
+                               ? acc(0)
+                               : g.slope[w] * centred;  // an infinite value is no NaN then
         result[j] = g.norm.scale[w] * du + (linear + g.offset[w]);
       }
     });
@@ -204,10 +218,11 @@ struct GradApply {
   }
 };
 
-// ---------------------------------------------------------------------------------------------------- reductions
+// ----------------------------------------------------------------------------------------------------
+// reductions
 
-// The mean, which is origin + mean, and Σ (y − mean)² of `count` values. The origin is a value near the mean, kept
-// apart because their sum rounds more when |mean| ≫ std.
+// The mean, which is origin + mean, and Σ (y − mean)² of `count` values. The origin is a value near
+// the mean, kept apart because their sum rounds more when |mean| ≫ std.
 template <typename acc>
 struct Moments {
   acc count, origin, mean, squares;
@@ -267,8 +282,8 @@ struct Stats {
     return cuda::load<V>(y, at);
   }
 
-  // Sums are taken from the first value that the thread sees: exact when |mean| ≫ std, and the values of one thread are
-  // too few for one that stands far out to spoil them.
+  // Sums are taken from the first value that the thread sees: exact when |mean| ≫ std, and the
+  // values of one thread are too few for one that stands far out to spoil them.
   template <int W>
   struct Accumulator {
     acc origin[W] = {}, sum[W] = {}, squares[W] = {};
@@ -282,7 +297,8 @@ struct Stats {
   };
 
   template <int V, int W>
-  __device__ __forceinline__ void run(const Loaded<V>& loaded, int64_t, const Groups<W>&, Accumulator<W>& a) const {
+  __device__ __forceinline__ void run(const Loaded<V>& loaded, int64_t, const Groups<W>&,
+                                      Accumulator<W>& a) const {
     if (a.count == 0) {
 #pragma unroll
       for (int w = 0; w < W; ++w) {
@@ -301,7 +317,8 @@ struct Stats {
   }
 };
 
-// Where act' is taken: at u, at u + residual, or where act(u + residual) says. The latter two write du.
+// Where act' is taken: at u, at u + residual, or where act(u + residual) says. The latter two write
+// du.
 enum class At { u, sum, result };
 
 template <typename T, typename Act, At where>

@@ -16,7 +16,8 @@ inline Dtype dtype_of(const at::Tensor& t) {
     case at::kBFloat16:
       return Dtype::bf16;
     default:
-      TORCH_INTERNAL_ASSERT(t.scalar_type() == at::kHalf, "a tensor of ", t.scalar_type(), " reached a kernel");
+      TORCH_INTERNAL_ASSERT(t.scalar_type() == at::kHalf, "a tensor of ", t.scalar_type(),
+                            " reached a kernel");
       return Dtype::f16;
   }
 }

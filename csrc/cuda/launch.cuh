@@ -1,4 +1,5 @@
-// kernel<<<grid, block, 0, stream>>>(args…), or, where this is compiled as plain C++, what the test shim makes of it.
+// kernel<<<grid, block, 0, stream>>>(args…), or, where this is compiled as plain C++, what the test
+// shim makes of it.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -8,8 +9,8 @@
 namespace fusedconvbn::cuda {
 
 template <typename... Parameters, typename... Args>
-void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, [[maybe_unused]] cudaStream_t stream,
-            Args&&... args) {
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block,
+            [[maybe_unused]] cudaStream_t stream, Args&&... args) {
 #if defined(__CUDACC__)
   kernel<<<grid, block, 0, stream>>>(std::forward<Args>(args)...);
 #else

@@ -1,5 +1,6 @@
-// A thread does a vector of channels at one place: of the result in forward, of the input in backward, where it looks
-// at every window that has the place and adds up the gradients of those whose value was found there.
+// A thread does a vector of channels at one place: of the result in forward, of the input in
+// backward, where it looks at every window that has the place and adds up the gradients of those
+// whose value was found there.
 #include <cmath>
 
 #include "launch.cuh"
@@ -41,9 +42,11 @@ __global__ void __launch_bounds__(threads, 4)
     const int row = item.row * window.stride[0] - window.padding[0] + i * window.dilation[0];
     if (row < 0 || row >= map.height) continue;
     for (int k = 0; k < window.kernel[1]; ++k) {
-      const int column = item.column * window.stride[1] - window.padding[1] + k * window.dilation[1];
+      const int column =
+          item.column * window.stride[1] - window.padding[1] + k * window.dilation[1];
       if (column < 0 || column >= map.width) continue;
-      const int64_t at = ((item.sample * map.height + row) * map.width + column) * map.channels + item.channel;
+      const int64_t at =
+          ((item.sample * map.height + row) * map.width + column) * map.channels + item.channel;
       const auto values = load<V>(input, at);
 #pragma unroll
       for (int j = 0; j < V; ++j) {
@@ -57,7 +60,9 @@ __global__ void __launch_bounds__(threads, 4)
     }
   }
   const int64_t at =
-      ((item.sample * map.pooled_height + item.row) * map.pooled_width + item.column) * map.channels + item.channel;
+      ((item.sample * map.pooled_height + item.row) * map.pooled_width + item.column) *
+          map.channels +
+      item.channel;
   store<V>(output, at, best);
   Vector<uint8_t, V> bytes;
 #pragma unroll
@@ -70,7 +75,8 @@ struct Windows {
   int first, last;
 
   __device__ Windows(const PoolWindow& window, int dim, int place, int64_t count) {
-    const int shifted = place + window.padding[dim], reach = (window.kernel[dim] - 1) * window.dilation[dim];
+    const int shifted = place + window.padding[dim],
+              reach = (window.kernel[dim] - 1) * window.dilation[dim];
     const int stride = window.stride[dim];
     first = shifted > reach ? (shifted - reach + stride - 1) / stride : 0;
     last = shifted / stride < count ? shifted / stride : int(count) - 1;
@@ -84,7 +90,8 @@ __global__ void __launch_bounds__(threads, 4)
   const Item<V> item(map.height, map.channels);
   if (item.column >= map.width) return;
   acc sum[V] = {};
-  const Windows down(window, 0, item.row, map.pooled_height), right(window, 1, item.column, map.pooled_width);
+  const Windows down(window, 0, item.row, map.pooled_height),
+      right(window, 1, item.column, map.pooled_width);
   for (int row = down.first; row <= down.last; ++row) {
     const int i = item.row + window.padding[0] - row * window.stride[0];
     if (i % window.dilation[0] != 0) continue;
@@ -93,21 +100,24 @@ __global__ void __launch_bounds__(threads, 4)
       if (k % window.dilation[1] != 0) continue;
       const int here = i / window.dilation[0] * window.kernel[1] + k / window.dilation[1];
       const int64_t at =
-          ((item.sample * map.pooled_height + row) * map.pooled_width + column) * map.channels + item.channel;
+          ((item.sample * map.pooled_height + row) * map.pooled_width + column) * map.channels +
+          item.channel;
       const auto found = load<V>(places, at);
       const auto gradients = load<V>(dout, at);
 #pragma unroll
       for (int j = 0; j < V; ++j) sum[j] += found.values[j] == here ? gradients.get(j) : acc(0);
     }
   }
-  store<V>(dinput, ((item.sample * map.height + item.row) * map.width + item.column) * map.channels + item.channel,
+  store<V>(dinput,
+           ((item.sample * map.height + item.row) * map.width + item.column) * map.channels +
+               item.channel,
            sum);
 }
 
 // f(T{}, std::integral_constant<int, V>{}) with vectors that the channels are a whole number of.
 template <typename F>
-void with_channel_vector(const PoolMap& map, std::initializer_list<const void*> pointers, const void* places,
-                         const F& f) {
+void with_channel_vector(const PoolMap& map, std::initializer_list<const void*> pointers,
+                         const void* places, const F& f) {
   with_dtype(map.dtype, [&]<typename T>(T) {
     constexpr int V = whole_vector<T>;
     if (map.channels % V == 0 && aligned<T>(pointers, V) && aligned<uint8_t>({places}, V))
@@ -130,21 +140,21 @@ struct Blocks {
 
 }  // namespace
 
-void max_pool2d(const PoolMap& map, const PoolWindow& window, const void* input, void* output, uint8_t* places,
-                cudaStream_t stream) {
+void max_pool2d(const PoolMap& map, const PoolWindow& window, const void* input, void* output,
+                uint8_t* places, cudaStream_t stream) {
   with_channel_vector(map, {input, output}, places, [&]<typename T>(T, auto V) {
     const Blocks blocks(map.samples * map.pooled_height, map.pooled_width * (map.channels / V));
-    launch(pool<T, V()>, blocks.grid, blocks.block, stream, map, window, static_cast<const T*>(input),
-           static_cast<T*>(output), places);
+    launch(pool<T, V()>, blocks.grid, blocks.block, stream, map, window,
+           static_cast<const T*>(input), static_cast<T*>(output), places);
   });
 }
 
-void max_pool2d_backward(const PoolMap& map, const PoolWindow& window, const void* dout, const uint8_t* places,
-                         void* dinput, cudaStream_t stream) {
+void max_pool2d_backward(const PoolMap& map, const PoolWindow& window, const void* dout,
+                         const uint8_t* places, void* dinput, cudaStream_t stream) {
   with_channel_vector(map, {dout, dinput}, places, [&]<typename T>(T, auto V) {
     const Blocks blocks(map.samples * map.height, map.width * (map.channels / V));
-    launch(pool_backward<T, V()>, blocks.grid, blocks.block, stream, map, window, static_cast<const T*>(dout), places,
-           static_cast<T*>(dinput));
+    launch(pool_backward<T, V()>, blocks.grid, blocks.block, stream, map, window,
+           static_cast<const T*>(dout), places, static_cast<T*>(dinput));
   });
 }
 

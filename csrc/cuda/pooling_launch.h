@@ -9,7 +9,8 @@
 
 namespace fusedconvbn::cuda {
 
-// samples × height × width × channels values in memory. Contiguous planes are samples of one channel.
+// samples × height × width × channels values in memory. Contiguous planes are samples of one
+// channel.
 struct PoolMap {
   Dtype dtype;
   int64_t samples, height, width, channels, pooled_height, pooled_width;
@@ -20,8 +21,9 @@ struct PoolWindow {
   int kernel[2], stride[2], padding[2], dilation[2];
 };
 
-void max_pool2d(const PoolMap&, const PoolWindow&, const void* input, void* output, uint8_t* places, cudaStream_t);
-void max_pool2d_backward(const PoolMap&, const PoolWindow&, const void* dout, const uint8_t* places, void* dinput,
-                         cudaStream_t);
+void max_pool2d(const PoolMap&, const PoolWindow&, const void* input, void* output, uint8_t* places,
+                cudaStream_t);
+void max_pool2d_backward(const PoolMap&, const PoolWindow&, const void* dout, const uint8_t* places,
+                         void* dinput, cudaStream_t);
 
 }  // namespace fusedconvbn::cuda

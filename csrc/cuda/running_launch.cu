@@ -14,7 +14,8 @@ struct RunningEntries {
 };
 
 template <typename acc>
-__global__ void __launch_bounds__(threads) update_running_statistics(const __grid_constant__ RunningEntries entries) {
+__global__ void __launch_bounds__(threads)
+    update_running_statistics(const __grid_constant__ RunningEntries entries) {
   const RunningEntry& entry = entries.entry[blockIdx.x];
   const double count = entry.counter ? double(*entry.counter + 1) : 0;
   __syncthreads();
@@ -35,8 +36,8 @@ __global__ void __launch_bounds__(threads) update_running_statistics(const __gri
 void update_running(Dtype dtype, const RunningEntry* entries, int64_t count, cudaStream_t stream) {
   RunningEntries some{};
   std::copy_n(entries, count, some.entry);
-  launch(dtype == Dtype::f64 ? update_running_statistics<double> : update_running_statistics<float>, dim3(count),
-         dim3(threads), stream, some);
+  launch(dtype == Dtype::f64 ? update_running_statistics<double> : update_running_statistics<float>,
+         dim3(count), dim3(threads), stream, some);
 }
 
 }  // namespace fusedconvbn::cuda

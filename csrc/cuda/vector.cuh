@@ -68,8 +68,9 @@ constexpr int whole_vector = vector_bytes / sizeof(T);
 
 template <typename T>
 bool aligned(std::initializer_list<const void*> pointers, int64_t V) {
-  return std::all_of(pointers.begin(), pointers.end(),
-                     [&](const void* p) { return reinterpret_cast<uintptr_t>(p) % (V * sizeof(T)) == 0; });
+  return std::all_of(pointers.begin(), pointers.end(), [&](const void* p) {
+    return reinterpret_cast<uintptr_t>(p) % (V * sizeof(T)) == 0;
+  });
 }
 
 // f(T{}) with the type of `dtype`.

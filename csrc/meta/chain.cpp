@@ -11,8 +11,9 @@
 namespace fusedconvbn {
 namespace {
 
-ChainResult chain_forward_meta(at::TensorList tensors, at::IntArrayRef links, at::ArrayRef<double> scalars,
-                               std::string_view process_group, at::IntArrayRef kept, const std::optional<Tensor>&) {
+ChainResult chain_forward_meta(at::TensorList tensors, at::IntArrayRef links,
+                               at::ArrayRef<double> scalars, std::string_view process_group,
+                               at::IntArrayRef kept, const std::optional<Tensor>&) {
   const auto chain = unpack(links, scalars, tensors.size());
   check_places("kept", kept, 1, int64_t(chain.size()));
   std::vector<Tensor> maps{concatenated(tensors.slice(0, chain.parts))}, kept_maps, statistics;
@@ -26,7 +27,8 @@ ChainResult chain_forward_meta(at::TensorList tensors, at::IntArrayRef links, at
       maps.push_back(at::empty_like(t, t.options().memory_format(t.suggest_memory_format())));
       if (!link.normalises()) continue;
       const int64_t rows = process_group.empty() || !link.norm()->batch_statistics() ? 2 : 5;
-      statistics.push_back(at::empty_symint({rows, t.sym_size(1)}, t.options().dtype(statistics_dtype(t))));
+      statistics.push_back(
+          at::empty_symint({rows, t.sym_size(1)}, t.options().dtype(statistics_dtype(t))));
     }
   }
   for (const auto i : kept)
@@ -34,21 +36,24 @@ ChainResult chain_forward_meta(at::TensorList tensors, at::IntArrayRef links, at
   return {maps.back(), kept_maps, statistics};
 }
 
-std::vector<Tensor> chain_backward_meta(const Tensor&, at::TensorList tensors, at::TensorList, at::TensorList,
-                                        at::IntArrayRef links, at::ArrayRef<double> scalars, std::string_view,
+std::vector<Tensor> chain_backward_meta(const Tensor&, at::TensorList tensors, at::TensorList,
+                                        at::TensorList, at::IntArrayRef links,
+                                        at::ArrayRef<double> scalars, std::string_view,
                                         at::IntArrayRef, at::IntArrayRef wanted) {
   // A convolution returns both gradients in the format of its result.
   const auto chain = unpack(links, scalars, tensors.size());
   check_places("wanted", wanted, 0, int64_t(tensors.size()) - 1);
   auto grads = tensors.vec();
   auto t = concatenated(tensors.slice(0, chain.parts));
-  grads[0] = chain[0].conv() ? t : at::empty_like(t, t.options().memory_format(t.suggest_memory_format()));
+  grads[0] =
+      chain[0].conv() ? t : at::empty_like(t, t.options().memory_format(t.suggest_memory_format()));
   for (size_t i = 0; i < chain.size(); ++i) {
     if (const auto* conv = chain[i].conv()) {
       auto& weight = grads[chain[i].weight];
       const auto format = conv_memory_format(t, weight);
       if (i == 0) grads[0] = at::empty_like(t, t.options().memory_format(format));
-      t = at::empty_symint(conv->output_sizes(t.sym_sizes(), weight.sym_sizes()), t.options().memory_format(format));
+      t = at::empty_symint(conv->output_sizes(t.sym_sizes(), weight.sym_sizes()),
+                           t.options().memory_format(format));
       weight = at::empty_like(weight, weight.options().memory_format(format));
     } else {
       t = at::empty_like(t, t.options().memory_format(t.suggest_memory_format()));
@@ -62,7 +67,8 @@ std::vector<Tensor> chain_backward_meta(const Tensor&, at::TensorList tensors, a
 
 Tensor channel_stats_meta(const Tensor& input, std::string_view process_group) {
   const int64_t rows = process_group.empty() ? 2 : 5;
-  return at::empty_symint({rows, input.sym_size(1)}, input.options().dtype(statistics_dtype(input)));
+  return at::empty_symint({rows, input.sym_size(1)},
+                          input.options().dtype(statistics_dtype(input)));
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
-// The build's facts, in a module that needs no torch to import: it is what can still speak when `_ops` does not load.
+// The build's facts, in a module that needs no torch to import: it is what can still speak when
+// `_ops` does not load.
 #include <pybind11/pybind11.h>
 
 #include <string>

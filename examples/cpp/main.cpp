@@ -1,4 +1,5 @@
-// Trains and evaluates a scripted model with fused layers, without Python, and compares with what Python computed.
+// Trains and evaluates a scripted model with fused layers, without Python, and compares with what
+// Python computed.
 //
 //   example _ops.so model.pt data.pt
 #include <ATen/ATen.h>
@@ -22,7 +23,8 @@ void check_close(const at::Tensor& found, const at::Tensor& expected, const std:
   check(found.sizes() == expected.sizes(), what + ": wrong shape");
   const auto difference = (found - expected).abs().max().item<double>();
   std::printf("%s: differs from Python's by at most %.1e\n", what.c_str(), difference);
-  check(at::allclose(found, expected, /*rtol=*/1e-6, /*atol=*/1e-8), what + ": not what Python computed");
+  check(at::allclose(found, expected, /*rtol=*/1e-6, /*atol=*/1e-8),
+        what + ": not what Python computed");
 }
 
 void run(const char* operators, const char* model_path, const char* data_path) {
@@ -55,7 +57,8 @@ void run(const char* operators, const char* model_path, const char* data_path) {
   check(last < 0.9 * first, "the loss has not fallen");
 
   for (const std::string layer : {"stem", "block"}) {
-    const auto running_var = model.attr(layer).toModule().attr("bn").toModule().attr("running_var").toTensor();
+    const auto running_var =
+        model.attr(layer).toModule().attr("bn").toModule().attr("running_var").toTensor();
     check_close(running_var, tensor((layer + "_running_var").c_str()), layer + ".bn.running_var");
   }
 

@@ -1,6 +1,7 @@
-// Stands in for CUDA's header of this name, so that the kernel sources compile as C++ and run on the CPU, one block
-// after another. The threads of a block take turns, each until its next __syncthreads; with CUDA_SHIM_THREADS they are
-// threads, so that a tool can look for races. (The kernels use no warp shuffles.)
+// Stands in for CUDA's header of this name, so that the kernel sources compile as C++ and run on
+// the CPU, one block after another. The threads of a block take turns, each until its next
+// __syncthreads; with CUDA_SHIM_THREADS they are threads, so that a tool can look for races. (The
+// kernels use no warp shuffles.)
 #pragma once
 
 #include <cstdint>
@@ -34,7 +35,9 @@ using cudaStream_t = void*;
 using cudaError_t = int;
 constexpr cudaError_t cudaSuccess = 0;
 constexpr int cudaMemcpyDefault = 0;
-inline cudaError_t cudaMalloc(void** at, size_t bytes) { return (*at = std::malloc(bytes)) ? cudaSuccess : 1; }
+inline cudaError_t cudaMalloc(void** at, size_t bytes) {
+  return (*at = std::malloc(bytes)) ? cudaSuccess : 1;
+}
 inline cudaError_t cudaFree(void* at) { return std::free(at), cudaSuccess; }
 inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, int) {
   return std::memcpy(to, from, bytes), cudaSuccess;
@@ -44,7 +47,9 @@ inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "out of memory"; }
 
 constexpr int cudaDevAttrMultiProcessorCount = 0;
-inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) { return *value = 132, cudaSuccess; }  // an H100's
+inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) {
+  return *value = 132, cudaSuccess;
+}  // an H100's
 
 struct dim3 {
   unsigned x, y, z;
@@ -70,7 +75,8 @@ inline std::vector<std::string> take_notes() {
   return std::exchange(notes, {});
 }
 
-// One thread's part of a launch: every block, with a barrier behind it, as the next one has the same shared memory.
+// One thread's part of a launch: every block, with a barrier behind it, as the next one has the
+// same shared memory.
 template <typename Kernel>
 void run_blocks(dim3 grid, dim3 block, unsigned t, const Kernel& kernel) {
   threadIdx = {t % block.x, t / block.x % block.y, t / block.x / block.y};
@@ -94,14 +100,16 @@ void launch(dim3 grid, dim3 block, const Kernel& kernel) {
   std::barrier<> all(count);
   barrier = &all;
   std::vector<std::thread> team;
-  for (unsigned t = 0; t < count; ++t) team.emplace_back([=, &kernel] { run_blocks(grid, block, t, kernel); });
+  for (unsigned t = 0; t < count; ++t)
+    team.emplace_back([=, &kernel] { run_blocks(grid, block, t, kernel); });
   for (auto& thread : team) thread.join();
 }
 
 #else
 
-// Whoever comes to a barrier lets the next one run. All threads pass the same barriers: when it is the first one's turn
-// again, all have come to this one. (A thread begins by its context and goes on by a jump, which asks no kernel.)
+// Whoever comes to a barrier lets the next one run. All threads pass the same barriers: when it is
+// the first one's turn again, all have come to this one. (A thread begins by its context and goes
+// on by a jump, which asks no kernel.)
 struct Thread {
   ucontext_t start;
   jmp_buf stopped;

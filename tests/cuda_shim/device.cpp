@@ -1,8 +1,10 @@
-// A device for tests of what runs on CUDA, without a GPU: PyTorch's PrivateUse1 with memory of the host, on which the
-// chains run with the CUDA kernels through cuda_shim, and every launch is written down.
+// A device for tests of what runs on CUDA, without a GPU: PyTorch's PrivateUse1 with memory of the
+// host, on which the chains run with the CUDA kernels through cuda_shim, and every launch is
+// written down.
 //
-// An operator that PyTorch does not make of others is one launch. It runs on the CPU, on aliases of its tensors. An
-// operator of fusedconvbn is none of its own: its function for CUDA runs on the device's tensors.
+// An operator that PyTorch does not make of others is one launch. It runs on the CPU, on aliases of
+// its tensors. An operator of fusedconvbn is none of its own: its function for CUDA runs on the
+// device's tensors.
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
@@ -53,21 +55,26 @@ struct Memory final : c10::Allocator {
     return {block, block, &c10::free_cpu, here};
   }
   c10::DeleterFnPtr raw_deleter() const override { return &c10::free_cpu; }
-  void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
+  void copy_data(void* to, const void* from, size_t bytes) const override {
+    default_copy_data(to, from, bytes);
+  }
 };
 
 Memory memory;
 REGISTER_ALLOCATOR(at::kPrivateUse1, &memory)
 
 Tensor empty(at::IntArrayRef sizes, std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
-             std::optional<at::Device>, std::optional<bool>, std::optional<at::MemoryFormat> format) {
+             std::optional<at::Device>, std::optional<bool>,
+             std::optional<at::MemoryFormat> format) {
   return at::detail::empty_generic(sizes, &memory, DispatchKeySet(DispatchKey::PrivateUse1),
                                    c10::dtype_or_default(dtype), format);
 }
 
-Tensor empty_strided(at::IntArrayRef sizes, at::IntArrayRef strides, std::optional<at::ScalarType> dtype,
-                     std::optional<at::Layout>, std::optional<at::Device>, std::optional<bool>) {
-  return at::detail::empty_strided_generic(sizes, strides, &memory, DispatchKeySet(DispatchKey::PrivateUse1),
+Tensor empty_strided(at::IntArrayRef sizes, at::IntArrayRef strides,
+                     std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
+                     std::optional<at::Device>, std::optional<bool>) {
+  return at::detail::empty_strided_generic(sizes, strides, &memory,
+                                           DispatchKeySet(DispatchKey::PrivateUse1),
                                            c10::dtype_or_default(dtype));
 }
 
@@ -79,7 +86,8 @@ Tensor alias(const Tensor& t, c10::Device device) {
   c10::DataPtr data(storage.mutable_data(), new c10::Storage(storage), release, device);
   const auto key = device == here ? DispatchKey::PrivateUse1 : DispatchKey::CPU;
   auto result = at::detail::make_tensor<c10::TensorImpl>(
-      c10::Storage(c10::Storage::use_byte_size_t(), storage.nbytes(), std::move(data), c10::GetAllocator(device.type()),
+      c10::Storage(c10::Storage::use_byte_size_t(), storage.nbytes(), std::move(data),
+                   c10::GetAllocator(device.type()),
                    /*resizable=*/true),
       DispatchKeySet(key), t.dtype());
   result.unsafeGetTensorImpl()->set_sizes_and_strides(t.sizes(), t.strides(), t.storage_offset());
@@ -120,7 +128,8 @@ void run_on_cpu(const c10::OperatorHandle& op, Stack* stack) {
   stack->insert(stack->end(), there.begin(), there.end());
   op.redispatchBoxed(DispatchKeySet(DispatchKey::CPU), stack);
   for (size_t a = 0; a < given.size(); ++a)
-    if (arguments[a].is_out() && given[a].isTensor()) take_over(given[a].toTensor(), there[a].toTensor());
+    if (arguments[a].is_out() && given[a].isTensor())
+      take_over(given[a].toTensor(), there[a].toTensor());
   for (size_t r = 0; r < returns.size(); ++r) {
     auto& result = torch::jit::peek(stack, r, returns.size());
     const auto* written = returns[r].alias_info();
@@ -140,7 +149,8 @@ void run_as_cpu(const c10::OperatorHandle& op, DispatchKeySet, Stack* stack) {
 
 void launch(const c10::OperatorHandle& op, DispatchKeySet, Stack* stack) {
   const std::string& name = op.schema().name();
-  if (name.starts_with("fusedconvbn::")) return op.redispatchBoxed(DispatchKeySet(DispatchKey::CUDA), stack);
+  if (name.starts_with("fusedconvbn::"))
+    return op.redispatchBoxed(DispatchKeySet(DispatchKey::CUDA), stack);
   cuda_shim::note(name.substr(name.find("::") + 2));
   run_on_cpu(op, stack);
 }
@@ -162,7 +172,9 @@ Tensor copy_from(const Tensor& from, const Tensor& to, bool) {
   return to;
 }
 
-TORCH_LIBRARY_IMPL(_, PrivateUse1, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&launch>()); }
+TORCH_LIBRARY_IMPL(_, PrivateUse1, m) {
+  m.fallback(torch::CppFunction::makeFromBoxedFunction<&launch>());
+}
 
 TORCH_LIBRARY_IMPL(_, AutocastPrivateUse1, m) { m.fallback(torch::CppFunction::makeFallthrough()); }
 
@@ -172,11 +184,12 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("_copy_from", TORCH_FN(copy_from));
   // Made of others by PyTorch, and of others again on each of its own devices.
   m.impl("convolution", torch::CppFunction::makeFromBoxedFunction<&launch>());
-  m.impl("convolution_backward", torch::CppFunction::makeFromBoxedFunction<&launch_convolution_backward>());
+  m.impl("convolution_backward",
+         torch::CppFunction::makeFromBoxedFunction<&launch_convolution_backward>());
   // The functions of these leave the values alone, and so the device too.
-  for (const char* name :
-       {"as_strided", "view", "_reshape_alias", "unfold", "view_as_real", "view_as_complex", "resize_",
-        "set_.source_Storage", "set_.source_Storage_storage_offset", "set_.source_Tensor"})
+  for (const char* name : {"as_strided", "view", "_reshape_alias", "unfold", "view_as_real",
+                           "view_as_complex", "resize_", "set_.source_Storage",
+                           "set_.source_Storage_storage_offset", "set_.source_Tensor"})
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&run_as_cpu>());
 }
 

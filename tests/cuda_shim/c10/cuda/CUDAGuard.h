@@ -11,5 +11,6 @@ struct CUDAGuard {
 
 }  // namespace c10::cuda
 
-// What is registered for CUDA by a source that includes this is registered for the device that stands in for it.
+// What is registered for CUDA by a source that includes this is registered for the device that
+// stands in for it.
 #define kCUDA kPrivateUse1
