@@ -72,7 +72,7 @@ sources = sorted(
     glob("csrc/*.cpp")
     + [
         path
-        for key in ("autograd", "autocast", "meta", "cpu")
+        for key in ("chain", "kernels", "autograd", "autocast", "meta", "cpu")
         for path in glob(f"csrc/{key}/*.cpp")
     ]
     + (glob("csrc/cuda/*.cpp") + glob("csrc/cuda/*.cu") if build_cuda else [])

@@ -6,7 +6,7 @@
 
 #include <string>
 
-#include "chain.h"
+#include "chain/chain.h"
 
 namespace fusedconvbn {
 

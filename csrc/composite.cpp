@@ -6,7 +6,7 @@
 #include <ATen/core/grad_mode.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 
-#include "unfused.h"
+#include "chain/unfused.h"
 
 namespace fusedconvbn {
 

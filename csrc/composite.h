@@ -3,7 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
-#include "chain.h"
+#include "chain/chain.h"
 
 namespace fusedconvbn {
 

@@ -28,7 +28,7 @@
 #include "composite.h"
 #include "ops.h"
 #include "running.h"
-#include "unfused.h"
+#include "chain/unfused.h"
 
 namespace fusedconvbn {
 namespace {

@@ -3,7 +3,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
-#include "pooling.h"
+#include "kernels/pooling.h"
 
 namespace fusedconvbn {
 

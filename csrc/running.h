@@ -5,7 +5,7 @@
 #include <functional>
 
 #include "arguments.h"
-#include "channel_kernels.h"
+#include "kernels/channel_kernels.h"
 
 namespace fusedconvbn {
 

@@ -1,7 +1,7 @@
 // Under autocast a chain runs in the lower precision, as convolution does; norm parameters stay as
 // they are. So do the weights of convolutions, which are cast where they are used: saved for
 // backward is the parameter, not a copy.
-#include "../chain.h"
+#include "../chain/chain.h"
 
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>

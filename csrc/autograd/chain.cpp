@@ -1,5 +1,5 @@
 // Autograd of a chain: what is saved is its tensors, the kept maps and the statistics.
-#include "../chain.h"
+#include "../chain/chain.h"
 
 #include <ATen/TensorOperators.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -13,8 +13,8 @@
 
 #include "../composite.h"
 #include "../ops.h"
-#include "../recompute_check.h"
-#include "../unfused.h"
+#include "../chain/recompute_check.h"
+#include "../chain/unfused.h"
 
 namespace fusedconvbn {
 namespace {

@@ -1,4 +1,4 @@
-#include "../pooling.h"
+#include "../kernels/pooling.h"
 
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/arange.h>

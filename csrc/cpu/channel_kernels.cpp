@@ -1,6 +1,6 @@
 // The channel kernels on CPU: slices of work for the loops of channel_loops.h, and the sums put
 // together.
-#include "../channel_kernels.h"
+#include "../kernels/channel_kernels.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>

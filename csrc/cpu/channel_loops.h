@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "../activation.h"
+#include "../kernels/activation.h"
 
 namespace fusedconvbn::cpu {
 

@@ -1,7 +1,7 @@
 // Depthwise convolutions on CPU in float, channels last (depthwise_loops.h).
 #pragma once
 
-#include "../convolution.h"
+#include "../chain/convolution.h"
 
 namespace fusedconvbn {
 

@@ -2,7 +2,7 @@
 // (winograd_loops.h).
 #pragma once
 
-#include "../convolution.h"
+#include "../chain/convolution.h"
 
 namespace fusedconvbn {
 

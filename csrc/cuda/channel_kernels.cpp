@@ -1,5 +1,5 @@
 // The channel kernels on CUDA: tensors in, launches on the current stream.
-#include "../channel_kernels.h"
+#include "../kernels/channel_kernels.h"
 
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>

@@ -6,8 +6,8 @@
 
 #include <cstdint>
 
-#include "../activation.h"
-#include "../channel_vectors.h"
+#include "../kernels/activation.h"
+#include "../kernels/channel_vectors.h"
 
 namespace fusedconvbn::cuda {
 

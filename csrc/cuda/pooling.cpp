@@ -1,5 +1,5 @@
 // Max pooling on CUDA: tensors in, launches on the current stream.
-#include "../pooling.h"
+#include "../kernels/pooling.h"
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>

@@ -1,11 +1,11 @@
 // Shapes, dtypes and strides of what the chain operators return.
-#include "../chain.h"
+#include "../chain/chain.h"
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
-#include "../channel_kernels.h"
+#include "../kernels/channel_kernels.h"
 #include "../ops.h"
 
 namespace fusedconvbn {

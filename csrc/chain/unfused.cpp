@@ -17,7 +17,7 @@
 #include <ATen/ops/var_mean.h>
 
 #include "chain.h"
-#include "channel_kernels.h"
+#include "../kernels/channel_kernels.h"
 
 namespace fusedconvbn {
 

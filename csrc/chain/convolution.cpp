@@ -8,8 +8,8 @@
 
 #include <algorithm>
 
-#include "cpu/depthwise.h"
-#include "cpu/winograd.h"
+#include "../cpu/depthwise.h"
+#include "../cpu/winograd.h"
 
 namespace fusedconvbn {
 

@@ -16,9 +16,9 @@
 #include <array>
 
 #include "chain.h"
-#include "channel_kernels.h"
-#include "cpu/arena.h"
-#include "ops.h"
+#include "../kernels/channel_kernels.h"
+#include "../cpu/arena.h"
+#include "../ops.h"
 #include "process_group.h"
 #include "recompute_check.h"
 

@@ -1,4 +1,4 @@
-#include "pooling.h"
+#include "../kernels/pooling.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>

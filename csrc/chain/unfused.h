@@ -2,8 +2,8 @@
 // torch.func run.
 #pragma once
 
-#include "activation.h"
-#include "ops.h"
+#include "../kernels/activation.h"
+#include "../ops.h"
 
 namespace fusedconvbn {
 

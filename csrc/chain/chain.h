@@ -39,7 +39,7 @@
 #include <variant>
 #include <vector>
 
-#include "activation.h"
+#include "../kernels/activation.h"
 #include "convolution.h"
 
 namespace fusedconvbn {
