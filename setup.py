@@ -72,8 +72,8 @@ sources = sorted(
     glob("csrc/*.cpp")
     + [
         path
-        for key in ("chain", "kernels", "autograd", "autocast", "meta", "cpu")
-        for path in glob(f"csrc/{key}/*.cpp")
+        for folder in ("chain", "kernels", "autograd", "autocast", "meta", "cpu")
+        for path in glob(f"csrc/{folder}/*.cpp")
     ]
     + (glob("csrc/cuda/*.cpp") + glob("csrc/cuda/*.cu") if build_cuda else [])
 )

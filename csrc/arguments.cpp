@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "autocast/autocast.h"
+#include "chain/tensors.h"
 
 namespace fusedconvbn {
 

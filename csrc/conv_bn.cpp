@@ -11,48 +11,41 @@
 
 #include "arguments.h"
 #include "autocast/autocast.h"
-#include "composite.h"
+#include "chain/convolution.h"
+#include "chain/dispatch.h"
+#include "chain/tensors.h"
+#include "chain/unfused.h"
 #include "ops.h"
 #include "running.h"
-#include "chain/unfused.h"
 
 namespace fusedconvbn {
-namespace {
 
-constexpr std::pair<std::string_view, ActivationKind> activations[] = {
-    {"none", ActivationKind::none},   {"relu", ActivationKind::relu},
-    {"relu6", ActivationKind::relu6}, {"leaky_relu", ActivationKind::leaky_relu},
-    {"elu", ActivationKind::elu},     {"silu", ActivationKind::silu},
-    {"mish", ActivationKind::mish},   {"hardswish", ActivationKind::hardswish},
-    {"gelu", ActivationKind::gelu},   {"gelu_tanh", ActivationKind::gelu_tanh},
-    {"tanh", ActivationKind::tanh},   {"sigmoid", ActivationKind::sigmoid},
-};
+using at::Tensor;
+
+namespace {
 
 // "leaky_relu" or "leaky_relu(0.2)"
 Activation parse_activation(std::string_view text) {
   const auto open = text.find('(');
   const auto name = text.substr(0, open);
-  const auto* found =
-      std::find_if(std::begin(activations), std::end(activations),
-                   [&](const auto& activation) { return activation.first == name; });
+  const auto* found = std::find_if(activation_table.begin(), activation_table.end(),
+                                   [&](const auto& entry) { return entry.name == name; });
   Activation activation;
-  bool well_formed = found != std::end(activations);
+  bool well_formed = found != activation_table.end();
   if (well_formed) {
-    activation.kind = found->second;
-    const bool leaky = activation.kind == ActivationKind::leaky_relu;
-    const bool has_parameter = leaky || activation.kind == ActivationKind::elu;
-    if (has_parameter) activation.parameter = leaky ? 0.01 : 1;
+    activation.kind = static_cast<ActivationKind>(found - activation_table.begin());
+    activation.parameter = found->parameter;
     if (open != text.npos) {
       const auto *first = text.data() + open + 1, *last = text.data() + text.size();
       const auto [end, error] = std::from_chars(first, last, activation.parameter);
-      well_formed = has_parameter && error == std::errc() && end + 1 == last && *end == ')' &&
-                    std::isfinite(activation.parameter);
+      well_formed = found->has_parameter && error == std::errc() && end + 1 == last &&
+                    *end == ')' && std::isfinite(activation.parameter);
     }
   }
   std::string names;
   if (!well_formed)
-    for (const auto& known : activations)
-      names += (names.empty() ? "'" : ", '") + std::string(known.first) + "'";
+    for (const auto& known : activation_table)
+      names += (names.empty() ? "'" : ", '") + std::string(known.name) + "'";
   TORCH_CHECK_VALUE(well_formed, "conv_bn: expected activation to be one of ", names,
                     ", or 'leaky_relu(slope)' or 'elu(alpha)' with a number, got '", text, "'");
   return activation;
@@ -120,7 +113,7 @@ Tensor folded(const Tensor& input, const ConvArguments& conv, const NormArgument
     chain.push(activated, {}, {},
                norm.residual ? Optional(norm.residual->to(dtype)) : norm.residual);
   return std::get<0>(chain_forward(chain.tensors, chain.links, chain.scalars, "",
-                                   kept_result(activated, norm.residual.has_value(), 2), {}));
+                                   saved_result(activated, norm.residual.has_value(), 2), {}));
 }
 
 }  // namespace
@@ -174,7 +167,7 @@ Tensor conv_bn(const Tensor& input, const Tensor& weight, const Optional& bias,
     chain.push(conv.conv, weight, bias);
     chain.push(norm.norm, bn_weight, bn_bias, residual);
     const auto result = chain_forward(chain.tensors, chain.links, chain.scalars, process_group,
-                                      kept_result(norm.norm, residual.has_value(), 2), {});
+                                      saved_result(norm.norm, residual.has_value(), 2), {});
     output = std::get<0>(result);
     updates.add(norm, std::get<2>(result)[0], sizes, bias, synchronised);
   }

@@ -8,8 +8,8 @@
 //   buffers                   of each norm link in turn running_mean, running_var and
 //   num_batches_tracked buffer_counts             how many of them: 0, the last alone, the first
 //   two, or 3 momenta                   of each norm link; NaN for none training of each norm link:
-//   1 for the statistics of the batch, 0 for the running ones process_group, kept, input_statistics
-//   as for _chain_forward
+//   1 for the statistics of the batch, 0 for the running ones process_group, saved,
+//   input_statistics as for _chain_forward
 //
 // A first gate may be any product: what is no gate is multiplied and then is T_0. In eval mode
 // batch norm is folded into the convolution in front of it.
@@ -25,12 +25,16 @@
 
 #include "arguments.h"
 #include "autocast/autocast.h"
-#include "composite.h"
+#include "chain/dispatch.h"
+#include "chain/tensors.h"
+#include "chain/unfused.h"
 #include "ops.h"
 #include "running.h"
-#include "chain/unfused.h"
 
 namespace fusedconvbn {
+
+using at::Tensor;
+
 namespace {
 
 using Sizes = std::vector<c10::SymInt>;
@@ -91,8 +95,8 @@ Model checked(at::TensorList tensors, at::TensorList buffers, const Chain& chain
   Model model;
   model.parts = tensors.slice(0, chain.parts).vec();
   for (const auto& part : model.parts) check_tensor("conv_bn_chain", "input", part, tensors[0]);
-  const auto optional = [&](int64_t place) {
-    return place < 0 ? Optional() : Optional(tensors[place]);
+  const auto optional = [&](int64_t index) {
+    return index < 0 ? Optional() : Optional(tensors[index]);
   };
 
   size_t first = 0;
@@ -225,20 +229,20 @@ size_t first_trained(const Model& model) {
   return 0;
 }
 
-// Runs links first … last - 1 of a model on T_first. `kept` are places in the whole model.
+// Runs links first … last - 1 of a model on T_first. `saved` are indices in the whole model.
 Tensor run(const Model& model, at::TensorList parts, size_t first, size_t last,
-           std::string_view process_group, at::IntArrayRef kept,
+           std::string_view process_group, at::IntArrayRef saved,
            const std::optional<Tensor>& input_statistics, RunningUpdates& updates) {
   const auto& links = model.links;
   const auto folds = [&](size_t i) {  // norm i into the convolution in front
     return !links[i].norm->training && i > first && links[i - 1].conv.has_value();
   };
   PackedChain packed(parts);
-  std::vector<int64_t> place(links.size() + 1, 0);  // where each map is in the chain that is run
+  std::vector<int64_t> index(links.size() + 1, 0);  // where each map is in the chain that is run
   int64_t pushed = 0;
   const auto push = [&](size_t i, const auto& link, const auto&... rest) {
     packed.push(link, rest...);
-    place[i + 1] = ++pushed;
+    index[i + 1] = ++pushed;
   };
   bool training = false;
   std::optional<Norm> ending;
@@ -263,7 +267,7 @@ Tensor run(const Model& model, at::TensorList parts, size_t first, size_t last,
       } else if (folds(i)) {
         ending->arithmetic = Arithmetic::none;
         if (ending->identity() && !norm.residual)
-          place[i + 1] = pushed;
+          index[i + 1] = pushed;
         else
           push(i, *ending, Optional(), Optional(), norm.residual);
       } else {
@@ -279,20 +283,20 @@ Tensor run(const Model& model, at::TensorList parts, size_t first, size_t last,
     }
   }
   const bool grad = any_requires_grad(packed.tensors);
-  std::vector<int64_t> places;
+  std::vector<int64_t> indices;
   if (grad) {
-    for (const auto k : kept)
-      if (place[k] > 0 && place[k] < pushed && (places.empty() || places.back() < place[k]))
-        places.push_back(place[k]);
+    for (const auto k : saved)
+      if (index[k] > 0 && index[k] < pushed && (indices.empty() || indices.back() < index[k]))
+        indices.push_back(index[k]);
     if (ending)
-      for (const auto k : kept_result(*ending, ending_residual, pushed)) places.push_back(k);
+      for (const auto k : saved_result(*ending, ending_residual, pushed)) indices.push_back(k);
   }
   const auto group = training ? process_group : std::string_view();
   const bool reads_statistics = links[first].norm && links[first].norm->training;
   const auto result =
       !grad && !training && is_traced(parts[0])
           ? unfused_chain(packed.tensors, packed.links, packed.scalars, group, {}, {})
-          : chain_forward(packed.tensors, packed.links, packed.scalars, group, places,
+          : chain_forward(packed.tensors, packed.links, packed.scalars, group, indices,
                           reads_statistics ? input_statistics : std::nullopt);
   auto found = std::get<2>(result).begin();
   for (size_t i = first; i < last; ++i) {
@@ -312,7 +316,7 @@ Tensor run(const Model& model, at::TensorList parts, size_t first, size_t last,
 Tensor conv_bn_chain(at::TensorList tensors, at::TensorList buffers, at::IntArrayRef links,
                      at::ArrayRef<double> scalars, at::IntArrayRef buffer_counts,
                      at::ArrayRef<double> momenta, at::IntArrayRef training,
-                     std::string_view process_group, at::IntArrayRef kept,
+                     std::string_view process_group, at::IntArrayRef saved,
                      const std::optional<Tensor>& input_statistics) {
   const auto chain = unpack(links, scalars, tensors.size());
   const auto model =
@@ -327,10 +331,10 @@ Tensor conv_bn_chain(at::TensorList tensors, at::TensorList buffers, at::IntArra
     const bool multiplied =
         chain[0].gate() && !(model.links.size() && model.links[0].gate.defined());
     std::vector<int64_t> inner;
-    for (const auto k : kept) {
+    for (const auto k : saved) {
       TORCH_CHECK_VALUE(k > 0 && k < int64_t(chain.size()),
-                        "conv_bn_chain: expected kept between 1 and ", chain.size() - 1, ", got ",
-                        kept);
+                        "conv_bn_chain: expected saved between 1 and ", chain.size() - 1, ", got ",
+                        saved);
       inner.push_back(k - multiplied);  // a product is no link
     }
     auto parts = model.parts;

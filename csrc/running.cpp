@@ -8,13 +8,13 @@
 
 #include <limits>
 
-#include "composite.h"
+#include "chain/tensors.h"
 
 namespace fusedconvbn {
 
 using at::Tensor;
 
-std::pair<Tensor, Tensor> fold(const ConvArguments& conv, const NormArguments& norm) {
+std::tuple<Tensor, Tensor> fold(const ConvArguments& conv, const NormArguments& norm) {
   const auto &weight = conv.weight, &running_var = *norm.running_var;
   const auto wide = running_var.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   auto scale = inverse_running_std(norm.norm, running_var.to(wide));
@@ -36,9 +36,20 @@ std::pair<Tensor, Tensor> fold(const ConvArguments& conv, const NormArguments& n
           shift};
 }
 
+std::tuple<Tensor, Tensor> fold_batch_norm(const Tensor& weight, const Optional& bias,
+                                           const Optional& bn_weight, const Optional& bn_bias,
+                                           const Tensor& running_mean, const Tensor& running_var,
+                                           double eps, bool transposed, int64_t groups) {
+  ConvArguments conv{{}, weight, bias};
+  conv.conv.transposed = transposed;
+  conv.conv.groups = groups;
+  const Norm norm{eps, Arithmetic::batchnorm, {}};
+  return fold(conv, {norm, bn_weight, bn_bias, running_mean, running_var, {}, {}, false, {}});
+}
+
 namespace {
 
-// RunningChannel (channel_vectors.h) in ATen.
+// RunningChannel (kernels/channel_vectors.h) in ATen.
 Tensor moved(const Tensor& running, const Tensor& batch, const std::optional<double>& momentum,
              const Tensor& count) {
   const auto wide = running.to(batch.scalar_type());

@@ -12,7 +12,15 @@ namespace fusedconvbn {
 // BN with given statistics is a scale and a shift per output channel: one convolution with
 //   weight' = a·weight      bias' = β + (bias − running_mean)·a
 // Both differentiable, in float for half types.
-std::pair<at::Tensor, at::Tensor> fold(const ConvArguments& conv, const NormArguments& norm);
+std::tuple<at::Tensor, at::Tensor> fold(const ConvArguments& conv, const NormArguments& norm);
+
+// The operator _fold.
+std::tuple<at::Tensor, at::Tensor> fold_batch_norm(const at::Tensor& weight, const Optional& bias,
+                                                   const Optional& bn_weight,
+                                                   const Optional& bn_bias,
+                                                   const at::Tensor& running_mean,
+                                                   const at::Tensor& running_var, double eps,
+                                                   bool transposed, int64_t groups);
 
 // The running statistics of any number of norms, written together: what allocates, and so may fail,
 // comes before the first write. Of a forward that torch.utils.checkpoint recomputes they are left

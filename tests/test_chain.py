@@ -150,7 +150,7 @@ def test_gradcheck_under_every_plan(pattern):
     packed = pack(input, chain)
     for kept in plans(len(chain)):
 
-        def function(*tensors, kept=kept):
+        def function(*tensors, saved=kept):
             return ops._chain_forward(tensors, *packed.options, kept)[0]
 
         assert torch.autograd.gradcheck(function, packed.tensors, fast_mode=True)
@@ -274,8 +274,8 @@ def test_what_was_kept_is_not_written_to():
         (dict(links=[0, 0, 0]), "ends inside a link"),
         (dict(links=[7, 0, 0, 0, 0, 0]), "ends inside a link or names what there is not"),
         (dict(scalars=[]), "malformed chain"),
-        (dict(kept=[3]), "expected `kept` between 1 and 2"),
-        (dict(kept=[0]), "expected `kept` between 1 and 2, ascending, got"),
+        (dict(saved=[3]), "expected `saved` between 1 and 2"),
+        (dict(saved=[0]), "expected `saved` between 1 and 2, ascending, got"),
         (dict(tensors=2), "malformed chain"),
         (dict(links=[0, 0, 0, 1, 2, 0, 1, 0, 0, 1, 1, 0, 0, 1, 0, 0, 0, 0]), "malformed chain"),
         (dict(links=[1, 0, 0, 0, 3, 0], tensors=1), "malformed chain"),
@@ -292,7 +292,7 @@ def test_malformed_chains(change, message):
                 links=packed.links,
                 scalars=packed.scalars,
                 process_group="",
-                kept=[],
+                saved=[],
             )
             | change
         )
@@ -319,8 +319,8 @@ BACKWARD = {
         dict(statistics=[torch.zeros(2, 4)]),
         "expected the statistics",
     ),
-    "kept maps missing": (dict(kept=[1]), "got 0 kept maps for 1 places"),
-    "wanted": (dict(wanted=[5]), "expected `wanted` between 0 and 3"),
+    "saved maps missing": (dict(saved=[1]), "got 0 saved maps for 1 indices"),
+    "wanted": (dict(needs_grad=[5]), "expected `needs_grad` between 0 and 3"),
 }
 
 
@@ -335,11 +335,11 @@ def test_malformed_backward(name):
     arguments = dict(
         dout=torch.ones_like(out),
         tensors=tensors,
-        kept_maps=[],
+        saved_maps=[],
         statistics=statistics,
         links=packed.links,
     )
-    arguments |= dict(scalars=packed.scalars, process_group="", kept=[], wanted=[0]) | change
+    arguments |= dict(scalars=packed.scalars, process_group="", saved=[], needs_grad=[0]) | change
     with pytest.raises(ValueError, match=message):
         ops._chain_backward(**arguments)
 

@@ -114,7 +114,7 @@ def test_every_plan(pattern):
         theirs = counted(lambda w=wanted: grad(unfused_chain(input, chain), w))
         for kept in [*plans(len(chain)), [len(chain)]]:
 
-            def run(kept=kept, wanted=wanted):
+            def run(saved=kept, needs_grad=wanted):
                 grad(ops._chain_forward(packed.tensors, *packed.options, kept)[0], wanted)
 
             remade = assert_eager(counted(run), theirs)
@@ -134,7 +134,7 @@ def test_what_is_not_kept_is_remade(pattern):
     flops.pop(len(chain), None)
     for kept in plans(len(chain)):
         ours = counted(
-            lambda kept=kept: grad(
+            lambda saved=kept: grad(
                 ops._chain_forward(packed.tensors, *packed.options, kept)[0], packed.tensors
             )
         )

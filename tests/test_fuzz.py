@@ -1168,7 +1168,7 @@ def test_malformed_chains_raise(call, data):
             value = arguments[name]
             if name in ("dout", "process_group"):
                 arguments[name] = replaced(value, data.draw(junk_for(value), label=name))
-            elif name in ("tensors", "kept_maps", "statistics"):
+            elif name in ("tensors", "saved_maps", "statistics"):
                 tensor = value[0].cpu() if value else torch.zeros(2, 3)
                 junk = kinds.map(lambda kind, t=tensor: replaced(t, (kind, None)))
                 arguments[name] = mangled(data.draw, value, junk)
@@ -1181,7 +1181,7 @@ def test_malformed_chains_raise(call, data):
             out, maps, statistics = ops._chain_forward(**arguments)
             maps += [out] if len(links) in call.kept else []
             wanted = [0, *range(call.parts, len(packed.tensors))]
-            arguments |= {"dout": torch.ones_like(out), "kept_maps": maps, "statistics": statistics}
+            arguments |= {"dout": torch.ones_like(out), "saved_maps": maps, "statistics": statistics}
             arguments |= {"wanted": wanted}
             change(sorted(arguments))
             remember({n: described(v) for n, v in arguments.items()})

@@ -131,7 +131,7 @@ def test_conv_bn_chain(channels_last, training):
     torch.library.opcheck(
         ops.conv_bn_chain.default,
         (packed.tensors, running, packed.links, packed.scalars, [2, 3], [0.1, float("nan")]),
-        dict(training=training, kept=[1]),
+        dict(training=training, saved=[1]),
         rtol=1e-3,
         atol=1e-3,
     )

@@ -138,7 +138,7 @@ def test_shapes_that_do_not_fit_in_front_of_convolutions_of_our_own(groups):
     out, (kept,), statistics = ops._chain_forward(packed.tensors, *packed.options, [1])
     for other in (torch.cat([kept, kept[:1]]), kept[:, :, 1:]):
         other = other.contiguous(memory_format=torch.channels_last)
-        with pytest.raises(ValueError, match="expected the kept map 1 of shape"):
+        with pytest.raises(ValueError, match="expected the saved map 1 of shape"):
             ops._chain_backward(
                 torch.ones_like(out),
                 packed.tensors,

@@ -1,3 +1,4 @@
+// The autocast that is enabled where an operator is called.
 #pragma once
 
 #include <ATen/core/Tensor.h>

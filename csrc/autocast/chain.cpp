@@ -6,10 +6,12 @@
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
-#include "../ops.h"
+#include "../chain/dispatch.h"
 #include "autocast.h"
 
 namespace fusedconvbn {
+
+using at::Tensor;
 
 bool autocast_enabled(const Tensor& t) {
   return !t.is_meta() && at::autocast::is_autocast_enabled(t.device().type());
@@ -26,7 +28,7 @@ namespace {
 template <c10::DeviceType device, c10::DispatchKey key>
 ChainResult chain_forward_autocast(at::TensorList tensors, at::IntArrayRef links,
                                    at::ArrayRef<double> scalars, std::string_view process_group,
-                                   at::IntArrayRef kept,
+                                   at::IntArrayRef saved,
                                    const std::optional<Tensor>& input_statistics) {
   c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKeySet{key});
   const auto dtype = at::autocast::get_autocast_dtype(device);
@@ -44,7 +46,7 @@ ChainResult chain_forward_autocast(at::TensorList tensors, at::IntArrayRef links
       if (link.conv()) lower(link.bias);
     }
   }
-  return chain_forward(cast, links, scalars, process_group, kept, input_statistics);
+  return chain_forward(cast, links, scalars, process_group, saved, input_statistics);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Autograd of a chain: what is saved is its tensors, the kept maps and the statistics.
+// Autograd of a chain: what is variables is its tensors, the saved maps and the statistics.
 #include "../chain/chain.h"
 
 #include <ATen/TensorOperators.h>
@@ -11,35 +11,40 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include "../composite.h"
-#include "../ops.h"
+#include "../chain/backward.h"
+#include "../chain/dispatch.h"
 #include "../chain/recompute_check.h"
+#include "../chain/tensors.h"
 #include "../chain/unfused.h"
 
 namespace fusedconvbn {
+
+using at::Tensor;
+
 namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 // Whether a call of the backward operator would end in its kernel, and at once.
-bool ends_in_kernel(const Tensor& dout, const variable_list& saved) {
-  return !at::GradMode::is_enabled() && !any_has_tangent(dout) && is_plain(dout) && is_plain(saved);
+bool ends_in_kernel(const Tensor& dout, const variable_list& variables) {
+  return !at::GradMode::is_enabled() && !any_has_tangent(dout) && is_plain(dout) &&
+         is_plain(variables);
 }
 
-bool result_is_kept(at::IntArrayRef kept, size_t links) {
-  return !kept.empty() && kept.back() == int64_t(links);
+bool result_is_saved(at::IntArrayRef saved, size_t links) {
+  return !saved.empty() && saved.back() == int64_t(links);
 }
 
-// Of a call, for its backward: how many tensors, parts and kept maps it has, the place of a last
+// Of a call, for its backward: how many tensors, parts and saved maps it has, the place of a last
 // residual that backward does not read, and that of one whose gradient is dout.
-struct Facts {
-  int64_t tensors, parts, kept, unread = -1, plain_residual = -1;
+struct SavedLayout {
+  int64_t tensors, parts, saved, unread = -1, plain_residual = -1;
 
   static constexpr size_t size = 5;
-  static Facts read(at::IntArrayRef v) { return {v[0], v[1], v[2], v[3], v[4]}; }
+  static SavedLayout read(at::IntArrayRef v) { return {v[0], v[1], v[2], v[3], v[4]}; }
   std::array<int64_t, size> values() const {
-    return {tensors, parts, kept, unread, plain_residual};
+    return {tensors, parts, saved, unread, plain_residual};
   }
 };
 
@@ -48,30 +53,31 @@ struct ChainFunction : torch::autograd::Function<ChainFunction> {
 
   static Tensor forward(AutogradContext* ctx, at::TensorList tensors, at::IntArrayRef links,
                         at::ArrayRef<double> scalars, std::string_view process_group,
-                        at::IntArrayRef kept, const std::optional<Tensor>* input_statistics,
+                        at::IntArrayRef saved, const std::optional<Tensor>* input_statistics,
                         ChainResult* result) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    *result = chain_forward(tensors, links, scalars, process_group, kept, *input_statistics);
-    const auto& [output, kept_maps, statistics] = *result;
+    *result = chain_forward(tensors, links, scalars, process_group, saved, *input_statistics);
+    const auto& [output, saved_maps, statistics] = *result;
     const auto chain = unpack(links, scalars, tensors.size());
-    auto saved = tensors.vec();
-    Facts facts{int64_t(tensors.size()), chain.parts, int64_t(kept.size())};
+    auto variables = tensors.vec();
+    SavedLayout layout{int64_t(tensors.size()), chain.parts, int64_t(saved.size())};
     if (const auto place = chain.back().residual;
-        place >= 0 && !last_residual_is_read(chain, kept)) {
-      saved[place] = output.new_empty({});
-      facts.unread = place;
-      if (chain.back().norm()->activation.none()) facts.plain_residual = place;
+        place >= 0 && !last_residual_is_read(chain, saved)) {
+      variables[place] = output.new_empty({});
+      layout.unread = place;
+      if (chain.back().norm()->activation.none()) layout.plain_residual = place;
     }
-    saved.insert(saved.end(), kept_maps.begin(), kept_maps.end());
-    // Without the graph: were the result itself what waits to be saved, a hook that raises then, as
-    // the early stop of torch.utils.checkpoint, would leave it and its node to each other for ever.
-    if (result_is_kept(kept, chain.size())) saved.push_back(output.tensor_data());
-    saved.insert(saved.end(), statistics.begin(), statistics.end());
-    ctx->save_for_backward(std::move(saved));
+    variables.insert(variables.end(), saved_maps.begin(), saved_maps.end());
+    // Without the graph: were the result itself what waits to be variables, a hook that raises
+    // then, as the early stop of torch.utils.checkpoint, would leave it and its node to each other
+    // for ever.
+    if (result_is_saved(saved, chain.size())) variables.push_back(output.tensor_data());
+    variables.insert(variables.end(), statistics.begin(), statistics.end());
+    ctx->save_for_backward(std::move(variables));
     // Each entry is a string that is hashed and a value on the heap.
-    const auto values = facts.values();
+    const auto values = layout.values();
     std::vector<int64_t> integers(values.begin(), values.end());
-    integers.insert(integers.end(), kept.begin(), kept.end());
+    integers.insert(integers.end(), saved.begin(), saved.end());
     integers.insert(integers.end(), links.begin(), links.end());
     ctx->saved_data["integers"] = std::move(integers);
     if (!scalars.empty()) ctx->saved_data["scalars"] = scalars.vec();
@@ -84,57 +90,57 @@ struct ChainFunction : torch::autograd::Function<ChainFunction> {
     // Forward settled the dtypes; under an autocast of the caller a remade map would have another
     // one.
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-    auto saved = ctx->get_saved_variables();
+    auto variables = ctx->get_saved_variables();
     auto& data = ctx->saved_data;
     const auto integers = data["integers"].toIntVector();
-    const auto facts = Facts::read(integers);
-    const auto lists = at::IntArrayRef(integers).slice(Facts::size);
-    const auto kept = lists.slice(0, facts.kept), links = lists.slice(facts.kept);
+    const auto layout = SavedLayout::read(integers);
+    const auto lists = at::IntArrayRef(integers).slice(SavedLayout::size);
+    const auto saved = lists.slice(0, layout.saved), links = lists.slice(layout.saved);
     const auto scalars =
         data.count("scalars") ? data["scalars"].toDoubleVector() : std::vector<double>();
     const auto process_group =
         data.count("process_group") ? data["process_group"].toStringRef() : std::string();
-    if (facts.unread >= 0) {
-      auto& residual = saved[facts.unread];
+    if (layout.unread >= 0) {
+      auto& residual = variables[layout.unread];
       residual = residual.expand_symint(grads[0].sym_sizes());
     }
-    const auto all = at::TensorList(saved);
-    const size_t count = facts.tensors, last_kept = count + kept.size();
+    const auto all = at::TensorList(variables);
+    const size_t count = layout.tensors, last_map = count + saved.size();
     variable_list result(count + 6);  // one for each argument of forward
     // Without an activation the gradient of the last residual is dout.
-    const int64_t plain_residual = facts.plain_residual, parts = facts.parts;
+    const int64_t plain_residual = layout.plain_residual, parts = layout.parts;
     if (plain_residual >= 0 && ctx->needs_input_grad(plain_residual))
       result[plain_residual] = grads[0];
-    std::vector<int64_t> wanted;
+    std::vector<int64_t> needs_grad;
     for (int64_t i = 0; i < int64_t(count); ++i) {
       if (!ctx->needs_input_grad(i) || i == plain_residual) continue;
       const auto place = i < parts ? 0 : i;
-      if (wanted.empty() || wanted.back() != place) wanted.push_back(place);
+      if (needs_grad.empty() || needs_grad.back() != place) needs_grad.push_back(place);
     }
-    if (wanted.empty()) return result;
+    if (needs_grad.empty()) return result;
 
     const auto name = data.count("layer") ? data["layer"].toStringRef() : std::string();
     const auto restore_name =
         c10::make_scope_exit([outer = std::exchange(layer_name(), name)] { layer_name() = outer; });
     const auto call = [&](const auto& backward, auto&& dout) {
       return backward(std::forward<decltype(dout)>(dout), all.slice(0, count),
-                      all.slice(count, kept.size()), all.slice(last_kept), links, scalars,
-                      process_group, kept, wanted);
+                      all.slice(count, saved.size()), all.slice(last_map), links, scalars,
+                      process_group, saved, needs_grad);
     };
     std::vector<Tensor> computed;
-    if (ends_in_kernel(grads[0], saved)) {
+    if (ends_in_kernel(grads[0], variables)) {
       const at::AutoDispatchBelowADInplaceOrView below_autograd;
       RECORD_FUNCTION("fusedconvbn::_chain_backward", {});
       computed = call(chain_backward_kernel, std::move(grads[0]));
     } else {
       computed = call(chain_backward, grads[0]);
     }
-    for (size_t k = 0; k < wanted.size(); ++k) result[wanted[k]] = computed[k];
-    if (parts > 1 && wanted[0] == 0) {
+    for (size_t k = 0; k < needs_grad.size(); ++k) result[needs_grad[k]] = computed[k];
+    if (parts > 1 && needs_grad[0] == 0) {
       const Tensor whole = std::move(result[0]);
       c10::SymInt first = 0;
       for (int64_t p = 0; p < parts; ++p) {
-        const auto channels = saved[p].sym_size(1);
+        const auto channels = variables[p].sym_size(1);
         result[p] = ctx->needs_input_grad(p) ? whole.narrow_symint(1, first, channels) : Tensor();
         first = first + channels;
       }
@@ -145,31 +151,31 @@ struct ChainFunction : torch::autograd::Function<ChainFunction> {
 
 ChainResult chain_forward_autograd(at::TensorList tensors, at::IntArrayRef links,
                                    at::ArrayRef<double> scalars, std::string_view process_group,
-                                   at::IntArrayRef kept,
+                                   at::IntArrayRef saved,
                                    const std::optional<Tensor>& input_statistics) {
   if (needs_unfused(tensors))
-    return unfused_chain(tensors, links, scalars, process_group, kept, {});
+    return unfused_chain(tensors, links, scalars, process_group, saved, {});
   if (!any_requires_grad(tensors)) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return chain_forward(tensors, links, scalars, process_group, kept, input_statistics);
+    return chain_forward(tensors, links, scalars, process_group, saved, input_statistics);
   }
   ChainResult result;
-  std::get<0>(result) = ChainFunction::apply(tensors, links, scalars, process_group, kept,
+  std::get<0>(result) = ChainFunction::apply(tensors, links, scalars, process_group, saved,
                                              &input_statistics, &result);
   return result;
 }
 
 // The backward of backward: the gradients of the unfused chain, which autograd can follow.
 std::vector<Tensor> differentiable_backward(const Tensor& dout, at::TensorList tensors,
-                                            at::TensorList kept_maps, at::TensorList,
+                                            at::TensorList saved_maps, at::TensorList,
                                             at::IntArrayRef links, at::ArrayRef<double> scalars,
-                                            std::string_view process_group, at::IntArrayRef kept,
-                                            at::IntArrayRef wanted) {
-  check_places("wanted", wanted, 0, int64_t(tensors.size()) - 1);
+                                            std::string_view process_group, at::IntArrayRef saved,
+                                            at::IntArrayRef needs_grad) {
+  check_indices("needs_grad", needs_grad, 0, int64_t(tensors.size()) - 1);
   const bool create_graph = at::GradMode::is_enabled();
   const at::AutoGradMode grad_mode(true);
   const auto chain = unpack(links, scalars, tensors.size());
-  const bool has_result = result_is_kept(kept, chain.size());
+  const bool has_result = result_is_saved(saved, chain.size());
   // T_0 as one tensor. Views, so that a tensor which was made from another one does not pass its
   // gradient on.
   const auto parts = chain.parts;
@@ -180,12 +186,12 @@ std::vector<Tensor> differentiable_backward(const Tensor& dout, at::TensorList t
     own[0] = own[0].view_as(own[0]);
   for (const auto& t : tensors.slice(parts)) own.push_back(t.view_as(t));
   variable_list inputs;
-  for (const auto i : wanted) {
+  for (const auto i : needs_grad) {
     auto& t = own[i == 0 ? 0 : i - parts + 1];
     inputs.push_back(t.requires_grad() ? t : t.requires_grad_());
   }
-  const auto output = std::get<0>(unfused_chain(own, links, scalars, process_group, {},
-                                                has_result ? kept_maps.back().detach() : Tensor()));
+  const auto output = std::get<0>(unfused_chain(
+      own, links, scalars, process_group, {}, has_result ? saved_maps.back().detach() : Tensor()));
   auto grads =
       torch::autograd::grad({output}, inputs, {dout}, /*retain_graph=*/create_graph, create_graph,
                             /*allow_unused=*/true);
@@ -196,23 +202,23 @@ std::vector<Tensor> differentiable_backward(const Tensor& dout, at::TensorList t
 }
 
 std::vector<Tensor> chain_backward_autograd(const Tensor& dout, at::TensorList tensors,
-                                            at::TensorList kept_maps, at::TensorList statistics,
+                                            at::TensorList saved_maps, at::TensorList statistics,
                                             at::IntArrayRef links, at::ArrayRef<double> scalars,
-                                            std::string_view process_group, at::IntArrayRef kept,
-                                            at::IntArrayRef wanted) {
+                                            std::string_view process_group, at::IntArrayRef saved,
+                                            at::IntArrayRef needs_grad) {
   if (any_requires_grad(tensors) || any_requires_grad(dout) || any_has_tangent(tensors) ||
       any_has_tangent(dout))
-    return differentiable_backward(dout, tensors, kept_maps, statistics, links, scalars,
-                                   process_group, kept, wanted);
+    return differentiable_backward(dout, tensors, saved_maps, statistics, links, scalars,
+                                   process_group, saved, needs_grad);
   at::AutoDispatchBelowADInplaceOrView guard;
-  return chain_backward(dout, tensors, kept_maps, statistics, links, scalars, process_group, kept,
-                        wanted);
+  return chain_backward(dout, tensors, saved_maps, statistics, links, scalars, process_group, saved,
+                        needs_grad);
 }
 
 ChainResult chain_forward_vmap(at::TensorList tensors, at::IntArrayRef links,
                                at::ArrayRef<double> scalars, std::string_view process_group,
-                               at::IntArrayRef kept, const std::optional<Tensor>&) {
-  return unfused_chain(tensors, links, scalars, process_group, kept, {});
+                               at::IntArrayRef saved, const std::optional<Tensor>&) {
+  return unfused_chain(tensors, links, scalars, process_group, saved, {});
 }
 
 // Not differentiable: the chain that is given the result differentiates through its input.
@@ -230,8 +236,6 @@ Tensor channel_stats_vmap(const Tensor& input, std::string_view) {
 
 // torch.func.vmap
 TORCH_LIBRARY_IMPL(fusedconvbn, FuncTorchBatchedDecomposition, m) {
-  m.impl("conv_bn", TORCH_FN(conv_bn));
-  m.impl("conv_bn_chain", TORCH_FN(conv_bn_chain));
   m.impl("_channel_stats", TORCH_FN(channel_stats_vmap));
   m.impl("_chain_forward", TORCH_FN(chain_forward_vmap));
   m.impl("_chain_backward", TORCH_FN(differentiable_backward));

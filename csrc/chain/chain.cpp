@@ -114,7 +114,8 @@ Chain unpack(at::IntArrayRef links, at::ArrayRef<double> scalars, size_t tensor_
       const auto arithmetic = next(), activation = next();
       TORCH_CHECK_VALUE(arithmetic >= 0 && arithmetic <= int64_t(Arithmetic::running), malformed);
       link.statistics = next_tensor(arithmetic == int64_t(Arithmetic::running));
-      TORCH_CHECK_VALUE(activation >= 0 && activation < activation_kinds, malformed);
+      TORCH_CHECK_VALUE(activation >= 0 && activation < int64_t(activation_table.size()),
+                        malformed);
       const Norm norm{scalars[2 * norms],
                       static_cast<Arithmetic>(arithmetic),
                       {static_cast<ActivationKind>(activation), scalars[2 * norms + 1]}};
@@ -129,18 +130,23 @@ Chain unpack(at::IntArrayRef links, at::ArrayRef<double> scalars, size_t tensor_
   return chain;
 }
 
-bool last_residual_is_read(const Chain& chain, at::IntArrayRef kept) {
-  const auto* norm = chain.back().norm();
-  if (!norm || norm->activation.none()) return false;
-  const bool result_kept = !kept.empty() && kept.back() == int64_t(chain.size());
-  return !(result_kept && norm->activation.slope_from_result());
+std::vector<int64_t> saved_result(const Norm& last, bool has_residual, int64_t links) {
+  const bool saved = last.activation.slope_from_result() && (has_residual || !last.normalises());
+  return saved ? std::vector<int64_t>{links} : std::vector<int64_t>{};
 }
 
-void check_places(const char* name, at::IntArrayRef places, int64_t first, int64_t last) {
+bool last_residual_is_read(const Chain& chain, at::IntArrayRef saved) {
+  const auto* norm = chain.back().norm();
+  if (!norm || norm->activation.none()) return false;
+  const bool result_is_saved = !saved.empty() && saved.back() == int64_t(chain.size());
+  return !(result_is_saved && norm->activation.slope_from_result());
+}
+
+void check_indices(const char* name, at::IntArrayRef indices, int64_t first, int64_t last) {
   int64_t least = first;
-  for (const auto i : places) {
+  for (const auto i : indices) {
     TORCH_CHECK_VALUE(i >= least && i <= last, "expected `", name, "` between ", first, " and ",
-                      last, ", ascending, got ", places);
+                      last, ", ascending, got ", indices);
     least = i + 1;
   }
 }

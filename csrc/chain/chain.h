@@ -1,46 +1,46 @@
-// A chain: maps T_0 … T_n with link i making T_{i+1} from T_i.
+// A chain: maps T_0 … T_n, where link i computes T_{i+1} from T_i.
 //
 //   conv   T' = conv(T, weight) + bias
 //   norm   T' = act(u),  u = (T − μ)·a + β [+ residual]   per channel, with the batch statistics of
-//   T gate   T' = T·s                                       s is (N, C, 1, …): a value per sample
-//   and channel prelu  T' = T where T > 0, T·s elsewhere              s is (C) or (1): a value per
-//   channel, or one
+//   T gate   T' = T·s                                       s is (N, C, 1, …): of sample and
+//   channel prelu  T' = T where T > 0, T·s elsewhere              s is (C) or (1): of channel, or
+//   one
 //
-// The backward of a link reads its input; a norm link's also its residual, or, where act' shows in
-// it, its result, and nothing else. A plan names the maps that are kept; of the inner ones the
-// others are remade in backward from the nearest kept one before them, with the statistics already
-// known.
+// The backward of a link reads its input. That of a norm link also reads its residual or, if act'
+// follows from it, its result. A plan names the maps that are saved. The other inner maps are
+// recomputed in backward, each from the nearest saved map before it and with the statistics that
+// forward found.
 //
-// T_0 may be a list of tensors, a virtual concatenation of their channels: it is made where a link
-// reads it, and let go of. Statistics are per channel, so those of T_0 are those of its parts, and
-// may be given.
+// T_0 may be a list of tensors, a virtual concatenation of their channels: it is computed where a
+// link reads it and freed after that. Statistics are per channel, so those of T_0 are those of its
+// parts, and may be given.
 //
 //   a = γ·r      κ = (a/R)·r·ρ      r = 1/√(v + eps)      ρ = r                  batchnorm
-//                                   r = 1/(s + eps)       ρ = R/((R−1)·s)        tutorial, s =
-//                                   √(v·R/(R−1))
+//                                   r = 1/(s + eps)       ρ = R/((R−1)·s)        tutorial
+//                                                         s = √(v·R/(R−1))
 //
 //   du = act'(u)·dout      S1 = Σ du      S2 = Σ du·(T − μ)      d residual = du
 //   dβ = S1      dγ = r·S2      dT = a·du − κ·S2·(T − μ) − (a/R)·S1
 //
-// μ mean, v biased variance, R values per channel, γ and β affine (1 and 0 when absent). In a
-// synchronised chain μ, v, R and the sums in dT are those of all processes of a group, dβ and dγ of
-// this one.
+// μ is the mean, v the biased variance, R the number of values per channel; γ and β are affine (1
+// and 0 when absent). In a synchronised chain μ, v, R and the sums in dT are those of all processes
+// of a group, dβ and dγ those of this one.
 //
-// A link of arithmetic `running` is given μ and v, which do not depend on T: dT = a·du. One of
-// arithmetic `none` has neither statistics nor γ and β: it is its activation, u = T [+ residual],
-// dT = du.
+// A link of arithmetic `running` is given μ and v, which do not depend on T: dT = a·du. A link of
+// arithmetic `none` has neither statistics nor γ and β: u = T [+ residual], dT = du.
 //
-// Of a gate: ds = Σ dout·T over the positions, dT = dout·s. Of a prelu: dT is dout where T > 0,
-// dout·s elsewhere, and ds = Σ dout·T over what is elsewhere.
+// A gate has ds = Σ dout·T over the positions and dT = dout·s. A prelu has dT = dout where T > 0
+// and dout·s elsewhere, and ds = Σ dout·T over the values that are not above 0.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
+#include <tuple>
 #include <variant>
 #include <vector>
 
 #include "../kernels/activation.h"
-#include "convolution.h"
+#include "../kernels/conv.h"
 
 namespace fusedconvbn {
 
@@ -62,7 +62,7 @@ struct Prelu {};
 
 struct Link {
   std::variant<Conv, Norm, Gate, Prelu> op;
-  // places in `tensors`, -1 when absent; the weight of a gate or prelu is s
+  // indices of `tensors`, -1 when absent; the weight of a gate or prelu is s
   int64_t weight = -1, bias = -1, residual = -1, statistics = -1;
 
   const Conv* conv() const { return std::get_if<Conv>(&op); }
@@ -76,19 +76,21 @@ struct Chain : std::vector<Link> {
   int64_t parts = 1;  // tensors that T_0 is the concatenation of
 };
 
-// A chain as it crosses the dispatcher; `unpack` is the way back. (fusedconvbn/chain.py is this in
-// Python.)
+// A chain as it crosses the dispatcher; `unpack` is its inverse. (In Python: fusedconvbn/chain.py.)
+//
+//   tensors   T_0 or its parts; then of each link its weight, bias, residual and (2, C) running
+//             statistics, as far as present
+//   links     conv:   0, has_bias, transposed, groups, d,
+//                     stride[d], padding[d], dilation[d], output_padding[d]
+//             norm:   1, has_weight, has_bias, has_residual, arithmetic, activation
+//             gate:   2
+//             prelu:  4
+//             in front of them, if T_0 has parts: 3, parts
+//   scalars   of each norm link eps and the parameter of its activation
 struct PackedChain {
-  std::vector<at::Tensor> tensors;  // T_0 or its parts, then of each link its weight, bias,
-                                    // residual and (2, C) running statistics, as far as present
-  std::vector<int64_t>
-      links;  // conv: 0, has_bias, transposed, groups, d,
-              //       stride[d], padding[d], dilation[d], output_padding[d]
-              // norm: 1, has_weight, has_bias, has_residual, arithmetic, activation
-              // gate: 2
-              // prelu: 4
-              // before them, if T_0 has parts: 3, parts
-  std::vector<double> scalars;  // of each norm link eps and the parameter of its activation
+  std::vector<at::Tensor> tensors;
+  std::vector<int64_t> links;
+  std::vector<double> scalars;
 
   explicit PackedChain(at::TensorList input);
   void push(const Conv& conv, const at::Tensor& weight, const std::optional<at::Tensor>& bias);
@@ -101,11 +103,19 @@ struct PackedChain {
 
 Chain unpack(at::IntArrayRef links, at::ArrayRef<double> scalars, size_t tensor_count);
 
-// Whether the backward of the last link reads its residual when the maps at `kept` are.
-bool last_residual_is_read(const Chain& chain, at::IntArrayRef kept);
+// What a run of a chain returns (ops.h): T_n, the inner maps that are saved, the statistics.
+using ChainResult = std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>>;
 
-// An error unless the places ascend and are among first … last.
-void check_places(const char* name, at::IntArrayRef places, int64_t first, int64_t last);
+// The index of the result, {links}, if a chain of so many links is to save it: if it is act' of the
+// last link alone that would otherwise have to recompute something, and act' follows from the
+// result. Else nothing.
+std::vector<int64_t> saved_result(const Norm& last, bool has_residual, int64_t links);
+
+// Whether the backward of the last link reads its residual when the maps at `saved` are saved.
+bool last_residual_is_read(const Chain& chain, at::IntArrayRef saved);
+
+// An error unless the indices ascend and are among first … last.
+void check_indices(const char* name, at::IntArrayRef indices, int64_t first, int64_t last);
 
 // r of the table above as differentiable operations (the kernels': channel_vectors.h), from the
 // biased variance of `count` values or from a running variance, which is unbiased.

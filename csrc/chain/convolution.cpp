@@ -15,27 +15,6 @@ namespace fusedconvbn {
 
 using at::Tensor;
 
-std::vector<c10::SymInt> Conv::output_sizes(c10::SymIntArrayRef input,
-                                            c10::SymIntArrayRef weight) const {
-  TORCH_CHECK_VALUE(input.size() == stride.size() + 2 && weight.size() == input.size(),
-                    "expected a map and a weight of ", stride.size() + 2, " dimensions, got ",
-                    input, " and ", weight);
-  TORCH_CHECK_VALUE(
-      input[1] == (transposed ? weight[0] : weight[1] * groups) && weight[0] % groups == 0,
-      "expected a weight for the channels of the map and groups=", groups, ", got ", input, " and ",
-      weight);
-  std::vector<c10::SymInt> sizes{input[0], transposed ? weight[1] * groups : weight[0]};
-  for (size_t d = 0; d < stride.size(); ++d) {
-    const auto reach = (weight[d + 2] - 1) * dilation[d] + 1;  // of the kernel, in input values
-    sizes.push_back(
-        transposed
-            ? (input[d + 2] - 1) * stride[d] - 2 * padding[d] + reach + output_padding[d]
-            // ⌊(in + 2·padding − reach) / stride⌋ + 1, never above 0 when the kernel does not fit
-            : (input[d + 2] + 2 * padding[d] - reach + stride[d]) / stride[d]);
-  }
-  return sizes;
-}
-
 at::MemoryFormat conv_memory_format(const Tensor& input, const Tensor& weight) {
   // ATen's rule for its fast backends; convolution in one dimension and in 3-d double is contiguous
   // there.
@@ -47,14 +26,14 @@ at::MemoryFormat conv_memory_format(const Tensor& input, const Tensor& weight) {
 }
 
 bool reads_padding_alone(const Conv& conv, const Tensor& input, const Tensor& weight) {
-  const auto width = input.sym_size(-1).maybe_as_int(), places = weight.sym_size(-1).maybe_as_int();
-  if (!input.is_cpu() || conv.transposed || !width || !places) return false;
+  const auto width = input.sym_size(-1).maybe_as_int(), taps = weight.sym_size(-1).maybe_as_int();
+  if (!input.is_cpu() || conv.transposed || !width || !taps) return false;
   const size_t last = conv.stride.size() - 1;
   const auto columns = conv.output_sizes(input.sym_sizes(), weight.sym_sizes()).back().expect_int();
   for (int64_t column = 0; column < columns; ++column)
-    for (int64_t place = 0; place < places; ++place) {
+    for (int64_t tap = 0; tap < taps; ++tap) {
       const int64_t at =
-          column * conv.stride[last] - conv.padding[last] + place * conv.dilation[last];
+          column * conv.stride[last] - conv.padding[last] + tap * conv.dilation[last];
       if (at >= 0 && at < width) return false;
     }
   return true;
@@ -145,27 +124,27 @@ Tensor convolution(const Conv& conv, const Tensor& input, const Tensor& weight,
 
 std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Conv& conv, const Tensor& dout,
                                                         const Tensor& input, const Tensor& weight,
-                                                        std::array<bool, 3> wanted) {
+                                                        std::array<bool, 3> needs_grad) {
   const auto format = conv_memory_format(input, weight);
   const std::array<int64_t, 1> bias_size{dout.size(1)};
   const auto run = [&](const Tensor& grad, const Tensor& in, const Tensor& w) {
     auto [din, dweight, dbias] = at::convolution_backward(
-        grad, in, w, wanted[2] ? at::OptionalIntArrayRef(bias_size) : std::nullopt, conv.stride,
-        conv.padding, conv.dilation, conv.transposed, conv.output_padding, conv.groups, wanted);
-    return std::make_tuple(wanted[0] ? din.contiguous(format) : Tensor(),
-                           wanted[1] ? dweight.contiguous(format) : Tensor(), dbias);
+        grad, in, w, needs_grad[2] ? at::OptionalIntArrayRef(bias_size) : std::nullopt, conv.stride,
+        conv.padding, conv.dilation, conv.transposed, conv.output_padding, conv.groups, needs_grad);
+    return std::make_tuple(needs_grad[0] ? din.contiguous(format) : Tensor(),
+                           needs_grad[1] ? dweight.contiguous(format) : Tensor(), dbias);
   };
-  if (!wanted[2] && winograd_applies(conv, input, weight))
-    return {wanted[0] ? winograd_grad_input(conv, dout, weight) : Tensor(),
-            wanted[1] ? winograd_grad_weight(conv, dout, input, weight) : Tensor(), Tensor()};
-  if (!wanted[2] && depthwise_applies(conv, input, weight))
-    return {wanted[0] ? depthwise_grad_input(conv, dout, input, weight) : Tensor(),
-            wanted[1] ? depthwise_grad_weight(conv, dout, input, weight) : Tensor(), Tensor()};
-  if ((wanted[1] || wanted[2]) && steps_over_few_channels(conv, input, weight)) {
+  if (!needs_grad[2] && winograd_applies(conv, input, weight))
+    return {needs_grad[0] ? winograd_grad_input(conv, dout, weight) : Tensor(),
+            needs_grad[1] ? winograd_grad_weight(conv, dout, input, weight) : Tensor(), Tensor()};
+  if (!needs_grad[2] && depthwise_applies(conv, input, weight))
+    return {needs_grad[0] ? depthwise_grad_input(conv, dout, input, weight) : Tensor(),
+            needs_grad[1] ? depthwise_grad_weight(conv, dout, input, weight) : Tensor(), Tensor()};
+  if ((needs_grad[1] || needs_grad[2]) && steps_over_few_channels(conv, input, weight)) {
     Tensor din, dweight, dbias;
-    if (wanted[0])
+    if (needs_grad[0])
       din = std::get<0>(convolution_backward(conv, dout, input, weight, {true, false, false}));
-    if (wanted[1]) {
+    if (needs_grad[1]) {
       Conv dense = conv;
       for (auto* list : {&dense.stride, &dense.dilation}) std::fill(list->begin(), list->end(), 1);
       std::fill(dense.output_padding.begin(), dense.output_padding.end(), 0);
@@ -176,7 +155,7 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Conv& conv, const 
                                                  {false, true, false}))
                     .contiguous(format);
     }
-    if (wanted[2]) dbias = dout.sum({0, 2, 3});  // oneDNN's comes out of its weight gradient
+    if (needs_grad[2]) dbias = dout.sum({0, 2, 3});  // oneDNN's comes out of its weight gradient
     return {din, dweight, dbias};
   }
   const bool half = input.scalar_type() == at::kBFloat16 || input.scalar_type() == at::kHalf;
@@ -185,14 +164,14 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Conv& conv, const 
 
   Tensor din, dweight, dbias;
   const auto w = weight.to(input.scalar_type()).to(at::kFloat);
-  if (wanted[0]) din = at::empty(input.sizes(), input.options().memory_format(format));
+  if (needs_grad[0]) din = at::empty(input.sizes(), input.options().memory_format(format));
   for_sample_slices(input, dout, [&](int64_t first, int64_t count) {
     const auto part = [&](const Tensor& t) { return t.narrow(0, first, count).to(at::kFloat); };
     auto [slice_din, slice_dweight, slice_dbias] =
-        convolution_backward(conv, part(dout), part(input), w, wanted);
-    if (wanted[0]) din.narrow(0, first, count).copy_(slice_din);
-    if (wanted[1]) dweight = first == 0 ? slice_dweight : dweight.add_(slice_dweight);
-    if (wanted[2]) dbias = first == 0 ? slice_dbias : dbias.add_(slice_dbias);
+        convolution_backward(conv, part(dout), part(input), w, needs_grad);
+    if (needs_grad[0]) din.narrow(0, first, count).copy_(slice_din);
+    if (needs_grad[1]) dweight = first == 0 ? slice_dweight : dweight.add_(slice_dweight);
+    if (needs_grad[2]) dbias = first == 0 ? slice_dbias : dbias.add_(slice_dbias);
   });
   return {din, dweight, dbias};
 }

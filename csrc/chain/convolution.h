@@ -4,25 +4,12 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <algorithm>
 #include <array>
 #include <tuple>
-#include <vector>
+
+#include "../kernels/conv.h"
 
 namespace fusedconvbn {
-
-struct Conv {
-  std::vector<int64_t> stride, padding, dilation, output_padding;
-  bool transposed = false;
-  int64_t groups = 1;
-
-  std::vector<c10::SymInt> output_sizes(c10::SymIntArrayRef input,
-                                        c10::SymIntArrayRef weight) const;
-};
-
-inline bool all(at::IntArrayRef values, int64_t value) {
-  return std::all_of(values.begin(), values.end(), [&](int64_t v) { return v == value; });
-}
 
 // The memory format in which a convolution returns its result and its gradients.
 at::MemoryFormat conv_memory_format(const at::Tensor& input, const at::Tensor& weight);
@@ -40,12 +27,12 @@ bool steps_over_few_channels(const Conv& conv, const at::Tensor& input, const at
 at::Tensor convolution(const Conv& conv, const at::Tensor& input, const at::Tensor& weight,
                        const std::optional<at::Tensor>& bias);
 
-// The gradients of input, weight and bias, as far as `wanted`; the latter two are float where a
+// The gradients of input, weight and bias, as far as `needs_grad`; the latter two are float where a
 // convolution of a half type is run in float, and of the input's dtype elsewhere.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> convolution_backward(const Conv& conv,
                                                                     const at::Tensor& dout,
                                                                     const at::Tensor& input,
                                                                     const at::Tensor& weight,
-                                                                    std::array<bool, 3> wanted);
+                                                                    std::array<bool, 3> needs_grad);
 
 }  // namespace fusedconvbn

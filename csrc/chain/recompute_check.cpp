@@ -3,7 +3,6 @@
 #include <ATen/Context.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/sqrt.h>
-#include <torch/library.h>
 
 #include <atomic>
 #include <cmath>
@@ -46,6 +45,7 @@ double own_error(const at::Tensor& y) {
 
 }  // namespace
 
+void check_recompute(bool enabled) { checked = enabled; }
 bool recompute_is_checked() { return checked; }
 
 std::string& layer_name() {
@@ -75,11 +75,6 @@ void check_recomputed(const at::Tensor& y, const at::Tensor& found, const at::Te
               " channels are not those of forward. Its input or weight was changed before backward "
               "where autograd does "
               "not see it, as by a write to .data");
-}
-
-TORCH_LIBRARY_FRAGMENT(fusedconvbn, m) {
-  m.def("_check_recompute(bool enabled) -> ()", [](bool enabled) { checked = enabled; });
-  m.def("_set_layer_name(str name) -> ()", [](std::string_view name) { layer_name() = name; });
 }
 
 }  // namespace fusedconvbn

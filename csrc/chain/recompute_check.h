@@ -1,4 +1,4 @@
-// fusedconvbn.check_recompute: are the maps that backward remade those of forward?
+// fusedconvbn.check_recompute: are the maps that backward recomputes those of forward?
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -7,6 +7,7 @@
 
 namespace fusedconvbn {
 
+void check_recompute(bool enabled);
 bool recompute_is_checked();
 
 // The layer whose chain runs in this thread, for the message.

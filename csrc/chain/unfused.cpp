@@ -16,10 +16,12 @@
 #include <ATen/ops/tanh.h>
 #include <ATen/ops/var_mean.h>
 
-#include "chain.h"
 #include "../kernels/channel_kernels.h"
+#include "chain.h"
 
 namespace fusedconvbn {
+
+using at::Tensor;
 
 Tensor activate(const Tensor& u, const Activation& activation) {
   switch (activation.kind) {
@@ -51,20 +53,25 @@ Tensor activate(const Tensor& u, const Activation& activation) {
   TORCH_INTERNAL_ASSERT(false);
 }
 
+Tensor finish(Tensor out, const std::optional<Tensor>& residual, const Activation& activation) {
+  if (residual) out = out + residual->to(out.scalar_type());
+  return activate(out, activation);
+}
+
 ChainResult unfused_chain(at::TensorList tensors, at::IntArrayRef links,
                           at::ArrayRef<double> scalars, std::string_view process_group,
-                          at::IntArrayRef kept, const Tensor& result) {
+                          at::IntArrayRef saved, const Tensor& result) {
   TORCH_CHECK_NOT_IMPLEMENTED(
       process_group.empty(),
       "fusedconvbn: second derivatives, forward mode and torch.func are not there for "
       "synchronised batch norm");
   const auto chain = unpack(links, scalars, tensors.size());
-  check_places("kept", kept, 1, int64_t(chain.size()));
-  std::vector<Tensor> maps{concatenated(tensors.slice(0, chain.parts))}, kept_maps, statistics;
+  check_indices("saved", saved, 1, int64_t(chain.size()));
+  std::vector<Tensor> maps{concatenated(tensors.slice(0, chain.parts))}, saved_maps, statistics;
   for (size_t i = 0; i < chain.size(); ++i) {
     const auto t = maps.back();
-    const auto tensor = [&](int64_t place) {
-      return place < 0 ? std::nullopt : std::optional<Tensor>(tensors[place]);
+    const auto tensor = [&](int64_t index) {
+      return index < 0 ? std::nullopt : std::optional<Tensor>(tensors[index]);
     };
     const auto weight = tensor(chain[i].weight), bias = tensor(chain[i].bias);
     if (const auto* conv = chain[i].conv()) {
@@ -113,9 +120,9 @@ ChainResult unfused_chain(at::TensorList tensors, at::IntArrayRef links,
     maps.push_back(
         (slopes_known ? u * result.gt(0) : activate(u, norm.activation)).to(t.scalar_type()));
   }
-  for (const auto i : kept)
-    if (i < int64_t(chain.size())) kept_maps.push_back(maps[i]);
-  return {maps.back(), kept_maps, statistics};
+  for (const auto i : saved)
+    if (i < int64_t(chain.size())) saved_maps.push_back(maps[i]);
+  return {maps.back(), saved_maps, statistics};
 }
 
 }  // namespace fusedconvbn

@@ -1,7 +1,6 @@
 #include "arena.h"
 
 #include <c10/core/CPUAllocator.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <map>
@@ -155,15 +154,12 @@ class ArenaAllocator final : public c10::Allocator {
 ArenaScope::ArenaScope() : outer_(std::exchange(in_scope, true)) {}
 ArenaScope::~ArenaScope() { in_scope = outer_; }
 
-// Gives the pages that no tensor is in back to the system. Returns their bytes.
-TORCH_LIBRARY_FRAGMENT(fusedconvbn, m) {
-  m.def("_empty_cache() -> int", [] {
+int64_t empty_arena() {
 #ifdef FUSEDCONVBN_ARENA
-    return int64_t(arena.empty());
+  return int64_t(arena.empty());
 #else
-    return int64_t(0);
+  return 0;
 #endif
-  });
 }
 
 }  // namespace fusedconvbn

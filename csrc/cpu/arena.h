@@ -5,7 +5,7 @@
 // allocates its maps all the time.
 #pragma once
 
-#include <cstddef>
+#include <cstdint>
 
 namespace fusedconvbn {
 
@@ -21,5 +21,8 @@ class ArenaScope {
  private:
   bool outer_;
 };
+
+// Gives the pages that no tensor is in back to the system. Returns their bytes.
+int64_t empty_arena();
 
 }  // namespace fusedconvbn

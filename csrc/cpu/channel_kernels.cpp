@@ -4,12 +4,10 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <ATen/Version.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <cmath>
-#include <string>
 #include <vector>
 
 #include "channel_loops.h"
@@ -28,13 +26,7 @@ constexpr int64_t most_slices = 64;
 
 template <typename T>
 cpu::ChannelLoopsPair<T> choose_loops() {
-#if defined(__x86_64__)
-  // ATen's choice for its own kernels, which ATEN_CPU_CAPABILITY can lower.
-  const auto capability = at::get_cpu_capability();
-  if (capability == "AVX2") return cpu::channel_loops_avx2<T>();
-  if (capability.find("AVX") == 0) return cpu::channel_loops_avx512<T>();
-#endif
-  return cpu::channel_loops_baseline<T>();
+  return cpu::with_isa([]<cpu::Isa isa>() { return cpu::channel_loops<isa, T>(); });
 }
 
 template <typename T>
@@ -205,14 +197,15 @@ void channel_apply_(Tensor& out, const Tensor& y, const NormVectors& norm,
 
 Tensor channel_grad_stats(const Tensor& dout, const Tensor& y, int64_t samples,
                           const NormVectors& norm, const Activation& activation,
-                          const Joined& joined, const ParameterGrads& grads) {
+                          const GradSource& source, const ParameterGrads& grads) {
+  TORCH_INTERNAL_ASSERT(source.du.defined() == writes_du(y, activation, source));
   const auto layout = dense_layout(y, samples);
   const int64_t G = layout.groups();
   auto result = pair_of_vectors(y, layout);
   dispatch(y, [&]<typename T>(T) {
     const Expanded<T> vectors(norm, layout);
-    const cpu::Joined<T> with{data_or_null<T>(joined.residual), data_or_null<T>(joined.result),
-                              joined.du.defined() ? joined.du.mutable_data_ptr<T>() : nullptr};
+    const cpu::GradSource<T> with{data_or_null<T>(source.residual), data_or_null<T>(source.result),
+                                  source.du.defined() ? source.du.mutable_data_ptr<T>() : nullptr};
     const auto sums = reduce(
         layout, [&](int64_t channel, int64_t group, int64_t begin, int64_t end, double* sums) {
           loops<T>(layout).grad_stats(shape_of(layout), channel, begin, end,

@@ -1,13 +1,14 @@
 // The four channel kernels (channel_kernels.h) over a slice of a feature map, on raw pointers.
 //
-// channel_loops_impl.h is compiled once per instruction set; `channel_loops_*` return the tables
-// made so.
+// channel_loops_impl.h is compiled once per instruction set; channel_loops returns the tables of
+// one.
 #pragma once
 
 #include <cstdint>
 #include <type_traits>
 
 #include "../kernels/activation.h"
+#include "isa.h"
 
 namespace fusedconvbn::cpu {
 
@@ -27,7 +28,7 @@ struct Vectors {
 // As in channel_kernels.h: act' from act(u + residual), or from u + residual, or, without either,
 // from u.
 template <typename T>
-struct Joined {
+struct GradSource {
   const T* residual = nullptr;
   const T* result = nullptr;
   T* du = nullptr;
@@ -42,7 +43,7 @@ struct ChannelLoops {
   void (*stats)(Shape, int64_t channel, int64_t begin, int64_t end, const T* y,
                 const acc_t<T>* origin, double* sums);
   void (*grad_stats)(Shape, int64_t channel, int64_t begin, int64_t end, const T* dout, const T* y,
-                     Vectors<T>, Activation, Joined<T>, double* sums);
+                     Vectors<T>, Activation, GradSource<T>, double* sums);
   void (*apply)(Shape, int64_t begin, int64_t end, T* out, const T* y, Vectors<T>, Activation,
                 const T* residual);
   void (*multiply)(Shape, int64_t begin, int64_t end, T* out, const T* y, const acc_t<T>* scale);
@@ -55,13 +56,7 @@ struct ChannelLoopsPair {
   ChannelLoops<T> contiguous, channels_last;
 };
 
-template <typename T>
-ChannelLoopsPair<T> channel_loops_baseline();
-#if defined(__x86_64__)
-template <typename T>
-ChannelLoopsPair<T> channel_loops_avx2();
-template <typename T>
-ChannelLoopsPair<T> channel_loops_avx512();
-#endif
+template <Isa isa, typename T>
+ChannelLoopsPair<T> channel_loops();
 
 }  // namespace fusedconvbn::cpu

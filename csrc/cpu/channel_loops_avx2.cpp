@@ -12,7 +12,7 @@
 #pragma GCC target("avx2,fma,f16c")
 #endif
 
-#define FUSEDCONVBN_ISA avx2
+#define FUSEDCONVBN_ISA Isa::avx2
 #include "channel_loops_impl.h"
 
 #if defined(__clang__)

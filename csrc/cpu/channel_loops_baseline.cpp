@@ -3,5 +3,5 @@
 
 #include "channel_loops.h"
 
-#define FUSEDCONVBN_ISA baseline
+#define FUSEDCONVBN_ISA Isa::baseline
 #include "channel_loops_impl.h"

@@ -1,17 +1,19 @@
 // Included by channel_loops_{baseline,avx2,avx512}.cpp, each with its own target and
 // FUSEDCONVBN_ISA. Plain loops over contiguous memory; the compiler makes the vector code.
 //
-// Both layouts run the same row loops: a channels-last row has one value per channel, and a
-// contiguous plane is cut into rows of `lanes` values of one channel, whose sums are added up at
-// the end.
-
-#define FUSEDCONVBN_CONCAT_(a, b) a##b
-#define FUSEDCONVBN_CONCAT(a, b) FUSEDCONVBN_CONCAT_(a, b)
+// Both layouts run the same loops over rows. A channels-last row has a value of each channel; a
+// contiguous plane is cut into rows of one channel. `step` tells them apart: the vectors of value c
+// of a row are at [c·step].
+//
+// A cheap activation is a template argument of its pass. The others are called row by row: u of a
+// row is computed into the cache, the activation replaces it, the rest of the pass reads it there.
 
 namespace fusedconvbn::cpu {
 namespace {
 
-constexpr int64_t lanes = 32;
+enum Step { contiguous = 0, channels_last = 1 };
+
+constexpr int64_t most_width = 512;  // values in a row
 
 // v in the type of a map. c10's own rounding to bfloat16 branches on NaN, and no loop with it
 // becomes a vector loop.
@@ -26,42 +28,113 @@ FUSEDCONVBN_INLINE T rounded(acc_t<T> v) {
   }
 }
 
-// A reduction adds up its terms for a block of this many rows in float, and the blocks in double.
-// Maps with few values a channel, where rounding does not average out and time does not count, are
-// added up in double throughout.
-constexpr int64_t block_rows = 64, block_channels = 512, few_values = 256;
+template <typename T>
+FUSEDCONVBN_INLINE T* advance(T* from, int64_t by) {
+  return from ? from + by : from;
+}
+
+template <typename T>
+FUSEDCONVBN_INLINE Vectors<T> advance(Vectors<T> v, int64_t by) {
+  return {v.mean + by, v.scale + by, v.shift + by};
+}
+
+// ---------------------------------------------------------------------------- activations of a row
+
+// act(u) in the place of u
+template <typename acc>
+void forward_row(Activation activation, int64_t width, acc* u) {
+  with_activation(activation, [&](auto act) {
+#pragma omp simd
+    for (int64_t c = 0; c < width; ++c) u[c] = act.forward(u[c]);
+  });
+}
+
+// act'(u)·dout in the place of dout
+template <typename acc>
+void backward_row(Activation activation, int64_t width, acc* __restrict u, acc* __restrict dout) {
+  with_activation(activation, [&](auto act) {
+#pragma omp simd
+    for (int64_t c = 0; c < width; ++c) dout[c] = act.backward(u[c], dout[c]);
+  });
+}
+
+template <Step step, typename T>
+FUSEDCONVBN_INLINE void normalised_row(int64_t width, const T* y, Vectors<T> v, const T* residual,
+                                       acc_t<T>* __restrict u) {
+#pragma omp simd
+  for (int64_t c = 0; c < width; ++c)
+    u[c] = (acc_t<T>(y[c]) - v.mean[c * step]) * v.scale[c * step] + v.shift[c * step];
+  if (!residual) return;
+#pragma omp simd
+  for (int64_t c = 0; c < width; ++c) u[c] += acc_t<T>(residual[c]);
+}
+
+template <typename T>
+FUSEDCONVBN_INLINE void store_row(int64_t width, const acc_t<T>* values, T* out) {
+#pragma omp simd
+  for (int64_t c = 0; c < width; ++c) out[c] = rounded<T>(values[c]);
+}
+
+template <typename T>
+FUSEDCONVBN_INLINE void load_row(int64_t width, const T* from, acc_t<T>* values) {
+#pragma omp simd
+  for (int64_t c = 0; c < width; ++c) values[c] = acc_t<T>(from[c]);
+}
+
+// Calls f with the functor of an activation that is cheap, or with nothing.
+template <typename T, typename F>
+FUSEDCONVBN_INLINE void with_cheap_activation(Activation activation, const F& f) {
+  if (std::is_same_v<T, double> || !activation.cheap()) return f(nullptr);
+  with_activation(activation, [&](auto act) {
+    if constexpr (decltype(act)::cheap && !std::is_same_v<T, double>) f(act);
+  });
+}
+
+template <typename Act>
+constexpr bool by_row = std::is_same_v<Act, std::nullptr_t>;
+
+// ----------------------------------------------------------------------------------------
+// reductions
+
+// A reduction adds up the terms of a block of this many rows in float, and the blocks in double. Of
+// maps with few values a channel, where rounding errors do not average out and time does not count,
+// it adds up all terms in double; so it does where the map is double.
+constexpr int64_t block_rows = 64, few_values = 256;
 
 // Calls f(Sum{}) with the type in which the terms of a block are added up.
 template <typename T, typename F>
 FUSEDCONVBN_INLINE void with_sum(Shape shape, const F& f) {
-  if (shape.outer * shape.inner < few_values)
-    f(double{});
-  else
-    f(acc_t<T>{});
+  if (std::is_same_v<T, double> || shape.outer * shape.inner < few_values) return f(double{});
+  if constexpr (!std::is_same_v<T, double>) f(acc_t<T>{});
 }
 
-// sums1[c], sums2[c] += Σ_rows term(row·stride + c, c)
+// sums1[c], sums2[c] += Σ_rows term(first + row·stride + c, c)
 template <typename Term, typename Sum>
-FUSEDCONVBN_INLINE void add_rows(int64_t rows, int64_t stride, int64_t width, const Term& term,
-                                 Sum* __restrict sums1, Sum* __restrict sums2) {
-  int64_t row = 0;
-  for (; row + 2 <= rows; row += 2) {  // for each read and write of the sums
+FUSEDCONVBN_INLINE void add_rows(int64_t first, int64_t rows, int64_t stride, int64_t width,
+                                 const Term& term, Sum* __restrict sums1, Sum* __restrict sums2) {
+  if constexpr (Term::by_row) {
+    for (int64_t row = 0; row < rows; ++row)
+      term.add_row(first + row * stride, width, sums1, sums2);
+  } else {
+    int64_t row = 0;
+    for (; row + 2 <= rows; row += 2) {  // for each read and write of the sums
 #pragma omp simd
-    for (int64_t c = 0; c < width; ++c) {
-      Sum add1 = 0, add2 = 0;
-      term(row * stride + c, c, add1, add2);
-      term((row + 1) * stride + c, c, add1, add2);
-      sums1[c] += add1;
-      sums2[c] += add2;
+      for (int64_t c = 0; c < width; ++c) {
+        Sum add1 = 0, add2 = 0;
+        term(first + row * stride + c, c, add1, add2);
+        term(first + (row + 1) * stride + c, c, add1, add2);
+        sums1[c] += add1;
+        sums2[c] += add2;
+      }
     }
-  }
-  if (row < rows) {
+    if (row < rows) {
 #pragma omp simd
-    for (int64_t c = 0; c < width; ++c) {
-      Sum add1 = 0, add2 = 0;
-      term(row * stride + c, c, add1, add2);
-      sums1[c] += add1;
-      sums2[c] += add2;
+      for (int64_t c = 0; c < width; ++c) {
+        Sum add1 = 0, add2 = 0;
+        term(first + row * stride + c, c, add1, add2);
+        sums1[c] += add1;
+        sums2[c] += add2;
+      }
     }
   }
 }
@@ -78,32 +151,20 @@ FUSEDCONVBN_INLINE void for_runs(Shape shape, int64_t channel, int64_t begin, in
   }
 }
 
-template <typename T>
-struct Lanes {  // one channel's value in every lane
-  explicit Lanes(T value) {
-    for (auto& v : values) v = value;
-  }
-  T values[lanes];
-};
-
-// Sums of one channel of a contiguous map; term_at(offset) gives the term of the run that starts
+// Sums of one channel of a contiguous map; term_at(offset) gives the term of the block that starts
 // there.
 template <typename Sum, typename TermAt>
 FUSEDCONVBN_INLINE void add_channel(Shape shape, int64_t channel, int64_t begin, int64_t end,
                                     const TermAt& term_at, double* sums) {
   for_runs(shape, channel, begin, end, [&](int64_t offset, int64_t length) {
     for (const int64_t last = offset + length; offset < last;) {
-      const int64_t left = last - offset, most = block_rows * lanes,
-                    count = left < most ? left : most;
-      const int64_t whole = count / lanes * lanes;
       const auto term = term_at(offset);
+      constexpr int64_t lanes = decltype(term)::by_row ? most_width : 32;
+      const int64_t left = last - offset, most = block_rows * lanes;
+      const int64_t count = left < most ? left : most, whole = count / lanes * lanes;
       Sum own1[lanes] = {}, own2[lanes] = {};
-      add_rows(count / lanes, lanes, lanes, term, own1, own2);
-      if (count > whole)
-        add_rows(
-            1, lanes, count - whole,
-            [&](int64_t i, int64_t c, Sum& add1, Sum& add2) { term(whole + i, c, add1, add2); },
-            own1, own2);
+      add_rows(0, count / lanes, lanes, lanes, term, own1, own2);
+      add_rows(whole, count > whole, lanes, count - whole, term, own1, own2);
       double sum1 = 0, sum2 = 0;
       for (int64_t l = 0; l < lanes; ++l) {
         sum1 += own1[l];
@@ -115,80 +176,95 @@ FUSEDCONVBN_INLINE void add_channel(Shape shape, int64_t channel, int64_t begin,
   });
 }
 
-// Sums of all channels of a channels-last map; term_at(row, c) gives the term of the block that
-// starts there.
+// Sums of all channels of a channels-last map; term_at(row, c, width) gives the term of the block
+// that starts there.
 template <typename Sum, typename TermAt>
 FUSEDCONVBN_INLINE void add_channels(Shape shape, int64_t begin, int64_t end, const TermAt& term_at,
                                      double* sums) {
   const int64_t C = shape.channels;
   for (int64_t row = begin; row < end; row += block_rows) {
     const int64_t rows = end - row < block_rows ? end - row : block_rows;
-    for (int64_t first = 0; first < C; first += block_channels) {
-      const int64_t width = C - first < block_channels ? C - first : block_channels;
+    for (int64_t first = 0; first < C; first += most_width) {
+      const int64_t width = C - first < most_width ? C - first : most_width;
       const auto term = term_at(row, first, width);
-      Sum own1[block_channels], own2[block_channels];
+      Sum own1[most_width], own2[most_width];
       for (int64_t c = 0; c < width; ++c) own1[c] = own2[c] = 0;
-      add_rows(rows, C, width, term, own1, own2);
+      add_rows(0, rows, C, width, term, own1, own2);
       for (int64_t c = 0; c < width; ++c)
         term.add(c, rows, own1[c], own2[c], sums[first + c], sums[C + first + c]);
     }
   }
 }
 
-// Σ d and Σ d² of a block are those of the distances to a value of the block, `near`, and are moved
-// to the origin of the channel then: a value far out spoils no sums but those of its block.
-template <typename T, typename Sum, int64_t width>
+// A block adds up d and d², where d is the distance of a value to `shift`, a value of the block. At
+// its end the sums are moved to the origin of the channel, so that an outlier spoils no block but
+// its own.
+template <typename T, Step step, typename Sum>
 struct StatsTerm {
+  static constexpr bool by_row = false;
+
   const T* y;
   const acc_t<T>* origin;
-  acc_t<T> near[width];
+  acc_t<T> shift[step ? most_width : 1];
 
-  // near[c] = y[c·step]
-  FUSEDCONVBN_INLINE StatsTerm(const T* y, const acc_t<T>* origin, int64_t used, int64_t step)
+  FUSEDCONVBN_INLINE StatsTerm(const T* y, const acc_t<T>* origin, int64_t width)
       : y(y), origin(origin) {
-    for (int64_t c = 0; c < used; ++c) {
-      const acc_t<T> value = acc_t<T>(y[c * step]);
-      near[c] = value - value == 0 ? value : origin[c * step];  // a finite one
+    for (int64_t c = 0; c < (step ? width : 1); ++c) {
+      const acc_t<T> value = acc_t<T>(y[c]);
+      shift[c] = value - value == 0 ? value : origin[c];  // a finite one
     }
   }
 
   FUSEDCONVBN_INLINE void operator()(int64_t i, int64_t c, Sum& sum, Sum& squares) const {
-    const Sum d = Sum(acc_t<T>(y[i])) - Sum(near[c]);
+    const Sum d = Sum(acc_t<T>(y[i])) - Sum(shift[c * step]);
     sum += d;
     squares += d * d;
   }
   // Σ (d + δ) = Σ d + n·δ      Σ (d + δ)² = Σ d² + 2δ·Σ d + n·δ²
   FUSEDCONVBN_INLINE void add(int64_t c, int64_t n, double own_sum, double own_squares, double& sum,
                               double& squares) const {
-    const double shift = double(near[c]) - double(origin[c]);
-    sum += own_sum + n * shift;
-    squares += own_squares + shift * (2 * own_sum + n * shift);
+    const double delta = double(shift[c]) - double(origin[c]);
+    sum += own_sum + n * delta;
+    squares += own_squares + delta * (2 * own_sum + n * delta);
   }
 };
 
-// Where act' is taken: at u, at u + residual, or where act(u + residual) says. All but `u` write
-// du.
-enum class At { u, u_writing, sum, result };
+template <typename T>
+void stats_contiguous(Shape shape, int64_t channel, int64_t begin, int64_t end, const T* y,
+                      const acc_t<T>* origin, double* sums) {
+  with_sum<T>(shape, [&]<typename Sum>(Sum) {
+    const auto term_at = [&](int64_t offset) {
+      return StatsTerm<T, contiguous, Sum>(y + offset, origin + channel, 1);
+    };
+    add_channel<Sum>(shape, channel, begin, end, term_at, sums);
+  });
+}
 
-template <typename T, typename Act, At at, typename Sum>
-struct GradTerm {
+template <typename T>
+void stats_channels_last(Shape shape, int64_t, int64_t begin, int64_t end, const T* y,
+                         const acc_t<T>* origin, double* sums) {
+  with_sum<T>(shape, [&]<typename Sum>(Sum) {
+    const auto term_at = [&](int64_t row, int64_t c, int64_t width) {
+      return StatsTerm<T, channels_last, Sum>(y + row * shape.channels + c, origin + c, width);
+    };
+    add_channels<Sum>(shape, begin, end, term_at, sums);
+  });
+}
+
+// The terms of grad_stats: du and du·(y − mean), du = act'·dout, from the first value of a block
+// on.
+template <typename T>
+struct GradBlock {
   const T *dout, *y;
   Vectors<T> v;
-  Act act;
-  const T* other;  // the residual or the result
-  T* du;
-  FUSEDCONVBN_INLINE void operator()(int64_t i, int64_t c, Sum& sum, Sum& dot) const {
-    const acc_t<T> centred = acc_t<T>(y[i]) - v.mean[c];
-    acc_t<T> u;
-    if constexpr (at == At::result)
-      u = acc_t<T>(other[i]);
-    else
-      u = centred * v.scale[c] + v.shift[c];
-    if constexpr (at == At::sum) u += acc_t<T>(other[i]);
-    const acc_t<T> gradient = act.backward(u, acc_t<T>(dout[i]));
-    if constexpr (at != At::u) du[i] = rounded<T>(gradient);
-    sum += Sum(gradient);
-    dot += Sum(gradient) * Sum(centred);
+  GradSource<T> source;
+
+  FUSEDCONVBN_INLINE GradBlock from(int64_t offset, int64_t channel) const {
+    return {dout + offset,
+            y + offset,
+            advance(v, channel),
+            {advance(source.residual, offset), advance(source.result, offset),
+             advance(source.du, offset)}};
   }
   FUSEDCONVBN_INLINE void add(int64_t, int64_t, double own_sum, double own_dot, double& sum,
                               double& dot) const {
@@ -197,223 +273,220 @@ struct GradTerm {
   }
 };
 
-// Calls f(at, other) with what `joined` has for the functor.
-template <typename T, typename Act, typename F>
-FUSEDCONVBN_INLINE void with_slope_at(const Joined<T>& joined, Act, const F& f) {
-  constexpr bool none = std::is_same_v<Act, Identity>, relu = std::is_same_v<Act, Relu>;
-  if (joined.du == nullptr) return f(std::integral_constant<At, At::u>{}, joined.residual);
-  if constexpr (relu) {
-    if (joined.result) return f(std::integral_constant<At, At::result>{}, joined.result);
+// Where act' is taken: at u, at u + residual, or from the result, act(u + residual).
+enum class At { u, sum, result };
+
+// For a cheap activation. du is written where there is a residual, whose gradient it is.
+template <typename T, Step step, typename Act, At at>
+struct GradTerm : GradBlock<T> {
+  static constexpr bool by_row = false;
+
+  Act act;
+
+  template <typename Sum>
+  FUSEDCONVBN_INLINE void operator()(int64_t i, int64_t c, Sum& sum, Sum& dot) const {
+    const auto& v = this->v;
+    const acc_t<T> centred = acc_t<T>(this->y[i]) - v.mean[c * step];
+    acc_t<T> u;
+    if constexpr (at == At::result)
+      u = acc_t<T>(this->source.result[i]);
+    else
+      u = centred * v.scale[c * step] + v.shift[c * step];
+    if constexpr (at == At::sum) u += acc_t<T>(this->source.residual[i]);
+    const acc_t<T> gradient = act.backward(u, acc_t<T>(this->dout[i]));
+    if constexpr (at != At::u) this->source.du[i] = rounded<T>(gradient);
+    sum += Sum(gradient);
+    dot += Sum(gradient) * Sum(centred);
   }
-  if constexpr (!none) {
-    if (joined.residual) return f(std::integral_constant<At, At::sum>{}, joined.residual);
-    f(std::integral_constant<At, At::u_writing>{}, joined.residual);
+};
+
+// For any activation, and any place to take act' at.
+template <typename T, Step step>
+struct GradRowTerm : GradBlock<T> {
+  static constexpr bool by_row = true;
+
+  Activation activation;
+
+  template <typename Sum>
+  FUSEDCONVBN_INLINE void add_row(int64_t first, int64_t width, Sum* __restrict sums,
+                                  Sum* __restrict dots) const {
+    const auto& [residual, result, du] = this->source;
+    const T* const y = this->y + first;
+    acc_t<T> u[most_width], gradient[most_width];
+    if (result)
+      load_row(width, result + first, u);
+    else
+      normalised_row<step>(width, y, this->v, advance(residual, first), u);
+    load_row(width, this->dout + first, gradient);
+    backward_row(activation, width, u, gradient);
+    if (du) store_row(width, gradient, du + first);
+#pragma omp simd
+    for (int64_t c = 0; c < width; ++c) {
+      sums[c] += Sum(gradient[c]);
+      dots[c] += Sum(gradient[c]) * Sum(acc_t<T>(y[c]) - this->v.mean[c * step]);
+    }
   }
-}
+};
 
-template <typename T>
-FUSEDCONVBN_INLINE T* advance(T* from, int64_t by) {
-  return from ? from + by : from;
-}
-
-template <typename T, typename Act>
-FUSEDCONVBN_INLINE T grad_value(Act act, T dout, T y, acc_t<T> mean, acc_t<T> scale, acc_t<T> shift,
-                                acc_t<T> slope, acc_t<T> offset) {
-  const acc_t<T> centred = acc_t<T>(y) - mean;
-  const acc_t<T> du = act.backward(centred * scale + shift, acc_t<T>(dout));
-  const acc_t<T> linear =
-      slope == 0 ? acc_t<T>(0) : slope * centred;  // an infinite value is no NaN then
-  return rounded<T>(scale * du + (linear + offset));
-}
-
-// -------------------------------------------------------------------------------------------
-// contiguous
-
-template <typename T>
-void stats_contiguous(Shape shape, int64_t channel, int64_t begin, int64_t end, const T* y,
-                      const acc_t<T>* origin, double* sums) {
+// Calls f(term_of, Sum{}), where term_of(block) is the term for a block.
+template <Step step, typename T, typename F>
+FUSEDCONVBN_INLINE void with_grad_term(Shape shape, Activation activation,
+                                       const GradSource<T>& source, const F& f) {
+  const auto by_row = [&](const GradBlock<T>& block) {
+    return GradRowTerm<T, step>{block, activation};
+  };
   with_sum<T>(shape, [&]<typename Sum>(Sum) {
-    const auto term_at = [&](int64_t offset) {
-      return StatsTerm<T, Sum, lanes>(y + offset, origin + channel, lanes, 0);
-    };
-    add_channel<Sum>(shape, channel, begin, end, term_at, sums);
+    if constexpr (std::is_same_v<Sum, double>) {
+      f(by_row, Sum{});
+    } else {
+      with_cheap_activation<T>(activation, [&]<typename Act>(Act act) {
+        if constexpr (std::is_same_v<Act, std::nullptr_t>) {
+          f(by_row, Sum{});
+        } else {
+          const auto fused = [&]<At at>() {
+            f([&](const GradBlock<T>& block) { return GradTerm<T, step, Act, at>{block, act}; },
+              Sum{});
+          };
+          if constexpr (std::is_same_v<Act, Relu>)
+            if (source.result) return fused.template operator()<At::result>();
+          if constexpr (!std::is_same_v<Act, Identity>)
+            if (source.residual) return fused.template operator()<At::sum>();
+          fused.template operator()<At::u>();
+        }
+      });
+    }
   });
 }
 
 template <typename T>
 void grad_stats_contiguous(Shape shape, int64_t channel, int64_t begin, int64_t end, const T* dout,
-                           const T* y, Vectors<T> v, Activation activation, Joined<T> joined,
+                           const T* y, Vectors<T> v, Activation activation, GradSource<T> source,
                            double* sums) {
-  const Lanes<acc_t<T>> mean(v.mean[channel]), scale(v.scale[channel]), shift(v.shift[channel]);
-  const Vectors<T> spread{mean.values, scale.values, shift.values};
-  with_activation(activation, [&](auto act) {
-    with_slope_at(joined, act, [&](auto at, const T* other) {
-      with_sum<T>(shape, [&]<typename Sum>(Sum) {
-        const auto term_at = [&](int64_t offset) {
-          return GradTerm<T, decltype(act), at(), Sum>{dout + offset,
-                                                       y + offset,
-                                                       spread,
-                                                       act,
-                                                       advance(other, offset),
-                                                       advance(joined.du, offset)};
-        };
-        add_channel<Sum>(shape, channel, begin, end, term_at, sums);
-      });
-    });
-  });
-}
-
-// f(offset, length, channel) for the pieces of planes that values [begin, end) consist of
-template <typename F>
-FUSEDCONVBN_INLINE void for_planes(Shape shape, int64_t begin, int64_t end, const F& f) {
-  while (begin < end) {
-    const int64_t plane = begin / shape.inner, left = (plane + 1) * shape.inner - begin;
-    const int64_t length = end - begin < left ? end - begin : left;
-    f(begin, length, plane % shape.channels);
-    begin += length;
-  }
-}
-
-template <typename T>
-void apply_contiguous(Shape shape, int64_t begin, int64_t end, T* out, const T* y, Vectors<T> v,
-                      Activation activation, const T* residual) {
-  with_activation(activation, [&](auto act) {
-    for_planes(shape, begin, end, [&](int64_t offset, int64_t length, int64_t c) {
-      const auto mean = v.mean[c], scale = v.scale[c], shift = v.shift[c];
-      if (residual) {
-#pragma omp simd
-        for (int64_t i = offset; i < offset + length; ++i)
-          out[i] = rounded<T>(
-              act.forward((acc_t<T>(y[i]) - mean) * scale + shift + acc_t<T>(residual[i])));
-      } else {
-#pragma omp simd
-        for (int64_t i = offset; i < offset + length; ++i)
-          out[i] = rounded<T>(act.forward((acc_t<T>(y[i]) - mean) * scale + shift));
-      }
-    });
-  });
-}
-
-template <typename T>
-void multiply_contiguous(Shape shape, int64_t begin, int64_t end, T* out, const T* y,
-                         const acc_t<T>* scale) {
-  for_planes(shape, begin, end, [&](int64_t offset, int64_t length, int64_t c) {
-    const auto by = scale[c];
-#pragma omp simd
-    for (int64_t i = offset; i < offset + length; ++i) out[i] = rounded<T>(acc_t<T>(y[i]) * by);
-  });
-}
-
-template <typename T>
-void grad_apply_contiguous(Shape shape, int64_t begin, int64_t end, T* out, const T* dout,
-                           const T* y, Vectors<T> v, const acc_t<T>* slope, const acc_t<T>* offset,
-                           Activation activation) {
-  with_activation(activation, [&](auto act) {
-    for_planes(shape, begin, end, [&](int64_t first, int64_t length, int64_t c) {
-      const auto mean = v.mean[c], scale = v.scale[c], shift = v.shift[c];
-      const auto slope_c = slope[c], offset_c = offset[c];
-#pragma omp simd
-      for (int64_t i = first; i < first + length; ++i)
-        out[i] = grad_value<T>(act, dout[i], y[i], mean, scale, shift, slope_c, offset_c);
-    });
-  });
-}
-
-// ---------------------------------------------------------------------------------------- channels
-// last
-
-template <typename T>
-void stats_channels_last(Shape shape, int64_t, int64_t begin, int64_t end, const T* y,
-                         const acc_t<T>* origin, double* sums) {
-  with_sum<T>(shape, [&]<typename Sum>(Sum) {
-    const auto term_at = [&](int64_t row, int64_t c, int64_t width) {
-      return StatsTerm<T, Sum, block_channels>(y + row * shape.channels + c, origin + c, width, 1);
-    };
-    add_channels<Sum>(shape, begin, end, term_at, sums);
+  const GradBlock<T> map{dout, y, v, source};
+  with_grad_term<contiguous>(shape, activation, source, [&]<typename Sum>(auto term_of, Sum) {
+    const auto term_at = [&](int64_t offset) { return term_of(map.from(offset, channel)); };
+    add_channel<Sum>(shape, channel, begin, end, term_at, sums);
   });
 }
 
 template <typename T>
 void grad_stats_channels_last(Shape shape, int64_t, int64_t begin, int64_t end, const T* dout,
-                              const T* y, Vectors<T> v, Activation activation, Joined<T> joined,
+                              const T* y, Vectors<T> v, Activation activation, GradSource<T> source,
                               double* sums) {
-  with_activation(activation, [&](auto act) {
-    with_slope_at(joined, act, [&](auto at, const T* other) {
-      with_sum<T>(shape, [&]<typename Sum>(Sum) {
-        const auto term_at = [&](int64_t row, int64_t c, int64_t) {
-          const int64_t offset = row * shape.channels + c;
-          return GradTerm<T, decltype(act), at(), Sum>{dout + offset,
-                                                       y + offset,
-                                                       {v.mean + c, v.scale + c, v.shift + c},
-                                                       act,
-                                                       advance(other, offset),
-                                                       advance(joined.du, offset)};
-        };
-        add_channels<Sum>(shape, begin, end, term_at, sums);
-      });
+  const GradBlock<T> map{dout, y, v, source};
+  with_grad_term<channels_last>(shape, activation, source, [&]<typename Sum>(auto term_of, Sum) {
+    const auto term_at = [&](int64_t row, int64_t c, int64_t) {
+      return term_of(map.from(row * shape.channels + c, c));
+    };
+    add_channels<Sum>(shape, begin, end, term_at, sums);
+  });
+}
+
+// ---------------------------------------------------------------------------------------
+// elementwise
+
+// f(offset, width, channel) for the rows that values [begin, end), or rows of channels [begin,
+// end), consist of; channel is that of the first value.
+template <Step step, typename F>
+FUSEDCONVBN_INLINE void for_rows(Shape shape, int64_t begin, int64_t end, const F& f) {
+  const int64_t length = step ? shape.channels : shape.inner;
+  if (step) begin *= length, end *= length;
+  while (begin < end) {
+    const int64_t line = begin / length;
+    const int64_t last = end < (line + 1) * length ? end : (line + 1) * length;
+    for (const int64_t first = line * length; begin < last;) {
+      const int64_t width = last - begin < most_width ? last - begin : most_width;
+      f(begin, width, step ? begin - first : line % shape.channels);
+      begin += width;
+    }
+  }
+}
+
+template <typename T, Step step>
+void apply(Shape shape, int64_t begin, int64_t end, T* out, const T* y, Vectors<T> vectors,
+           Activation activation, const T* residual) {
+  with_cheap_activation<T>(activation, [&](auto act) {
+    for_rows<step>(shape, begin, end, [&](int64_t offset, int64_t width, int64_t channel) {
+      const auto v = advance(vectors, channel);
+      const T *const from = y + offset, *const added = advance(residual, offset);
+      T* const to = out + offset;
+      if constexpr (by_row<decltype(act)>) {
+        acc_t<T> u[most_width];
+        normalised_row<step>(width, from, v, added, u);
+        forward_row(activation, width, u);
+        store_row(width, u, to);
+      } else if (added) {
+#pragma omp simd
+        for (int64_t c = 0; c < width; ++c)
+          to[c] =
+              rounded<T>(act.forward((acc_t<T>(from[c]) - v.mean[c * step]) * v.scale[c * step] +
+                                     v.shift[c * step] + acc_t<T>(added[c])));
+      } else {
+#pragma omp simd
+        for (int64_t c = 0; c < width; ++c)
+          to[c] = rounded<T>(act.forward(
+              (acc_t<T>(from[c]) - v.mean[c * step]) * v.scale[c * step] + v.shift[c * step]));
+      }
+    });
+  });
+}
+
+template <typename T, Step step>
+void multiply(Shape shape, int64_t begin, int64_t end, T* out, const T* y, const acc_t<T>* scale) {
+  for_rows<step>(shape, begin, end, [&](int64_t offset, int64_t width, int64_t channel) {
+    const acc_t<T>* const by = scale + channel;
+#pragma omp simd
+    for (int64_t c = 0; c < width; ++c)
+      out[offset + c] = rounded<T>(acc_t<T>(y[offset + c]) * by[c * step]);
+  });
+}
+
+// out = a·du + slope·(y − mean) + offset
+template <typename T, Step step>
+void grad_apply(Shape shape, int64_t begin, int64_t end, T* out, const T* dout, const T* y,
+                Vectors<T> vectors, const acc_t<T>* slopes, const acc_t<T>* offsets,
+                Activation activation) {
+  with_cheap_activation<T>(activation, [&](auto act) {
+    for_rows<step>(shape, begin, end, [&](int64_t at, int64_t width, int64_t channel) {
+      const auto v = advance(vectors, channel);
+      const acc_t<T>*const slope = slopes + channel, *const offset = offsets + channel;
+      const auto value = [&](int64_t c, auto du_at) {
+        const acc_t<T> centred = acc_t<T>(y[at + c]) - v.mean[c * step];
+        // An infinite value is no NaN then.
+        const acc_t<T> linear = slope[c * step] == 0 ? acc_t<T>(0) : slope[c * step] * centred;
+        const acc_t<T> du = du_at(centred * v.scale[c * step] + v.shift[c * step]);
+        out[at + c] = rounded<T>(v.scale[c * step] * du + (linear + offset[c * step]));
+      };
+      if constexpr (by_row<decltype(act)>) {
+        acc_t<T> u[most_width], du[most_width];
+        normalised_row<step>(width, y + at, v, static_cast<const T*>(nullptr), u);
+        load_row(width, dout + at, du);
+        backward_row(activation, width, u, du);
+#pragma omp simd
+        for (int64_t c = 0; c < width; ++c) value(c, [&](acc_t<T>) { return du[c]; });
+      } else {
+#pragma omp simd
+        for (int64_t c = 0; c < width; ++c)
+          value(c, [&](acc_t<T> u) { return act.backward(u, acc_t<T>(dout[at + c])); });
+      }
     });
   });
 }
 
 template <typename T>
-void apply_channels_last(Shape shape, int64_t begin, int64_t end, T* out, const T* y, Vectors<T> v,
-                         Activation activation, const T* residual) {
-  const int64_t C = shape.channels;
-  with_activation(activation, [&](auto act) {
-    for (int64_t row = begin * C; row < end * C; row += C) {
-      if (residual) {
-#pragma omp simd
-        for (int64_t c = 0; c < C; ++c)
-          out[row + c] = rounded<T>(act.forward((acc_t<T>(y[row + c]) - v.mean[c]) * v.scale[c] +
-                                                v.shift[c] + acc_t<T>(residual[row + c])));
-      } else {
-#pragma omp simd
-        for (int64_t c = 0; c < C; ++c)
-          out[row + c] =
-              rounded<T>(act.forward((acc_t<T>(y[row + c]) - v.mean[c]) * v.scale[c] + v.shift[c]));
-      }
-    }
-  });
-}
-
-template <typename T>
-void multiply_channels_last(Shape shape, int64_t begin, int64_t end, T* out, const T* y,
-                            const acc_t<T>* scale) {
-  const int64_t C = shape.channels;
-  for (int64_t row = begin * C; row < end * C; row += C) {
-#pragma omp simd
-    for (int64_t c = 0; c < C; ++c) out[row + c] = rounded<T>(acc_t<T>(y[row + c]) * scale[c]);
-  }
-}
-
-template <typename T>
-void grad_apply_channels_last(Shape shape, int64_t begin, int64_t end, T* out, const T* dout,
-                              const T* y, Vectors<T> v, const acc_t<T>* slope,
-                              const acc_t<T>* offset, Activation activation) {
-  const int64_t C = shape.channels;
-  with_activation(activation, [&](auto act) {
-    for (int64_t row = begin * C; row < end * C; row += C) {
-#pragma omp simd
-      for (int64_t c = 0; c < C; ++c)
-        out[row + c] = grad_value<T>(act, dout[row + c], y[row + c], v.mean[c], v.scale[c],
-                                     v.shift[c], slope[c], offset[c]);
-    }
-  });
-}
+constexpr ChannelLoopsPair<T> loops = {
+    {stats_contiguous<T>, grad_stats_contiguous<T>, apply<T, contiguous>, multiply<T, contiguous>,
+     grad_apply<T, contiguous>},
+    {stats_channels_last<T>, grad_stats_channels_last<T>, apply<T, channels_last>,
+     multiply<T, channels_last>, grad_apply<T, channels_last>}};
 
 }  // namespace
 
-template <typename T>
-ChannelLoopsPair<T> FUSEDCONVBN_CONCAT(channel_loops_, FUSEDCONVBN_ISA)() {
-  return {{stats_contiguous<T>, grad_stats_contiguous<T>, apply_contiguous<T>,
-           multiply_contiguous<T>, grad_apply_contiguous<T>},
-          {stats_channels_last<T>, grad_stats_channels_last<T>, apply_channels_last<T>,
-           multiply_channels_last<T>, grad_apply_channels_last<T>}};
-}
-
-template ChannelLoopsPair<double> FUSEDCONVBN_CONCAT(channel_loops_, FUSEDCONVBN_ISA)();
-template ChannelLoopsPair<float> FUSEDCONVBN_CONCAT(channel_loops_, FUSEDCONVBN_ISA)();
-template ChannelLoopsPair<c10::BFloat16> FUSEDCONVBN_CONCAT(channel_loops_, FUSEDCONVBN_ISA)();
-template ChannelLoopsPair<c10::Half> FUSEDCONVBN_CONCAT(channel_loops_, FUSEDCONVBN_ISA)();
+// clang-format off
+template <> ChannelLoopsPair<double> channel_loops<FUSEDCONVBN_ISA>() { return loops<double>; }
+template <> ChannelLoopsPair<float> channel_loops<FUSEDCONVBN_ISA>() { return loops<float>; }
+template <> ChannelLoopsPair<c10::BFloat16> channel_loops<FUSEDCONVBN_ISA>() { return loops<c10::BFloat16>; }
+template <> ChannelLoopsPair<c10::Half> channel_loops<FUSEDCONVBN_ISA>() { return loops<c10::Half>; }
+// clang-format on
 
 }  // namespace fusedconvbn::cpu

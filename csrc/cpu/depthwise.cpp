@@ -1,13 +1,10 @@
 #include "depthwise.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/Version.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
 #include <algorithm>
-#include <optional>
-#include <string>
 #include <vector>
 
 #include "depthwise_loops.h"
@@ -22,16 +19,15 @@ constexpr auto channels_last = at::MemoryFormat::ChannelsLast;
 constexpr int64_t grain = 1 << 15;   // products that are worth a thread
 constexpr int64_t most_slices = 16;  // of a weight gradient, which are added up in order
 
-const std::string capability = at::get_cpu_capability();
+using LoopsFor = cpu::DepthwiseLoops (*)(int64_t kernel, int64_t stride);
 
-std::optional<cpu::DepthwiseLoops> loops([[maybe_unused]] int64_t kernel,
-                                         [[maybe_unused]] int64_t stride) {
-#if defined(__x86_64__)
-  if (capability == "AVX2") return cpu::depthwise_loops_avx2(kernel, stride);
-  if (capability.find("AVX") == 0) return cpu::depthwise_loops_avx512(kernel, stride);
-#endif
-  return std::nullopt;
-}
+// nullptr without vectors of this width
+const LoopsFor loops = cpu::with_isa([]<cpu::Isa isa>() -> LoopsFor {
+  if constexpr (isa == cpu::Isa::baseline)
+    return nullptr;
+  else
+    return cpu::depthwise_loops<isa>;
+});
 
 DepthwiseShape shape_of(const Conv& conv, const Tensor& input, const Tensor& weight) {
   const auto sizes = conv.output_sizes(input.sym_sizes(), weight.sym_sizes());
@@ -58,8 +54,8 @@ Tensor convolve(const DepthwiseShape& s, const Tensor& in, const Tensor& weight,
   const auto places = by_places(weight, turned);
   for_rows(s, s.out_height, s.out_width, [&](int64_t begin, int64_t end) {
     loops(s.kernel, s.stride)
-        ->forward(s, begin, end, in.const_data_ptr<float>(), places.const_data_ptr<float>(),
-                  out.mutable_data_ptr<float>());
+        .forward(s, begin, end, in.const_data_ptr<float>(), places.const_data_ptr<float>(),
+                 out.mutable_data_ptr<float>());
   });
   return out;
 }
@@ -79,7 +75,7 @@ bool is_depthwise(const Conv& conv, const Tensor& input, const Tensor& weight) {
          weight.size(3) == kernel && (stride == 1 || stride == 2) && conv.stride[1] == stride &&
          conv.dilation[0] == 1 && conv.dilation[1] == 1 && conv.padding[0] < kernel &&
          conv.padding[1] < kernel && input.is_contiguous(channels_last) && input.numel() > 0 &&
-         loops(kernel, stride);
+         loops;
 }
 
 Tensor depthwise(const Conv& conv, const Tensor& input, const Tensor& weight) {
@@ -101,8 +97,8 @@ Tensor depthwise_grad_input(const Conv& conv, const Tensor& dout, const Tensor& 
   const auto places = by_places(weight, /*turned=*/false);
   for_rows(s, s.height, s.width, [&](int64_t begin, int64_t end) {
     loops(s.kernel, s.stride)
-        ->grad_input(s, begin, end, gradient.const_data_ptr<float>(),
-                     places.const_data_ptr<float>(), din.mutable_data_ptr<float>());
+        .grad_input(s, begin, end, gradient.const_data_ptr<float>(), places.const_data_ptr<float>(),
+                    din.mutable_data_ptr<float>());
   });
   return din;
 }
@@ -120,9 +116,9 @@ Tensor depthwise_grad_weight(const Conv& conv, const Tensor& dout, const Tensor&
   at::parallel_for(0, slices, 1, [&](int64_t first, int64_t last) {
     for (int64_t slice = first; slice < last; ++slice)
       loops(kernel, s.stride)
-          ->grad_weight(s, std::min(rows, slice * length), std::min(rows, (slice + 1) * length),
-                        gradient.const_data_ptr<float>(), input.const_data_ptr<float>(),
-                        sums.data() + slice * size);
+          .grad_weight(s, std::min(rows, slice * length), std::min(rows, (slice + 1) * length),
+                       gradient.const_data_ptr<float>(), input.const_data_ptr<float>(),
+                       sums.data() + slice * size);
   });
   for (int64_t slice = 1; slice < slices; ++slice)
     for (int64_t i = 0; i < size; ++i) sums[i] += sums[slice * size + i];

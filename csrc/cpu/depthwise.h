@@ -1,7 +1,9 @@
 // Depthwise convolutions on CPU in float, channels last (depthwise_loops.h).
 #pragma once
 
-#include "../chain/convolution.h"
+#include <ATen/core/Tensor.h>
+
+#include "../kernels/conv.h"
 
 namespace fusedconvbn {
 

@@ -1,11 +1,12 @@
 // Depthwise convolutions of channels-last maps in float, on raw pointers.
 //
-// depthwise_loops_impl.h is compiled once per instruction set; `depthwise_loops_*` return the
-// tables made so.
+// depthwise_loops_impl.h is compiled once per instruction set; depthwise_loops returns the table
+// of one.
 #pragma once
 
 #include <cstdint>
 
+#include "isa.h"
 #include "most_channels.h"
 
 namespace fusedconvbn::cpu {
@@ -30,10 +31,8 @@ struct DepthwiseLoops {
                       const float* in, double* sums);
 };
 
-#if defined(__x86_64__)
 // For a kernel of 3 or 5 and a stride of 1 or 2.
-DepthwiseLoops depthwise_loops_avx2(int64_t kernel, int64_t stride);
-DepthwiseLoops depthwise_loops_avx512(int64_t kernel, int64_t stride);
-#endif
+template <Isa isa>  // avx2 or avx512
+DepthwiseLoops depthwise_loops(int64_t kernel, int64_t stride);
 
 }  // namespace fusedconvbn::cpu

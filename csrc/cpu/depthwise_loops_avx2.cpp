@@ -12,7 +12,7 @@
 #pragma GCC target("avx2,fma,f16c")
 #endif
 
-#define FUSEDCONVBN_ISA avx2
+#define FUSEDCONVBN_ISA Isa::avx2
 #define FUSEDCONVBN_VECTOR 8
 #include "depthwise_loops_impl.h"
 

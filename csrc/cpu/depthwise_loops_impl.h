@@ -2,9 +2,6 @@
 // FUSEDCONVBN_VECTOR.
 #include "vector.h"
 
-#define FUSEDCONVBN_CONCAT_(a, b) a##b
-#define FUSEDCONVBN_CONCAT(a, b) FUSEDCONVBN_CONCAT_(a, b)
-
 namespace fusedconvbn::cpu {
 namespace {
 
@@ -141,8 +138,8 @@ constexpr DepthwiseLoops loops_of = {forward<kernel, stride>, grad_input<kernel>
 
 }  // namespace
 
-DepthwiseLoops FUSEDCONVBN_CONCAT(depthwise_loops_, FUSEDCONVBN_ISA)(int64_t kernel,
-                                                                     int64_t stride) {
+template <>
+DepthwiseLoops depthwise_loops<FUSEDCONVBN_ISA>(int64_t kernel, int64_t stride) {
   if (kernel == 3) return stride == 1 ? loops_of<3, 1> : loops_of<3, 2>;
   return stride == 1 ? loops_of<5, 1> : loops_of<5, 2>;
 }

@@ -1,12 +1,10 @@
 #include "winograd.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/Version.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <optional>
-#include <string>
 #include <utility>
 
 #include "winograd_loops.h"
@@ -24,12 +22,12 @@ constexpr int64_t most_values =
     int64_t(1) << 20;  // of a scratch buffer that is for filters, or tiles, of all threads
 
 std::optional<cpu::WinogradLoops> choose_loops() {
-#if defined(__x86_64__)
-  const auto capability = at::get_cpu_capability();
-  if (capability == "AVX2") return cpu::winograd_loops_avx2();
-  if (capability.find("AVX") == 0) return cpu::winograd_loops_avx512();
-#endif
-  return std::nullopt;
+  return cpu::with_isa([]<cpu::Isa isa>() -> std::optional<cpu::WinogradLoops> {
+    if constexpr (isa == cpu::Isa::baseline)
+      return std::nullopt;
+    else
+      return cpu::winograd_loops<isa>();
+  });
 }
 
 const auto loops = choose_loops();
@@ -103,18 +101,20 @@ WinogradShape shape_of(const Conv& conv, const Tensor& input, const Tensor& weig
 
 }  // namespace
 
-bool winograd_applies(const Conv& conv, const Tensor& input, const Tensor& weight) {
-  if (!input.is_cpu() || input.scalar_type() != at::kFloat || weight.scalar_type() != at::kFloat ||
-      input.dim() != 4 || conv.transposed || conv.groups != 1 || !all(conv.stride, 1) ||
-      !all(conv.dilation, 1) || weight.size(2) != 3 || weight.size(3) != 3 || !loops)
-    return false;
+bool winograd_takes(const Conv& conv, at::IntArrayRef weight) {
   const auto wide = [](int64_t channels) {
     return channels % unit == 0 && channels <= cpu::most_channels;
   };
-  const auto padded = [](int64_t padding) { return padding <= 2; };
-  if (weight.size(1) != input.size(1) || !wide(input.size(1)) || !wide(weight.size(0)) ||
-      !std::all_of(conv.padding.begin(), conv.padding.end(), padded) ||
-      !input.is_contiguous(channels_last))
+  return loops && weight.size() == 4 && weight[2] == 3 && weight[3] == 3 && wide(weight[0]) &&
+         wide(weight[1]) && !conv.transposed && conv.groups == 1 && all(conv.stride, 1) &&
+         all(conv.dilation, 1) &&
+         std::all_of(conv.padding.begin(), conv.padding.end(), [](int64_t p) { return p <= 2; });
+}
+
+bool winograd_applies(const Conv& conv, const Tensor& input, const Tensor& weight) {
+  if (!input.is_cpu() || input.scalar_type() != at::kFloat || weight.scalar_type() != at::kFloat ||
+      input.dim() != 4 || !winograd_takes(conv, weight.sizes()) ||
+      weight.size(1) != input.size(1) || !input.is_contiguous(channels_last))
     return false;
   const int64_t tiles = input.size(0) * at::divup(input.size(2) + 2 * conv.padding[0] - 2, 2) *
                         at::divup(input.size(3) + 2 * conv.padding[1] - 2, 2);

@@ -12,12 +12,13 @@
 // Over channels, ⊙ is one matrix product for each of the 16 places of a tile. Lavin and Gray,
 // arXiv:1509.09308.
 //
-// winograd_loops_impl.h is compiled once per instruction set; `winograd_loops_*` return the tables
-// made so.
+// winograd_loops_impl.h is compiled once per instruction set; winograd_loops returns the table of
+// one.
 #pragma once
 
 #include <cstdint>
 
+#include "isa.h"
 #include "most_channels.h"
 
 namespace fusedconvbn::cpu {
@@ -71,9 +72,7 @@ struct WinogradLoops {
                            int64_t stride, const float* du, float* dweight);
 };
 
-#if defined(__x86_64__)
-WinogradLoops winograd_loops_avx2();
-WinogradLoops winograd_loops_avx512();
-#endif
+template <Isa isa>  // avx2 or avx512
+WinogradLoops winograd_loops();
 
 }  // namespace fusedconvbn::cpu

@@ -11,7 +11,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
 #endif
 
-#define FUSEDCONVBN_ISA avx512
+#define FUSEDCONVBN_ISA Isa::avx512
 #define FUSEDCONVBN_VECTOR 16
 #include "winograd_loops_impl.h"
 

@@ -3,9 +3,6 @@
 
 #include "vector.h"
 
-#define FUSEDCONVBN_CONCAT_(a, b) a##b
-#define FUSEDCONVBN_CONCAT(a, b) FUSEDCONVBN_CONCAT_(a, b)
-
 namespace fusedconvbn::cpu {
 namespace {
 
@@ -252,7 +249,8 @@ void filter_gradients(const WinogradShape& s, int64_t begin, int64_t end, int64_
 
 }  // namespace
 
-WinogradLoops FUSEDCONVBN_CONCAT(winograd_loops_, FUSEDCONVBN_ISA)() {
+template <>
+WinogradLoops winograd_loops<FUSEDCONVBN_ISA>() {
   return {panel, filters, outputs, spread, products, filter_gradients};
 }
 

@@ -67,9 +67,9 @@ Tensor channel_stats(const Tensor& y, int64_t samples) {
 
 Tensor channel_grad_stats(const Tensor& dout, const Tensor& y, int64_t samples,
                           const NormVectors& norm, const Activation& activation,
-                          const Joined& joined, const ParameterGrads& grads) {
-  const cuda::Joined with{data_or_null(joined.residual), data_or_null(joined.result),
-                          mutable_data_or_null(joined.du)};
+                          const GradSource& source, const ParameterGrads& grads) {
+  const cuda::GradSource with{data_or_null(source.residual), data_or_null(source.result),
+                              mutable_data_or_null(source.du)};
   return reduce(y, samples,
                 [&](const cuda::Map& map, void* scratch, void* result, cudaStream_t stream) {
                   cuda::channel_grad_stats(map, dout.const_data_ptr(), y.const_data_ptr(),

@@ -414,12 +414,12 @@ using Where = std::integral_constant<At, where>;
 
 // f with where act' is taken
 template <typename Act, typename F>
-void with_slope_at(const Joined& joined, const F& f) {
+void with_slope_at(const GradSource& source, const F& f) {
   if constexpr (!std::is_same_v<Act, Identity>) {
     if constexpr (std::is_same_v<Act, Relu>) {
-      if (joined.result) return f(Where<At::result>{});
+      if (source.result) return f(Where<At::result>{});
     }
-    if (joined.residual) return f(Where<At::sum>{});
+    if (source.residual) return f(Where<At::sum>{});
   }
   f(Where<At::u>{});
 }
@@ -453,24 +453,24 @@ void channel_stats(const Map& map, const void* y, void* scratch, void* result,
 }
 
 void channel_grad_stats(const Map& map, const void* dout, const void* y, Vectors vectors,
-                        Activation activation, Joined joined, void* scratch, void* result,
+                        Activation activation, GradSource source, void* scratch, void* result,
                         void* dweight, void* dbias, cudaStream_t stream) {
   with_dtype(map.dtype, [&]<typename T>(T) {
     using acc = acc_t<T>;
     const Sink<acc> sink{static_cast<acc*>(result), static_cast<acc*>(dweight),
                          static_cast<acc*>(dbias), vectors};
     with_act(activation, [&]<typename Act>(Act act) {
-      with_slope_at<Act>(joined, [&](auto where) {
+      with_slope_at<Act>(source, [&](auto where) {
         const void* other = where() == At::u     ? nullptr
-                            : where() == At::sum ? joined.residual
-                                                 : joined.result;
+                            : where() == At::sum ? source.residual
+                                                 : source.result;
         const GradStats<T, Act, where()> op{static_cast<const T*>(dout),
                                             static_cast<const T*>(y),
                                             static_cast<const T*>(other),
-                                            static_cast<T*>(joined.du),
+                                            static_cast<T*>(source.du),
                                             vectors,
                                             act};
-        reduce(map, op, {dout, y, other, joined.du}, scratch, sink, stream);
+        reduce(map, op, {dout, y, other, source.du}, scratch, sink, stream);
       });
     });
   });

@@ -30,7 +30,7 @@ struct Vectors {
 };
 
 // As in channel_kernels.h; with a residual or a result there is a du.
-struct Joined {
+struct GradSource {
   const void *residual, *result;
   void* du;
 };
@@ -40,8 +40,9 @@ int64_t scratch_bytes(const Map& map);
 
 // result: (2, G), as channel_kernels.h says; dweight and dbias may be null.
 void channel_stats(const Map&, const void* y, void* scratch, void* result, cudaStream_t);
-void channel_grad_stats(const Map&, const void* dout, const void* y, Vectors, Activation, Joined,
-                        void* scratch, void* result, void* dweight, void* dbias, cudaStream_t);
+void channel_grad_stats(const Map&, const void* dout, const void* y, Vectors, Activation,
+                        GradSource, void* scratch, void* result, void* dweight, void* dbias,
+                        cudaStream_t);
 void channel_apply_(const Map&, void* out, const void* y, Vectors, Activation, const void* residual,
                     cudaStream_t);
 // sums: S1 and S2, or null

@@ -1,43 +1,26 @@
-// The activations a norm link can carry, one functor each, shared by the CPU and CUDA kernels.
+// The activations that a norm link can have, shared by the CPU and CUDA kernels.
 #pragma once
+
+#include <array>
+#include <string_view>
+#include <type_traits>
 
 #include "elementary.h"
 
 namespace fusedconvbn {
 
-// The numbers are part of the packed form of a chain (chain.h).
-enum class ActivationKind : int64_t {
-  none = 0,
-  relu,
-  relu6,
-  leaky_relu,
-  elu,
-  silu,
-  hardswish,
-  gelu,
-  gelu_tanh,
-  mish,
-  sigmoid,
-  tanh,
+// A functor for each: `forward` is act(u), `backward` is act'(u)·dout. Both let NaN through.
+//
+// Cheap ones are comparisons and a few products: computing them twice costs nothing beside the
+// memory that is read for it.
+struct Cheap {
+  static constexpr bool cheap = true;
 };
-constexpr int64_t activation_kinds = 12;
-
-struct Activation {
-  ActivationKind kind = ActivationKind::none;
-  double parameter = 0;  // the slope of leaky_relu, α of elu
-
-  bool none() const { return kind == ActivationKind::none; }
-  // Whether act'(u) can be had from act(u), which then is kept, as by PyTorch's own.
-  bool slope_from_result() const { return kind == ActivationKind::relu; }
-  // Made of comparisons and a few products, so that making it again costs nothing beside the memory
-  // it is read from.
-  bool cheap() const {
-    return kind <= ActivationKind::leaky_relu || kind == ActivationKind::hardswish;
-  }
+struct Dear {
+  static constexpr bool cheap = false;
 };
 
-// u is the normalised value; `forward` is act(u), `backward` is act'(u)·dout. Both let NaN through.
-struct Identity {
+struct Identity : Cheap {
   template <typename T>
   FUSEDCONVBN_INLINE T forward(T u) const {
     return u;
@@ -48,7 +31,7 @@ struct Identity {
   }
 };
 
-struct Relu {
+struct Relu : Cheap {
   template <typename T>
   FUSEDCONVBN_INLINE T forward(T u) const {
     return u <= T(0) ? T(0) : u;
@@ -59,7 +42,7 @@ struct Relu {
   }
 };
 
-struct Relu6 {
+struct Relu6 : Cheap {
   template <typename T>
   FUSEDCONVBN_INLINE T forward(T u) const {
     return clamp(u, T(0), T(6));
@@ -70,7 +53,8 @@ struct Relu6 {
   }
 };
 
-struct LeakyRelu {
+struct LeakyRelu : Cheap {
+  static constexpr double usual = 0.01;
   double slope;
   template <typename T>
   FUSEDCONVBN_INLINE T forward(T u) const {
@@ -82,7 +66,8 @@ struct LeakyRelu {
   }
 };
 
-struct Elu {
+struct Elu : Dear {
+  static constexpr double usual = 1;
   double alpha;
   template <typename T>
   FUSEDCONVBN_INLINE T forward(T u) const {
@@ -96,7 +81,7 @@ struct Elu {
   }
 };
 
-struct Silu {  // u·σ(u)
+struct Silu : Dear {  // u·σ(u)
   template <typename T>
   FUSEDCONVBN_INLINE T forward(T u) const {
     return u * sigmoid(u);
@@ -108,7 +93,7 @@ struct Silu {  // u·σ(u)
   }
 };
 
-struct Hardswish {  // u·relu6(u + 3)/6
+struct Hardswish : Cheap {  // u·relu6(u + 3)/6
   template <typename T>
   FUSEDCONVBN_INLINE T forward(T u) const {
     return u * clamp(u + T(3), T(0), T(6)) * T(1. / 6);
@@ -119,7 +104,7 @@ struct Hardswish {  // u·relu6(u + 3)/6
   }
 };
 
-struct Gelu {  // u·Φ(u)
+struct Gelu : Dear {  // u·Φ(u)
   template <typename T>
   FUSEDCONVBN_INLINE T forward(T u) const {
     return u * normal(u).below;
@@ -131,7 +116,7 @@ struct Gelu {  // u·Φ(u)
   }
 };
 
-struct GeluTanh {  // u·(1 + tanh v)/2,  v = √(2/π)·(u + 0.044715·u³)
+struct GeluTanh : Dear {  // u·(1 + tanh v)/2,  v = √(2/π)·(u + 0.044715·u³)
   static constexpr double root = 0.79788456080286536, cubic = 0.044715;
 
   template <typename T>
@@ -150,8 +135,8 @@ struct GeluTanh {  // u·(1 + tanh v)/2,  v = √(2/π)·(u + 0.044715·u³)
   }
 };
 
-struct Mish {  // u·t,  t = tanh(log(1 + eᵘ)) = n/(n + 2),  n = eᵘ(eᵘ + 2);  t is 1 to the last bit
-               // long before u = 20
+struct Mish : Dear {  // u·t,  t = tanh(log(1 + eᵘ)) = n/(n + 2),  n = eᵘ(eᵘ + 2);  t is 1 to the
+                      // last bit long before u = 20
   template <typename T>
   FUSEDCONVBN_INLINE T forward(T u) const {
     const T e = exponential(clamp(u, T(-1e4), T(20))), n = e * (e + T(2));
@@ -166,7 +151,7 @@ struct Mish {  // u·t,  t = tanh(log(1 + eᵘ)) = n/(n + 2),  n = eᵘ(eᵘ + 2
   }
 };
 
-struct Sigmoid {
+struct Sigmoid : Dear {
   template <typename T>
   FUSEDCONVBN_INLINE T forward(T u) const {
     return sigmoid(u);
@@ -178,7 +163,7 @@ struct Sigmoid {
   }
 };
 
-struct Tanh {
+struct Tanh : Dear {
   template <typename T>
   FUSEDCONVBN_INLINE T forward(T u) const {
     return hyperbolic_tangent(u);
@@ -190,34 +175,71 @@ struct Tanh {
   }
 };
 
+// The table of them: name and functor. Their order numbers them, in the packed form of a chain
+// (chain/chain.h) and in fusedconvbn/activations.py.
+#define FUSEDCONVBN_ACTIVATIONS(ACTIVATION) \
+  ACTIVATION(none, Identity)                \
+  ACTIVATION(relu, Relu)                    \
+  ACTIVATION(relu6, Relu6)                  \
+  ACTIVATION(leaky_relu, LeakyRelu)         \
+  ACTIVATION(elu, Elu)                      \
+  ACTIVATION(silu, Silu)                    \
+  ACTIVATION(hardswish, Hardswish)          \
+  ACTIVATION(gelu, Gelu)                    \
+  ACTIVATION(gelu_tanh, GeluTanh)           \
+  ACTIVATION(mish, Mish)                    \
+  ACTIVATION(sigmoid, Sigmoid)              \
+  ACTIVATION(tanh, Tanh)
+
+#define FUSEDCONVBN_KIND(name, Functor) name,
+enum class ActivationKind : int64_t { FUSEDCONVBN_ACTIVATIONS(FUSEDCONVBN_KIND) };
+#undef FUSEDCONVBN_KIND
+
+struct ActivationEntry {
+  std::string_view name;
+  bool cheap, has_parameter;
+  double parameter;  // the usual one
+
+  template <typename Functor>
+  static constexpr ActivationEntry of(std::string_view name) {
+    if constexpr (std::is_empty_v<Functor>)
+      return {name, Functor::cheap, false, 0};
+    else
+      return {name, Functor::cheap, true, Functor::usual};
+  }
+};
+
+#define FUSEDCONVBN_ENTRY(name, Functor) ActivationEntry::of<Functor>(#name),
+constexpr std::array activation_table{FUSEDCONVBN_ACTIVATIONS(FUSEDCONVBN_ENTRY)};
+#undef FUSEDCONVBN_ENTRY
+
+struct Activation {
+  ActivationKind kind = ActivationKind::none;
+  double parameter = 0;  // the slope of leaky_relu, α of elu
+
+  bool none() const { return kind == ActivationKind::none; }
+  // Whether act'(u) follows from act(u), which then is saved instead of u, as PyTorch does.
+  bool slope_from_result() const { return kind == ActivationKind::relu; }
+  bool cheap() const { return activation_table[size_t(kind)].cheap; }
+};
+
+template <typename Functor>
+FUSEDCONVBN_INLINE Functor functor_of(const Activation& activation) {
+  if constexpr (std::is_empty_v<Functor>)
+    return {};
+  else
+    return {{}, activation.parameter};
+}
+
 // Calls f with the functor of `activation`.
 template <typename F>
 FUSEDCONVBN_INLINE void with_activation(const Activation& activation, const F& f) {
   switch (activation.kind) {
-    case ActivationKind::none:
-      return f(Identity{});
-    case ActivationKind::relu:
-      return f(Relu{});
-    case ActivationKind::relu6:
-      return f(Relu6{});
-    case ActivationKind::leaky_relu:
-      return f(LeakyRelu{activation.parameter});
-    case ActivationKind::elu:
-      return f(Elu{activation.parameter});
-    case ActivationKind::silu:
-      return f(Silu{});
-    case ActivationKind::hardswish:
-      return f(Hardswish{});
-    case ActivationKind::gelu:
-      return f(Gelu{});
-    case ActivationKind::gelu_tanh:
-      return f(GeluTanh{});
-    case ActivationKind::mish:
-      return f(Mish{});
-    case ActivationKind::sigmoid:
-      return f(Sigmoid{});
-    case ActivationKind::tanh:
-      return f(Tanh{});
+#define FUSEDCONVBN_CASE(name, Functor) \
+  case ActivationKind::name:            \
+    return f(functor_of<Functor>(activation));
+    FUSEDCONVBN_ACTIVATIONS(FUSEDCONVBN_CASE)
+#undef FUSEDCONVBN_CASE
   }
 }
 

@@ -35,6 +35,11 @@ int64_t samples_of(const at::Tensor& y, const NormVectors& norm) {
   return 1;
 }
 
+bool writes_du(const at::Tensor& y, const Activation& activation, const GradSource& source) {
+  const bool has_residual = source.residual.defined() || source.result.defined();
+  return has_residual || (y.is_cpu() && !activation.cheap());
+}
+
 std::optional<ChannelLayout> channel_layout(const at::Tensor& y) {
   const int64_t batch = y.size(0), channels = y.size(1);
   const int64_t inner = y.numel() == 0 ? 0 : y.numel() / (batch * channels);

@@ -36,9 +36,13 @@ int64_t samples_of(const at::Tensor& y, const NormVectors&);
 
 // act' is taken where `result`, act(u), says, or else at u, which is made again with `residual`, if
 // there is one. `du`, where it is asked for (with a residual it is), may be dout itself.
-struct Joined {
+struct GradSource {
   at::Tensor residual, result, du;
 };
+
+// Whether grad_stats writes du: with a residual or its result, whose gradient it is, and on CPU for
+// an activation that takes long, so that it is computed once.
+bool writes_du(const at::Tensor& y, const Activation& activation, const GradSource& source);
 
 // dγ and dβ, written where they are asked for.
 struct ParameterGrads {
@@ -60,7 +64,7 @@ struct ChannelKernels {
                  const at::Tensor& residual);
   // (2, G): S1, S2
   at::Tensor (*grad_stats)(const at::Tensor& dout, const at::Tensor& y, int64_t samples,
-                           const NormVectors&, const Activation&, const Joined&,
+                           const NormVectors&, const Activation&, const GradSource&,
                            const ParameterGrads&);
   // `sums` are S1 and S2 of all processes; undefined where the statistics do not depend on y.
   void (*grad_apply_)(at::Tensor& out, const at::Tensor& dout, const at::Tensor& y,

@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "../../csrc/cuda/channel_launch.h"
-#include "../../csrc/cuda/pooling_launch.h"
+#include "../../csrc/cuda/max_pool2d_launch.h"
 
 using namespace fusedconvbn;
 
@@ -98,15 +98,15 @@ void update_running(int64_t dtype, int64_t count, void* const* pointers, const d
 // map: dtype, samples, height, width, channels, pooled height and width; window: kernel, stride,
 // padding, dilation.
 void max_pool2d(const int64_t* map, const int64_t* window, const void* input, void* output,
-                void* places) {
-  cuda::max_pool2d(pool_of(map), window_of(window), input, output, static_cast<uint8_t*>(places),
+                void* offsets) {
+  cuda::max_pool2d(pool_of(map), window_of(window), input, output, static_cast<uint8_t*>(offsets),
                    nullptr);
 }
 
 void max_pool2d_backward(const int64_t* map, const int64_t* window, const void* dout,
-                         const void* places, void* dinput) {
+                         const void* offsets, void* dinput) {
   cuda::max_pool2d_backward(pool_of(map), window_of(window), dout,
-                            static_cast<const uint8_t*>(places), dinput, nullptr);
+                            static_cast<const uint8_t*>(offsets), dinput, nullptr);
 }
 
 }  // extern "C"

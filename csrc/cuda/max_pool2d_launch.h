@@ -21,9 +21,9 @@ struct PoolWindow {
   int kernel[2], stride[2], padding[2], dilation[2];
 };
 
-void max_pool2d(const PoolMap&, const PoolWindow&, const void* input, void* output, uint8_t* places,
-                cudaStream_t);
-void max_pool2d_backward(const PoolMap&, const PoolWindow&, const void* dout, const uint8_t* places,
-                         void* dinput, cudaStream_t);
+void max_pool2d(const PoolMap&, const PoolWindow&, const void* input, void* output,
+                uint8_t* offsets, cudaStream_t);
+void max_pool2d_backward(const PoolMap&, const PoolWindow&, const void* dout,
+                         const uint8_t* offsets, void* dinput, cudaStream_t);
 
 }  // namespace fusedconvbn::cuda

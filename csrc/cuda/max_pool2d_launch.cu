@@ -1,10 +1,10 @@
-// A thread does a vector of channels at one place: of the result in forward, of the input in
-// backward, where it looks at every window that has the place and adds up the gradients of those
-// whose value was found there.
+// A thread does a vector of channels at one position: of the result in forward, of the input in
+// backward, where it looks at every window that covers the position and adds up the gradients of
+// those whose value was found there.
 #include <cmath>
 
 #include "launch.cuh"
-#include "pooling_launch.h"
+#include "max_pool2d_launch.h"
 #include "vector.cuh"
 
 namespace fusedconvbn::cuda {
@@ -29,12 +29,12 @@ struct Item {
 
 template <typename T, int V>
 __global__ void __launch_bounds__(threads, 4)
-    pool(PoolMap map, PoolWindow window, const T* input, T* output, uint8_t* places) {
+    pool(PoolMap map, PoolWindow window, const T* input, T* output, uint8_t* offsets) {
   using acc = acc_t<T>;
   const Item<V> item(map.pooled_height, map.channels);
   if (item.column >= map.pooled_width) return;
   acc best[V];
-  int place[V] = {};
+  int offset[V] = {};
 #pragma unroll
   for (int j = 0; j < V; ++j) best[j] = -acc(INFINITY);
   bool first = true;
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(threads, 4)
         const acc value = values.get(j);
         if (first || value > best[j] || value != value) {  // the last NaN, as PyTorch does
           best[j] = value;
-          place[j] = i * window.kernel[1] + k;
+          offset[j] = i * window.kernel[1] + k;
         }
       }
       first = false;
@@ -66,16 +66,16 @@ __global__ void __launch_bounds__(threads, 4)
   store<V>(output, at, best);
   Vector<uint8_t, V> bytes;
 #pragma unroll
-  for (int j = 0; j < V; ++j) bytes.values[j] = uint8_t(place[j]);
-  *reinterpret_cast<Vector<uint8_t, V>*>(places + at) = bytes;
+  for (int j = 0; j < V; ++j) bytes.values[j] = uint8_t(offset[j]);
+  *reinterpret_cast<Vector<uint8_t, V>*>(offsets + at) = bytes;
 }
 
-// The windows that have `place`: those from `first` to `last`.
+// The windows that cover `position`: those from `first` to `last`.
 struct Windows {
   int first, last;
 
-  __device__ Windows(const PoolWindow& window, int dim, int place, int64_t count) {
-    const int shifted = place + window.padding[dim],
+  __device__ Windows(const PoolWindow& window, int dim, int position, int64_t count) {
+    const int shifted = position + window.padding[dim],
               reach = (window.kernel[dim] - 1) * window.dilation[dim];
     const int stride = window.stride[dim];
     first = shifted > reach ? (shifted - reach + stride - 1) / stride : 0;
@@ -85,7 +85,8 @@ struct Windows {
 
 template <typename T, int V>
 __global__ void __launch_bounds__(threads, 4)
-    pool_backward(PoolMap map, PoolWindow window, const T* dout, const uint8_t* places, T* dinput) {
+    pool_backward(PoolMap map, PoolWindow window, const T* dout, const uint8_t* offsets,
+                  T* dinput) {
   using acc = acc_t<T>;
   const Item<V> item(map.height, map.channels);
   if (item.column >= map.width) return;
@@ -102,7 +103,7 @@ __global__ void __launch_bounds__(threads, 4)
       const int64_t at =
           ((item.sample * map.pooled_height + row) * map.pooled_width + column) * map.channels +
           item.channel;
-      const auto found = load<V>(places, at);
+      const auto found = load<V>(offsets, at);
       const auto gradients = load<V>(dout, at);
 #pragma unroll
       for (int j = 0; j < V; ++j) sum[j] += found.values[j] == here ? gradients.get(j) : acc(0);
@@ -117,10 +118,10 @@ __global__ void __launch_bounds__(threads, 4)
 // f(T{}, std::integral_constant<int, V>{}) with vectors that the channels are a whole number of.
 template <typename F>
 void with_channel_vector(const PoolMap& map, std::initializer_list<const void*> pointers,
-                         const void* places, const F& f) {
+                         const void* offsets, const F& f) {
   with_dtype(map.dtype, [&]<typename T>(T) {
     constexpr int V = whole_vector<T>;
-    if (map.channels % V == 0 && aligned<T>(pointers, V) && aligned<uint8_t>({places}, V))
+    if (map.channels % V == 0 && aligned<T>(pointers, V) && aligned<uint8_t>({offsets}, V))
       f(T{}, std::integral_constant<int, V>{});
     else
       f(T{}, std::integral_constant<int, 1>{});
@@ -141,20 +142,20 @@ struct Blocks {
 }  // namespace
 
 void max_pool2d(const PoolMap& map, const PoolWindow& window, const void* input, void* output,
-                uint8_t* places, cudaStream_t stream) {
-  with_channel_vector(map, {input, output}, places, [&]<typename T>(T, auto V) {
+                uint8_t* offsets, cudaStream_t stream) {
+  with_channel_vector(map, {input, output}, offsets, [&]<typename T>(T, auto V) {
     const Blocks blocks(map.samples * map.pooled_height, map.pooled_width * (map.channels / V));
     launch(pool<T, V()>, blocks.grid, blocks.block, stream, map, window,
-           static_cast<const T*>(input), static_cast<T*>(output), places);
+           static_cast<const T*>(input), static_cast<T*>(output), offsets);
   });
 }
 
 void max_pool2d_backward(const PoolMap& map, const PoolWindow& window, const void* dout,
-                         const uint8_t* places, void* dinput, cudaStream_t stream) {
-  with_channel_vector(map, {dout, dinput}, places, [&]<typename T>(T, auto V) {
+                         const uint8_t* offsets, void* dinput, cudaStream_t stream) {
+  with_channel_vector(map, {dout, dinput}, offsets, [&]<typename T>(T, auto V) {
     const Blocks blocks(map.samples * map.height, map.width * (map.channels / V));
     launch(pool_backward<T, V()>, blocks.grid, blocks.block, stream, map, window,
-           static_cast<const T*>(dout), places, static_cast<T*>(dinput));
+           static_cast<const T*>(dout), offsets, static_cast<T*>(dinput));
   });
 }
 

@@ -1,15 +1,9 @@
-// What the composite operators share.
+// What operators ask of the tensors that they are called with.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
-#include "chain/chain.h"
-
 namespace fusedconvbn {
-
-// act(out [+ residual]) in ATen
-at::Tensor finish(at::Tensor out, const std::optional<at::Tensor>& residual,
-                  const Activation& activation);
 
 // What reads the graph, to export or compile it, is to find plain convolutions in it where no
 // gradient is asked for.
@@ -25,9 +19,5 @@ bool any_has_tangent(at::TensorList tensors);
 
 // A C++ autograd function has no rule for forward mode and none for torch.func.
 bool needs_unfused(at::TensorList tensors);
-
-// The place of the result of a chain of `links` links if it is to be kept: where it is all that
-// act' of the last one needs of what else would have to be remade.
-std::vector<int64_t> kept_result(const Norm& last, bool has_residual, int64_t links);
 
 }  // namespace fusedconvbn

@@ -1,6 +1,4 @@
 // Max pooling on CUDA: tensors in, launches on the current stream.
-#include "../kernels/pooling.h"
-
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <c10/cuda/CUDAException.h>
@@ -8,8 +6,9 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include "../kernels/pool.h"
 #include "dtype.h"
-#include "pooling_launch.h"
+#include "max_pool2d_launch.h"
 
 namespace fusedconvbn {
 namespace {
@@ -43,22 +42,22 @@ std::tuple<Tensor, Tensor> max_pool2d_cuda(const Tensor& given, at::IntArrayRef 
   const auto like =
       std::get<0>(pool.with_indices(at::empty_like(input, input.options().device(at::kMeta))));
   auto output = at::empty(like.sizes(), input.options().memory_format(format));
-  auto places = at::empty_like(output, output.options().dtype(at::kByte));
-  if (output.numel() == 0) return {output, places};
+  auto offsets = at::empty_like(output, output.options().dtype(at::kByte));
+  if (output.numel() == 0) return {output, offsets};
   const c10::cuda::CUDAGuard guard(input.device());
   cuda::max_pool2d(
       map_of(input, input.sizes(), output.sizes(), format == at::MemoryFormat::ChannelsLast),
       window_of(pool), input.const_data_ptr(), output.mutable_data_ptr(),
-      places.mutable_data_ptr<uint8_t>(), c10::cuda::getCurrentCUDAStream().stream());
+      offsets.mutable_data_ptr<uint8_t>(), c10::cuda::getCurrentCUDAStream().stream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
-  return {output, places};
+  return {output, offsets};
 }
 
-Tensor max_pool2d_backward_cuda(const Tensor& dout, const Tensor& places, at::IntArrayRef packed,
+Tensor max_pool2d_backward_cuda(const Tensor& dout, const Tensor& offsets, at::IntArrayRef packed,
                                 at::IntArrayRef sizes, bool channels_last) {
   const auto pool = Pool::unpack(packed);
   const auto format = channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
-  const auto gradients = dout.contiguous(format), found = places.contiguous(format);
+  const auto gradients = dout.contiguous(format), found = offsets.contiguous(format);
   auto dinput = at::empty(sizes, dout.options().memory_format(format));
   if (dinput.numel() == 0) return dinput;
   const c10::cuda::CUDAGuard guard(dout.device());

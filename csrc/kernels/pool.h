@@ -1,6 +1,5 @@
-// Max pooling in two dimensions that keeps for backward one byte for each value of its result: the
-// place in the window that it was found at, row·kernel[1] + column. PyTorch keeps the input, and
-// eight bytes.
+// Max pooling in two dimensions that saves one byte for each value of its result: the offset of the
+// maximum in its window, row·kernel[1] + column. PyTorch saves the input, and eight bytes.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -11,20 +10,16 @@
 
 namespace [[gnu::visibility("default")]] fusedconvbn {
 
-// As at::max_pool2d, which it is where the window has more places than a byte can tell apart.
-at::Tensor max_pool2d(const at::Tensor& input, at::IntArrayRef kernel_size, at::IntArrayRef stride,
-                      at::IntArrayRef padding, at::IntArrayRef dilation, bool ceil_mode);
-
 // Of at::max_pool2d_with_indices: its options in both dimensions.
 struct Pool {
-  static constexpr int64_t most_places = 256;  // that a byte can tell apart
+  static constexpr int64_t most_offsets = 256;  // that a byte can tell apart
 
   std::array<int64_t, 2> kernel, stride, padding, dilation;
   bool ceil_mode;
 
-  int64_t places() const { return kernel[0] * kernel[1]; }
-  // Where the window of a pooled value begins in a map of `width`; in the padding, that may be in
-  // front of it.
+  int64_t offsets() const { return kernel[0] * kernel[1]; }  // of its window
+  // The index in a map of `width` at which the window of a pooled value begins; negative where
+  // padding comes first.
   int64_t first(int64_t row, int64_t column, int64_t width) const {
     return (row * stride[0] - padding[0]) * width + column * stride[1] - padding[1];
   }

@@ -1,21 +1,13 @@
-#include "composite.h"
+#include "tensors.h"
 
-#include <ATen/TensorOperators.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/DispatchKeyExtractor.h>
 #include <ATen/core/grad_mode.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 
-#include "chain/unfused.h"
-
 namespace fusedconvbn {
 
 using at::Tensor;
-
-Tensor finish(Tensor out, const std::optional<Tensor>& residual, const Activation& activation) {
-  if (residual) out = out + residual->to(out.scalar_type());
-  return activate(out, activation);
-}
 
 bool is_traced(const Tensor& t) {
   return t.key_set().has(c10::DispatchKey::Python) ||
@@ -47,11 +39,6 @@ bool any_has_tangent(at::TensorList tensors) {
 bool needs_unfused(at::TensorList tensors) {
   return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerBackMode) ||
          any_has_tangent(tensors);
-}
-
-std::vector<int64_t> kept_result(const Norm& last, bool has_residual, int64_t links) {
-  const bool kept = last.activation.slope_from_result() && (has_residual || !last.normalises());
-  return kept ? std::vector<int64_t>{links} : std::vector<int64_t>{};
 }
 
 }  // namespace fusedconvbn
