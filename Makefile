@@ -77,10 +77,10 @@ fuzz: fuzz-DEFAULT fuzz-AVX2
 fuzz-%: build
 	mkdir -p build
 	OMP_NUM_THREADS=1 ONEDNN_MAX_CPU_ISA=$* FUZZ_LAST=build/fuzz-$*.txt FUZZ_EXAMPLES=$$(($(FUZZ_EXAMPLES) / 2)) \
-	  $(BIN)/pytest -p no:cacheprovider tests/test_fuzz.py --hypothesis-show-statistics
+	  $(BIN)/pytest -p no:cacheprovider tests/operator/test_fuzz.py --hypothesis-show-statistics
 
 leak: build
-	$(BIN)/python tests/leak.py
+	$(BIN)/python tests/operator/leak.py
 
 # The suite on a build with AddressSanitizer and UBSan, in a folder of its own; what tests compile with g++ (the CUDA kernels'
 # shim) has both too. Left out is what starts a compiler under the sanitizer's preload (TorchInductor, CMake), what measures memory,
@@ -88,8 +88,8 @@ leak: build
 # example.
 SANITIZED := build/sanitize/lib
 SANITIZER_PRELOAD = $(shell g++ -print-file-name=libasan.so):$(shell g++ -print-file-name=libubsan.so)
-NOT_SANITIZED := test_mnist test_package test_reference test_memory test_memory_contract test_compile test_export \
-  test_cpp_example test_gpu_script
+NOT_SANITIZED := deploy/test_mnist deploy/test_package operator/test_reference operator/test_memory \
+  operator/test_memory_contract deploy/test_compile deploy/test_export deploy/test_cpp_example gpu/test_gpu_script
 sanitize: $(SANITIZED)/built
 	LD_PRELOAD=$(SANITIZER_PRELOAD) PYTHONPATH=$(SANITIZED) OMP_NUM_THREADS=2 \
 	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
@@ -113,7 +113,7 @@ format: $(VENV)/requirements
 
 # Compiles the CUDA sources for sm_80, sm_90 and sm_100 wherever nvcc is found, with or without a GPU.
 check-cuda: $(VENV)/requirements
-	$(BIN)/python tests/build_cuda.py check
+	$(BIN)/python tests/kernels/build_cuda.py check
 
 build: $(VENV)/built
 
@@ -137,7 +137,7 @@ $(CUDA_VENV)/requirements: requirements-dev.txt Makefile
 	$(call environment,2.11.0)
 
 $(CUDA_VENV)/built: $(CUDA_VENV)/requirements $(SOURCES) $(wildcard fusedconvbn/*.py fusedconvbn/*/*.py)
-	$(CUDA_VENV)/bin/python tests/build_cuda.py install
+	$(CUDA_VENV)/bin/python tests/kernels/build_cuda.py install
 	touch $@
 
 # The whole suite with another torch, in an environment and a build folder of its own, without CUDA kernels. pip chooses the build
@@ -149,15 +149,15 @@ $(TORCH_VENV)/requirements: requirements-dev.txt Makefile
 	$(call environment,$(TORCH))
 
 $(TORCH_VENV)/built: $(TORCH_VENV)/requirements $(SOURCES) $(wildcard fusedconvbn/*.py fusedconvbn/*/*.py)
-	FORCE_CUDA=0 $(TORCH_VENV)/bin/python tests/build_cuda.py install
+	FORCE_CUDA=0 $(TORCH_VENV)/bin/python tests/kernels/build_cuda.py install
 	touch $@
 
 # What tests/gpu/run.sh takes along to a machine with a GPU and no network (CONTRIBUTING.md).
 gpu-bundle: build/gpu/_C.py
 	git describe --always --dirty > build/gpu/commit
 
-build/gpu/_C.py: $(CUDA_VENV)/requirements $(SOURCES) tests/build_cuda.py $(wildcard tests/cuda_shim/*)
-	$(CUDA_VENV)/bin/python tests/build_cuda.py bundle build/gpu
+build/gpu/_C.py: $(CUDA_VENV)/requirements $(SOURCES) tests/kernels/build_cuda.py $(wildcard tests/kernels/cuda_shim/*)
+	$(CUDA_VENV)/bin/python tests/kernels/build_cuda.py bundle build/gpu
 
 clean:
 	rm -rf build $(VENV) $(CUDA_VENV) $(COVERAGE_VENV) .venv-torch-* fusedconvbn/*.so *.egg-info

@@ -8,7 +8,7 @@
 // load<V> reads the V values at `at` and run<V, W> does them. They belong to W groups: one
 // (contiguous) or V (channels last); `most_groups` are those whose vectors there is room for in 64
 // registers. A thread loads `in_flight<V, W>` vectors before it does the first of them (`python
-// tests/build_cuda.py resources` shows what becomes of both).
+// tests/kernels/build_cuda.py resources` shows what becomes of both).
 #pragma once
 
 #include <algorithm>

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[2]
 BUNDLE = ROOT / "build" / "gpu"
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests/kernels"))
 import build_cuda
 
 # A build for another GPU loads, and fails at its first kernel.

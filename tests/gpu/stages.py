@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[2]
 TESTS = ROOT / "tests"
-KERNEL_TESTS = TESTS / "test_cuda_kernels.py"
+KERNEL_TESTS = TESTS / "kernels/test_cuda_kernels.py"
 Command = list[str | Path]
 
 

@@ -1,4 +1,4 @@
-// A CPU allocator whose n-th allocation fails, for tests/test_trust.py.
+// A CPU allocator whose n-th allocation fails, for tests/operator/test_trust.py.
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
 

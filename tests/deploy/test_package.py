@@ -12,6 +12,7 @@ import torch
 
 import fusedconvbn
 
+ROOT = Path(__file__).parents[2]
 PACKAGE = Path(fusedconvbn.__file__).parent
 
 
@@ -94,7 +95,7 @@ def test_sources_that_are_not_built_are_explained(tmp_path):
 )
 def test_cpu_kernels_compile_for_aarch64(source, tmp_path):
     compiler = shutil.which("aarch64-linux-gnu-g++")
-    sources = Path(__file__).parent.parent / "csrc/cpu"
+    sources = ROOT / "csrc/cpu"
     if compiler is None:
         pytest.skip("aarch64-linux-gnu-g++ was not found")
     include = Path(torch.__file__).parent / "include"
@@ -129,5 +130,5 @@ print(len(zoo.MODELS["resnet18"]()[1]))
 """
     if python("-c", "import torchvision").returncode == 0:
         fits = False  # it does fit, and registers them itself
-    result = python("-c", code.format(fits=fits), cwd=Path(__file__).parent)
+    result = python("-c", code.format(fits=fits), cwd=ROOT / "tests")
     assert result.stdout == "4\n", result.stderr

@@ -1,4 +1,4 @@
-"""What runs on CUDA, on a device that is neither the CPU nor a GPU: tests/cuda_shim/device.cpp, which writes down every launch."""
+"""What runs on CUDA, on a device that is neither the CPU nor a GPU: tests/kernels/cuda_shim/device.cpp, which writes down every launch."""
 
 import re
 from collections import Counter
@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from build_cuda import build_device
-from test_chain import links
+from links import links
 
 from fusedconvbn.chain import Gate, Norm, pack
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels without PyTorch's CUDA, against float64 and against the CPU kernels: on the CPU through tests/cuda_shim, and
+"""The CUDA kernels without PyTorch's CUDA, against float64 and against the CPU kernels: on the CPU through tests/kernels/cuda_shim, and
 on a GPU where there is one, also under compute-sanitizer."""
 
 import ctypes

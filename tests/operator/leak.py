@@ -1,5 +1,5 @@
 """Trains a model with every kind of layer for many steps, with calls that fail in between, and exits with 1 when memory
-grows. `python tests/leak.py [STEPS]`"""
+grows. `python tests/operator/leak.py [STEPS]`"""
 
 import ctypes
 import gc

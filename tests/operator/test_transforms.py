@@ -257,7 +257,7 @@ def test_functional_call_in_training_updates_the_buffers_given():
 
 
 def test_gradient_penalty_example():
-    path = Path(__file__).parents[1] / "examples" / "gradient_penalty.py"
+    path = Path(__file__).parents[2] / "examples" / "gradient_penalty.py"
     run = subprocess.run([sys.executable, path], capture_output=True, text=True, check=True)
     lines = [line.split() for line in run.stdout.splitlines()]
     assert len(lines) == 2

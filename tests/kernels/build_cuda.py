@@ -1,9 +1,9 @@
 """Everything that compiles the CUDA sources; none of it needs a GPU.
 
-    python tests/build_cuda.py check           # the kernels and their wrappers, with the headers of any torch; fails at a spill
-    python tests/build_cuda.py resources       # the same, with registers, stack, spills and loads in flight of every kernel
-    python tests/build_cuda.py install         # the package into the environment of this Python; FORCE_CUDA=0: without them
-    python tests/build_cuda.py bundle FOLDER   # what tests/gpu/run.sh carries to another machine, for one architecture
+    python tests/kernels/build_cuda.py check           # the kernels and their wrappers, with the headers of any torch; fails at a spill
+    python tests/kernels/build_cuda.py resources       # the same, with registers, stack, spills and loads in flight of every kernel
+    python tests/kernels/build_cuda.py install         # the package into the environment of this Python; FORCE_CUDA=0: without them
+    python tests/kernels/build_cuda.py bundle FOLDER   # what tests/gpu/run.sh carries to another machine, for one architecture
 
 With them `install` and `bundle` need a CUDA build of torch. TORCH_CUDA_ARCH_LIST chooses other architectures, CUDA_HOME the toolkit.
 """
@@ -21,11 +21,11 @@ from pathlib import Path
 import torch
 from cuda_resources import Resources, find_disassembler, resources
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CHECKED = ("8.0", "9.0", "10.0")
 CARRIED = "9.0"  # of the machines that are lent: H100 and H200
 MOST_CARRIED = 40 << 20  # bytes
-KERNELS = (*sorted(ROOT.glob("csrc/cuda/*.cu")), ROOT / "tests/cuda_shim/library.cpp")
+KERNELS = (*sorted(ROOT.glob("csrc/cuda/*.cu")), ROOT / "tests/kernels/cuda_shim/library.cpp")
 RESULTS = ROOT / "benchmarks/results/cuda-kernels.json"
 WARNINGS = ["-Wall", "-Wextra", "-Werror"]
 TORCH_HEADERS = Path(torch.__file__).parent / "include"
@@ -70,7 +70,7 @@ def build_kernels(output: Path, architecture: str | None) -> None:
 
 def build_through_shim(arguments: Sequence[str | Path]) -> None:
     command: list[str | Path] = ["g++", "-O1", "-fPIC", "-pthread", *WARNINGS]
-    command += ["-Wno-unknown-pragmas", f"-I{ROOT}/tests/cuda_shim"]
+    command += ["-Wno-unknown-pragmas", f"-I{ROOT}/tests/kernels/cuda_shim"]
     environment = dict(os.environ)
     if environment.pop("LD_PRELOAD", ""):  # `make sanitize`; the compiler itself runs without
         command += ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
@@ -78,13 +78,13 @@ def build_through_shim(arguments: Sequence[str | Path]) -> None:
 
 
 def build_device(output: Path) -> None:
-    """The device of tests/cuda_shim/device.cpp, with all CUDA sources, on the operators of the package that is installed."""
+    """The device of tests/kernels/cuda_shim/device.cpp, with all CUDA sources, on the operators of the package that is installed."""
     package = importlib.util.find_spec("fusedconvbn")
     assert package is not None and package.origin is not None
     sources = sorted([*ROOT.glob("csrc/cuda/*.cpp"), *ROOT.glob("csrc/cuda/*.cu")])
     command: list[str | Path] = ["-std=c++20", "-shared", "-fvisibility=hidden", "-o", output]
     command += ["-Wl,-z,defs", "-DAT_PER_OPERATOR_HEADERS", "-isystem", TORCH_HEADERS]
-    command += ["-x", "c++", *sources, "tests/cuda_shim/device.cpp", "-x", "none"]
+    command += ["-x", "c++", *sources, "tests/kernels/cuda_shim/device.cpp", "-x", "none"]
     # Found again where they were loaded from.
     command += [Path(package.origin).with_name("_ops.so"), f"-L{TORCH_HEADERS.parent}/lib"]
     build_through_shim([*command, "-ltorch_cpu", "-lc10"])

@@ -7,8 +7,8 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path += [str(ROOT / "tests" / "gpu"), str(ROOT / "benchmarks")]
+ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "benchmarks"))
 import run
 import tables
 from stages import ON_GPU, REHEARSAL, Stage, stages_of

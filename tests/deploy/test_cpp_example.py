@@ -11,7 +11,7 @@ import torch
 
 import fusedconvbn
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "cpp"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "cpp"
 OPERATORS = Path(fusedconvbn.__file__).with_name("_ops.so")
 
 

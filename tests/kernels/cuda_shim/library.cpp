@@ -1,5 +1,5 @@
-// C entry points for tests/test_cuda_kernels.py: the CUDA kernels and the memory they run in,
-// without PyTorch. By nvcc for a GPU, by a C++ compiler through the shim.
+// C entry points for tests/kernels/test_cuda_kernels.py: the CUDA kernels and the memory they run
+// in, without PyTorch. By nvcc for a GPU, by a C++ compiler through the shim.
 #include <cuda_runtime.h>
 
 #include <vector>

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "ddp_resnet18.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "ddp_resnet18.py"
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo"

@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 from cases import CASES, unfused
-from test_chain import PATTERNS, differentiable, draw, links, plans
-from test_chain import unfused as unfused_chain
+from links import PATTERNS, differentiable, draw, links, plans
+from links import unfused as unfused_chain
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.profiler import profile
