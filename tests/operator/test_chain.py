@@ -35,7 +35,7 @@ def test_gradcheck_under_every_plan(pattern):
     packed = pack(input, chain)
     for kept in plans(len(chain)):
 
-        def function(*tensors, saved=kept):
+        def function(*tensors, kept=kept):
             return ops._chain_forward(tensors, *packed.options, kept)[0]
 
         assert torch.autograd.gradcheck(function, packed.tensors, fast_mode=True)

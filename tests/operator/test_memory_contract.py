@@ -160,7 +160,7 @@ def test_a_chain_never_needs_more_than_keeping_everything(pattern):
     for count in range(len(links)):
         for kept in combinations(inner, count):
 
-            def run(x, saved=kept):
+            def run(x, kept=kept):
                 tensors = [x, *packed.tensors[1:]]
                 return torch.ops.fusedconvbn._chain_forward(tensors, *packed.options, kept)[0]
 
