@@ -29,7 +29,7 @@ from fusedconvbn.fusion.graph import Graph, inner_map
 from fusedconvbn.fusion.match import Link, Match, nbytes_of
 from fusedconvbn.fusion.model import original_forward
 from fusedconvbn.fusion.plan import H100, H200, Device, Plan, flops_per_value, parse_memory
-from fusedconvbn.pooling import position_mean
+from fusedconvbn.fusion.pooling import position_mean
 
 DEVICES = {"H100": H100, "H200": H200}
 MODELS = ["resnet50", "mobilenet_v2", "efficientnet_b0", "densenet121"]

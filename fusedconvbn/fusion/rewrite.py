@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import fx
 
 from ..chain import Norm, pack
-from ..pooling import position_mean
 from .calls import is_map, value
 from .match import Match
+from .pooling import position_mean
 
 
 def rewrite(graph: fx.Graph, matches: Sequence[Match]) -> list[tuple[fx.Node, Match]]:

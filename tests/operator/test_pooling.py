@@ -9,7 +9,7 @@ from fusing import code
 from torch import nn
 
 from fusedconvbn import fuse, track_memory
-from fusedconvbn.pooling import position_mean
+from fusedconvbn.fusion.pooling import position_mean
 
 FORMATS = pytest.mark.parametrize("format", (torch.contiguous_format, torch.channels_last))
 DTYPES = pytest.mark.parametrize(
