@@ -1,83 +1,126 @@
-"""The names of the activations that the operator takes, and those of `nn.Module`s."""
+"""The one list of the activations that the operators know, and the ways in which each is written."""
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import nn
 
-SPELLING = re.compile(
-    r"(?P<base>\w+)(\((?P<parameter>-?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?)\))?", re.ASCII
+
+@dataclass(frozen=True)
+class Activation:
+    """An activation of the operators.
+
+    Attributes:
+        name: the operators' name, without a parameter.
+        module: its class in ``torch.nn``.
+        calls: the functions, and the names of the methods of a tensor, that compute it.
+        parameter: the name of its one number, as the module's attribute and the functions' argument.
+        default: that number where none is given.
+        options: the module's attributes, and the functions' keyword arguments, that select it.
+    """
+
+    name: str
+    module: type[nn.Module]
+    calls: tuple[Callable[..., Any] | str, ...] = ()
+    parameter: str = ""
+    default: float = 0.0
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def spelled(self, parameter: float) -> str:
+        """``"leaky_relu(0.2)"``; the name alone for an activation without a parameter."""
+        return f"{self.name}({float(parameter)})" if self.parameter else self.name
+
+
+_ALL = (  # in the order of ActivationKind in csrc: an index in it is the number that a packed chain has
+    Activation("none", nn.Identity),
+    Activation("relu", nn.ReLU, (F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_")),
+    Activation("relu6", nn.ReLU6, (F.relu6, torch.ops.aten.relu6)),
+    Activation(
+        "leaky_relu", nn.LeakyReLU, (F.leaky_relu, F.leaky_relu_), "negative_slope", default=0.01
+    ),
+    Activation("elu", nn.ELU, (F.elu, F.elu_), "alpha", default=1.0),
+    Activation("silu", nn.SiLU, (F.silu, torch.ops.aten.silu)),
+    Activation("hardswish", nn.Hardswish, (F.hardswish,)),
+    Activation("gelu", nn.GELU, (F.gelu,), options={"approximate": "none"}),
+    Activation("gelu_tanh", nn.GELU, (F.gelu,), options={"approximate": "tanh"}),
+    Activation("mish", nn.Mish, (F.mish,)),
+    Activation(
+        "sigmoid",
+        nn.Sigmoid,
+        (F.sigmoid, torch.sigmoid, torch.sigmoid_, "sigmoid", "sigmoid_"),
+    ),
+    Activation("tanh", nn.Tanh, (F.tanh, torch.tanh, torch.tanh_, "tanh", "tanh_")),
+)
+ACTIVATIONS = {activation.name: activation for activation in _ALL}
+
+_SPELLING = re.compile(
+    r"(?P<name>\w+)(\((?P<parameter>-?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?)\))?", re.ASCII
 )
 
-# nn.Module → the operator's name
-_NAMES: dict[type[nn.Module], Callable[[nn.Module], str]] = {
-    nn.Identity: lambda _: "none",
-    nn.ReLU: lambda _: "relu",
-    nn.ReLU6: lambda _: "relu6",
-    nn.LeakyReLU: lambda m: f"leaky_relu({float(m.negative_slope)})",
-    nn.ELU: lambda m: f"elu({float(m.alpha)})",
-    nn.SiLU: lambda _: "silu",
-    nn.Hardswish: lambda _: "hardswish",
-    nn.GELU: lambda m: "gelu" if m.approximate == "none" else "gelu_tanh",
-    nn.Mish: lambda _: "mish",
-    nn.Sigmoid: lambda _: "sigmoid",
-    nn.Tanh: lambda _: "tanh",
-}
 
-# the operator's name, without a parameter in parentheses → nn.Module; in the order of csrc/activation.h
-MODULES: dict[str, Callable[..., nn.Module]] = {
-    "none": nn.Identity,
-    "relu": nn.ReLU,
-    "relu6": nn.ReLU6,
-    "leaky_relu": nn.LeakyReLU,
-    "elu": nn.ELU,
-    "silu": nn.SiLU,
-    "hardswish": nn.Hardswish,
-    "gelu": nn.GELU,
-    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
-    "mish": nn.Mish,
-    "sigmoid": nn.Sigmoid,
-    "tanh": nn.Tanh,
-}
+def parse_activation(name: str) -> tuple[str, float | None]:
+    """The name without its parameter, and the parameter: ``"leaky_relu", 0.2`` for ``"leaky_relu(0.2)"``, and None
+    where none is given.
+
+    Raises:
+        ValueError: the operators know no such activation.
+    """
+    parts = _SPELLING.fullmatch(name)
+    if parts and parts["name"] in ACTIVATIONS:
+        if parts["parameter"] is None:
+            return parts["name"], None
+        parameter = float(parts["parameter"])
+        if ACTIVATIONS[parts["name"]].parameter and math.isfinite(parameter):
+            return parts["name"], parameter
+    raise _unknown(name)
 
 
 def activation_name(activation: str | nn.Module | None) -> str:
-    """The operator's name of an activation: ``"none"`` for None, ``"leaky_relu(0.2)"`` for ``nn.LeakyReLU(0.2)``.
+    """The operators' name of an activation: ``"none"`` for None, ``"leaky_relu(0.2)"`` for ``nn.LeakyReLU(0.2)``.
 
     Raises:
-        ValueError: it is no activation that the operator knows, or a subclass with a ``forward`` of its own.
+        ValueError: the operators know no such activation, or it is a subclass with a ``forward`` of its own.
     """
     if activation is None:
         return "none"
     if isinstance(activation, str):
-        activation_module(activation)
+        parse_activation(activation)
         return activation
-    for kind, name in _NAMES.items():
-        if isinstance(activation, kind) and type(activation).forward is kind.forward:
-            found = name(activation)
-            activation_module(found)  # a parameter may be no finite number
-            return found
-    raise ValueError(
-        f"expected activation None, one of {', '.join(map(repr, MODULES))}, 'leaky_relu(slope)', 'elu(alpha)', or "
-        f"a module of one of these kinds, got {activation!r}"
-    )
+    for known in _ALL:
+        if (
+            isinstance(activation, known.module)
+            and type(activation).forward is known.module.forward
+            and all(getattr(activation, name) == value for name, value in known.options.items())
+        ):
+            parameter = getattr(activation, known.parameter) if known.parameter else known.default
+            name = known.spelled(parameter)
+            parse_activation(name)  # refuses a parameter that is not finite
+            return name
+    raise _unknown(activation)
 
 
 def activation_module(name: str) -> nn.Module:
-    """The module of an activation of the operator: the inverse of :func:`activation_name`.
+    """The module of an activation: the inverse of :func:`activation_name`.
 
     Raises:
-        ValueError: there is none of this name.
+        ValueError: the operators know no such activation.
     """
-    parts = SPELLING.fullmatch(name)
-    if parts and parts["base"] in MODULES:
-        kind = MODULES[parts["base"]]
-        if parts["parameter"] is None:
-            return kind()
-        if parts["base"] in ("leaky_relu", "elu") and math.isfinite(float(parts["parameter"])):
-            return kind(float(parts["parameter"]))
-    raise ValueError(
-        f"expected activation None, one of {', '.join(map(repr, MODULES))}, 'leaky_relu(slope)', 'elu(alpha)', or "
-        f"a module of one of these kinds, got {name!r}"
+    base, parameter = parse_activation(name)
+    known = ACTIVATIONS[base]
+    if parameter is None:
+        return known.module(**known.options)
+    return known.module(parameter)
+
+
+def _unknown(activation: Any) -> ValueError:
+    names = ", ".join(map(repr, ACTIVATIONS))
+    with_parameter = ", ".join(f"'{a.name}({a.parameter})'" for a in _ALL if a.parameter)
+    return ValueError(
+        f"expected activation None, one of {names}, {with_parameter}, or a module of one of these "
+        f"kinds, got {activation!r}"
     )

@@ -1,5 +1,5 @@
-"""What a batch norm's mode, momentum and buffers come to in one call: the rule of ``nn.BatchNorm*``, in one place. Eager code
-and TorchScript read the same lines."""
+"""The rule of ``nn.BatchNorm*`` for mode, momentum and buffers, in one place: eager code, captured
+graphs and TorchScript all call these functions."""
 
 from typing import Any, Optional
 
@@ -16,7 +16,7 @@ ATTRIBUTES = (
 
 
 def batch_norm_attributes(bn: nn.Module) -> list[Any]:
-    """What the functions below read of a module."""
+    """The attributes of a module that the functions below take."""
     return [getattr(bn, name) for name in ATTRIBUTES]
 
 
@@ -34,8 +34,8 @@ def batch_norm_call(
     Optional[Tensor],  # noqa: UP045
     Optional[Tensor],  # noqa: UP045
 ]:
-    """From a module's attributes the arguments of a call: whether it takes the statistics of the batch, the momentum, and the
-    three buffers as far as it reads or updates them."""
+    """The arguments of one call, from a module's attributes: whether the batch statistics are used, the
+    momentum, and each of the three buffers, or None where the call neither reads nor updates it."""
     if training and not track_running_stats:
         running_mean, running_var = None, None
     if not (training and track_running_stats):
@@ -46,6 +46,25 @@ def batch_norm_call(
     return batch_statistics, momentum, running_mean, running_var, num_batches_tracked
 
 
+def pack_batch_norm(
+    batch_statistics: bool,
+    momentum: Optional[float],  # noqa: UP045
+    running_mean: Optional[Tensor],  # noqa: UP045
+    running_var: Optional[Tensor],  # noqa: UP045
+    num_batches_tracked: Optional[Tensor],  # noqa: UP045
+) -> tuple[list[Tensor], int, float, int]:
+    """The same arguments in the form of ``conv_bn_chain``: the buffers that are not None, their number,
+    the momentum (nan for None), and the mode."""
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("expected a batch norm with running_mean and running_var, both or neither")
+    buffers: list[Tensor] = []
+    for buffer in (running_mean, running_var, num_batches_tracked):
+        if buffer is not None:
+            buffers.append(buffer)
+    nan = float("nan")
+    return buffers, len(buffers), nan if momentum is None else momentum, int(batch_statistics)
+
+
 def batch_norm_link(
     training: bool,
     track_running_stats: bool,
@@ -54,15 +73,10 @@ def batch_norm_link(
     running_var: Optional[Tensor],  # noqa: UP045
     num_batches_tracked: Optional[Tensor],  # noqa: UP045
 ) -> tuple[list[Tensor], int, float, int]:
-    """The same as ``conv_bn_chain`` takes it of each norm link: its buffers, their number, momentum and mode."""
+    """:func:`pack_batch_norm` of a module's attributes."""
     batch_statistics, momentum, running_mean, running_var, num_batches_tracked = batch_norm_call(
         training, track_running_stats, momentum, running_mean, running_var, num_batches_tracked
     )
-    if (running_mean is None) != (running_var is None):
-        raise ValueError("expected a batch norm with running_mean and running_var, both or neither")
-    buffers: list[Tensor] = []
-    for buffer in (running_mean, running_var, num_batches_tracked):
-        if buffer is not None:
-            buffers.append(buffer)
-    none = float("nan")
-    return buffers, len(buffers), none if momentum is None else momentum, int(batch_statistics)
+    return pack_batch_norm(
+        batch_statistics, momentum, running_mean, running_var, num_batches_tracked
+    )

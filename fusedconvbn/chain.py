@@ -1,4 +1,5 @@
-"""A chain of links and its packed form (csrc/chain.h). What stands for tensors may be anything, as nodes of a graph."""
+"""A chain of links, and the one place in Python that packs it into the operators' arguments and
+unpacks it; csrc has the same in C++. Anything may stand for tensors, as nodes of a graph do."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -7,18 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
-from .activations import MODULES, SPELLING
+from .activations import ACTIVATIONS
 
-ACTIVATIONS = tuple(MODULES)  # in the order of csrc/activation.h
-PARAMETERS = {"leaky_relu": 0.01, "elu": 1.0}
-ARITHMETICS = ("batchnorm", "tutorial", "none", "running")
-
-
-def parse_activation(name: str) -> tuple[str, float | None]:
-    """ "leaky_relu(0.2)" → "leaky_relu", 0.2"""
-    parts = SPELLING.fullmatch(name)
-    assert parts is not None, name
-    return parts["base"], None if parts["parameter"] is None else float(parts["parameter"])
+# The numbers of the packed form.
+_CONV, _NORM, _GATE, _PARTS, _PRELU = range(5)
+_ACTIVATIONS = tuple(ACTIVATIONS)
+_ARITHMETICS = ("batchnorm", "tutorial", "none", "running")
+SAVED = 8  # the index of the maps to save among the arguments of conv_bn_chain
 
 
 @dataclass
@@ -34,13 +30,21 @@ class Conv:
     output_padding: Sequence[int] = (0, 0)
     groups: int = 1
 
+    @property
+    def options(self) -> tuple[Any, ...]:
+        """The options, in the order of ``torch.convolution``."""
+        lists = (self.stride, self.padding, self.dilation)
+        return (*lists, self.transposed, self.output_padding, self.groups)
+
 
 @dataclass
 class Norm:
-    """T' = act((T − μ)·r·weight + bias [+ residual]) with the batch statistics of T, or, of the arithmetic "running", with
-    `statistics`, the (2, C) mean and variance; act(T [+ residual]) with the arithmetic "none".
+    """T' = act((T − μ)·r·weight + bias [+ residual]). The arithmetic "running" takes mean and variance
+    from `statistics`, of shape (2, C); the arithmetic "none" computes act(T [+ residual]); the other
+    two take the batch statistics of T.
 
-    The last four are what `conv_bn_chain` reads besides, as :func:`fusedconvbn.batch_norm.batch_norm_link` gives them."""
+    `buffers`, `momentum`, `training` and `group` are read by `conv_bn_chain` alone;
+    :func:`fusedconvbn.batch_norm.pack_batch_norm` gives the first three."""
 
     weight: Tensor | None = None
     bias: Tensor | None = None
@@ -48,26 +52,25 @@ class Norm:
     eps: float = 1e-5
     arithmetic: str = "batchnorm"
     activation: str = "none"
-    parameter: float | None = None  # the activation's; its usual one when None
+    parameter: float | None = None  # of the activation; None: its default
     statistics: Tensor | None = None
-    buffers: Sequence[
-        Tensor
-    ] = ()  # running_mean and running_var, num_batches_tracked; both or either
-    momentum: float = 0.1  # nan for the average over all batches
+    # [running_mean, running_var], [num_batches_tracked], all three, or none
+    buffers: Sequence[Tensor] = ()
+    momentum: float = 0.1  # nan: the average over all batches
     training: bool = True
-    group: str = ""  # of the processes that share statistics
+    group: str = ""  # name of the group of processes that share statistics
 
 
 @dataclass
 class Gate:
-    """T' = T·weight, where weight is (N, C, 1, …)."""
+    """T' = T·weight, with the weight of shape (N, C, 1, …)."""
 
     weight: Tensor
 
 
 @dataclass
 class Prelu:
-    """T' = T where T > 0, T·weight elsewhere, where weight is (C) or (1)."""
+    """T' = T where T > 0, and T·weight elsewhere, with the weight of shape (C) or (1)."""
 
     weight: Tensor
 
@@ -77,7 +80,7 @@ Link = Conv | Norm | Gate | Prelu
 
 @dataclass
 class Packed:
-    """The arguments of the operators. The private ones take `tensors` and `options`."""
+    """The arguments of the operators. The private operators take `tensors` and `options`."""
 
     tensors: list[Any]
     links: list[int] = field(default_factory=list)
@@ -93,7 +96,8 @@ class Packed:
         return self.links, self.scalars, self.process_group
 
     def call(self, saved: Sequence[int], statistics: Any = None) -> tuple[Any, ...]:
-        """The arguments of ``conv_bn_chain``: `saved` are the inner maps to save, 1 being the first link's result."""
+        """The arguments of ``conv_bn_chain``. `saved` are the indices of the inner maps to save; the
+        result of the first link has index 1."""
         norms = (self.buffer_counts, self.momenta, self.training)
         return (
             self.tensors,
@@ -108,28 +112,28 @@ class Packed:
 
 
 def pack(input: Any, chain: Sequence[Link]) -> Packed:
-    """Packs a chain. A list as input is the virtual concatenation of its tensors."""
+    """Packs a chain. A list as input is a virtual concatenation of its tensors."""
     packed = Packed(list(input) if isinstance(input, (list, tuple)) else [input])
     if len(packed.tensors) > 1:
-        packed.links += [3, len(packed.tensors)]
+        packed.links += [_PARTS, len(packed.tensors)]
     for link in chain:
         if isinstance(link, (Gate, Prelu)):
             packed.tensors.append(link.weight)
-            packed.links.append(2 if isinstance(link, Gate) else 4)
+            packed.links.append(_GATE if isinstance(link, Gate) else _PRELU)
             continue
         given = (link.weight, link.bias, getattr(link, "residual", None))
         packed.tensors += [t for t in given if t is not None]
         if isinstance(link, Conv):
-            packed.links += [0, int(link.bias is not None), int(link.transposed), link.groups]
+            packed.links += [_CONV, int(link.bias is not None), int(link.transposed), link.groups]
             packed.links += [len(link.stride), *link.stride, *link.padding]
             packed.links += [*link.dilation, *link.output_padding]
             continue
         if link.statistics is not None:
             packed.tensors.append(link.statistics)
-        packed.links += [1, *(int(t is not None) for t in given)]
-        packed.links += [ARITHMETICS.index(link.arithmetic), ACTIVATIONS.index(link.activation)]
-        parameter = PARAMETERS.get(link.activation, 0.0)
-        packed.scalars += [link.eps, parameter if link.parameter is None else link.parameter]
+        packed.links += [_NORM, *(int(t is not None) for t in given)]
+        packed.links += [_ARITHMETICS.index(link.arithmetic), _ACTIVATIONS.index(link.activation)]
+        default = ACTIVATIONS[link.activation].default
+        packed.scalars += [link.eps, default if link.parameter is None else link.parameter]
         packed.buffers += link.buffers
         packed.buffer_counts.append(len(link.buffers))
         packed.momenta.append(link.momentum)
@@ -141,26 +145,27 @@ def pack(input: Any, chain: Sequence[Link]) -> Packed:
 def unpack(
     tensors: Sequence[Any], links: Sequence[int], scalars: Sequence[float]
 ) -> tuple[list[Any], list[Link]]:
-    """The way back, for a chain that is well formed: the inputs and the links, with what `tensors` has for their tensors."""
+    """The inverse of :func:`pack`, for a well-formed chain: the inputs and the links, which hold the
+    elements of `tensors`."""
     numbers, values, given = iter(links), iter(scalars), iter(tensors)
     parts = 1
-    if links[0] == 3:
+    if links[0] == _PARTS:
         _, parts = next(numbers), next(numbers)
     input = list(islice(given, parts))
     chain: list[Link] = []
     for kind in numbers:
-        if kind in (2, 4):
-            chain.append((Gate if kind == 2 else Prelu)(next(given)))
-        elif kind == 0:
+        if kind in (_GATE, _PRELU):
+            chain.append((Gate if kind == _GATE else Prelu)(next(given)))
+        elif kind == _CONV:
             has_bias, transposed, groups, dims = islice(numbers, 4)
             weight, bias = next(given), next(given) if has_bias else None
             lists = [list(islice(numbers, dims)) for _ in range(4)]
             chain.append(Conv(weight, bias, *lists[:3], bool(transposed), lists[3], groups))
         else:
             weight, bias, residual = (
-                next(given) if there else None for there in islice(numbers, 3)
+                next(given) if present else None for present in islice(numbers, 3)
             )
-            arithmetic, activation = ARITHMETICS[next(numbers)], ACTIVATIONS[next(numbers)]
+            arithmetic, activation = _ARITHMETICS[next(numbers)], _ACTIVATIONS[next(numbers)]
             statistics = next(given) if arithmetic == "running" else None
             eps, parameter = islice(values, 2)
             chain.append(

@@ -2,6 +2,7 @@
 
 import math
 import operator
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor, fx
 from torch._subclasses import FakeTensor
 from torch.utils import _pytree as pytree
 
-from ..chain import PARAMETERS, Conv, Norm, Prelu, pack
+from ..activations import ACTIVATIONS, Activation
+from ..batch_norm import pack_batch_norm
+from ..chain import Conv, Norm, Prelu, pack
 
 CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
 _TRANSPOSED = {torch.conv_transpose1d: 1, torch.conv_transpose2d: 2, torch.conv_transpose3d: 3}
@@ -22,15 +25,10 @@ _IN_PLACE = (
     *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv),
     *(operator.imod, operator.ipow, operator.iand, operator.ior, operator.ixor),
 )
-_ACTIVATIONS: dict[Any, str] = {
-    **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"), "relu"),
-    **dict.fromkeys((F.relu6, torch.ops.aten.relu6), "relu6"),
-    **dict.fromkeys((F.silu, torch.ops.aten.silu), "silu"),
-    **dict.fromkeys((F.sigmoid, torch.sigmoid, torch.sigmoid_, "sigmoid", "sigmoid_"), "sigmoid"),
-    **dict.fromkeys((F.tanh, torch.tanh, torch.tanh_, "tanh", "tanh_"), "tanh"),
-    F.hardswish: "hardswish",
-    F.mish: "mish",
-}
+_ACTIVATIONS: dict[Any, list[Activation]] = {}  # by the functions and methods that compute them
+for _activation in ACTIVATIONS.values():
+    for _call in _activation.calls:
+        _ACTIVATIONS.setdefault(_call, []).append(_activation)
 _PRELUS = (F.prelu, torch.prelu, "prelu")
 
 
@@ -119,10 +117,18 @@ def normalise(
 ) -> Tensor:
     """A batch norm whose module has no call of F.batch_norm to capture: one that is synchronised, or whose statistics are the
     average over all batches. (capture.py puts it there.)"""
-    buffers = [t for t in (running_mean, running_var, num_batches_tracked) if t is not None]
-    momentum = math.nan if momentum is None else momentum
-    norm = Norm(weight, bias, None, eps, buffers=buffers, momentum=momentum, training=training)
-    norm.group = process_group
+    buffers, _, packed_momentum, _ = pack_batch_norm(
+        training, momentum, running_mean, running_var, num_batches_tracked
+    )
+    norm = Norm(
+        weight,
+        bias,
+        eps=eps,
+        buffers=buffers,
+        momentum=packed_momentum,
+        training=training,
+        group=process_group,
+    )
     return torch.ops.fusedconvbn.conv_bn_chain(*pack(input, [norm]).call(()))
 
 
@@ -185,8 +191,8 @@ def norm_of(node: fx.Node) -> tuple[fx.Node, Norm] | str:
     for t in (*running, given["weight"], given["bias"]):
         if t is not None and not _fits(value(t), value(given["input"])):
             return "its parameters are of another dtype or device than its input"
-    buffers = [b for b in (*running, given.get("num_batches_tracked")) if b is not None]
-    momentum = math.nan if momentum is None else momentum
+    counter = given.get("num_batches_tracked")
+    buffers, _, momentum, _ = pack_batch_norm(training, momentum, *running, counter)
     link = Norm(
         given["weight"],
         given["bias"],
@@ -223,13 +229,7 @@ def activation_of(node: fx.Node) -> tuple[fx.Node, str] | None:
 
     target, name = node.target, None
     if target in _ACTIVATIONS:
-        name = None if rest or kwargs else _ACTIVATIONS[target]
-    elif target in (F.leaky_relu, F.leaky_relu_):
-        name = _with_parameter("leaky_relu", given(0, "negative_slope", default=0.01))
-    elif target in (F.elu, F.elu_) and kwargs.keys() <= {"alpha"} and len(rest) < 2:
-        name = _with_parameter("elu", given(0, "alpha", default=1.0))
-    elif target is F.gelu:
-        name = {"none": "gelu", "tanh": "gelu_tanh"}.get(given(0, "approximate", default="none"))
+        name = _named(_ACTIVATIONS[target], rest, kwargs)
     elif target in (F.hardtanh, F.hardtanh_):
         name = _clamped(given(0, "min_val", default=-1.0), given(1, "max_val", default=1.0))
     elif target in (torch.clamp, torch.clamp_, torch.clip, "clamp", "clamp_", "clip", "clip_"):
@@ -250,13 +250,22 @@ def prelu_of(node: fx.Node) -> tuple[fx.Node, Prelu] | None:
     return (given["input"], Prelu(given["weight"])) if fits else None
 
 
-def _with_parameter(base: str, parameter: Any) -> str | None:
-    number = isinstance(parameter, (int, float)) and math.isfinite(parameter)
-    return (
-        (f"{base}({float(parameter)})" if parameter != PARAMETERS[base] else base)
-        if number
-        else None
-    )
+def _named(
+    candidates: Sequence[Activation], rest: Sequence[Any], kwargs: Mapping[str, Any]
+) -> str | None:
+    """The name of the candidate that a call with these arguments computes; the first candidate is the
+    one that a call without arguments computes."""
+    for known in candidates:
+        names = (known.parameter,) if known.parameter else tuple(known.options)
+        given = {**candidates[0].options, **dict(zip(names, rest, strict=False)), **kwargs}
+        if len(rest) > len(names) or not given.keys() <= set(names):
+            return None
+        parameter = given.pop(known.parameter, known.default)
+        if not isinstance(parameter, (int, float)) or not math.isfinite(parameter):
+            return None
+        if given == known.options:
+            return known.spelled(parameter)
+    return None
 
 
 def _clamped(low: Any, high: Any) -> str | None:
@@ -299,8 +308,6 @@ def writes_in_place(node: fx.Node) -> bool:
         return True
     return any(a is True for a in node.args[1:]) and node.target in (
         *_ACTIVATIONS,
-        F.leaky_relu,
-        F.elu,
         F.hardtanh,
     )
 

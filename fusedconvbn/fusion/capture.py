@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import memory
+from ..batch_norm import batch_norm_attributes, batch_norm_call
 from ..synchronised import Synchronised
 from .calls import normalise, value
 
@@ -60,11 +61,7 @@ def _forward(self: nn.Module, input: Tensor) -> Tensor:
     self._check_input_dim(input)
     if synchronised:
         self._check_non_zero_input_channels(input)
-    tracked = not self.training or self.track_running_stats
-    mean, var = (self.running_mean, self.running_var) if tracked else (None, None)
-    training = self.training or (mean is None and var is None)
-    counter = self.num_batches_tracked if counts else None
-    momentum = self.momentum if counts or self.momentum is not None else 0.0
+    training, momentum, mean, var, counter = batch_norm_call(*batch_norm_attributes(self))
     return normalise(
         input, mean, var, counter, self.weight, self.bias, training, momentum, self.eps
     )

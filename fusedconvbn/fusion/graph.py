@@ -8,7 +8,7 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import checkpoint
 
-from ..chain import Conv
+from ..chain import SAVED, Conv
 from .calls import conv_of, mutated, value
 from .match import Link, Match, Matcher, nbytes_of, values_of
 from .normal_form import to_normal_form
@@ -115,7 +115,7 @@ class Graph:
         for call, match in self.calls:
             first = 1 + (match.gate is not None)
             saved = [first + i for i, link in enumerate(match.inner()) if link.name in names]
-            call.args = (*call.args[:8], saved, *call.args[9:])
+            call.update_arg(SAVED, saved)
         self.module.recompile()
         # What is inside a checkpoint lives during its backward alone, and was computed twice already.
         for inner in self._inside:

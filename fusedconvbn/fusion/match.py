@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..chain import Conv, Gate, Norm, Prelu, parse_activation
+from ..activations import parse_activation
+from ..chain import Conv, Gate, Norm, Prelu
 from ..chain import Link as ChainLink
 from .accesses import Accesses
 from .calls import (

@@ -3,13 +3,14 @@ activations written by hand."""
 
 import math
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import fx
 
+from ..activations import ACTIVATIONS
 from .accesses import Accesses
 from .calls import (
     ADD,
@@ -33,12 +34,6 @@ _DROPOUTS = (
 _HARDSIGMOID = (F.hardsigmoid,)
 _SOFTPLUS = (F.softplus,)
 _ERF = (torch.erf, torch.special.erf, "erf")
-_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
-    "silu": F.silu,
-    "hardswish": F.hardswish,
-    "mish": F.mish,
-    "gelu": F.gelu,
-}
 
 
 def to_normal_form(graph: fx.Graph) -> None:
@@ -218,7 +213,7 @@ def _name_activations(graph: fx.Graph) -> None:
         if not {user for node in inner for user in node.users} <= {*inner, root}:
             continue  # read by others too
         with graph.inserting_before(root):
-            named = graph.call_function(_FUNCTIONS[name], (x,))
+            named = graph.call_function(ACTIVATIONS[name].calls[0], (x,))
         named.meta = {**root.meta, "stands_for": [node.name for node in (*inner, root)]}
         root.replace_all_uses_with(named)
         for node in sorted({*inner, root}, reverse=True):

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from ..activations import activation_name
+from ..activations import activation_name, parse_activation
 from ..batch_norm import ATTRIBUTES, batch_norm_attributes, batch_norm_link
-from ..chain import Conv, Link, Norm, Prelu, pack, parse_activation
+from ..chain import Conv, Link, Norm, Prelu, pack
 from ..hooks import make_parameters, refuse_hooks_in_script, refuse_other_hooks
 from ..options import BATCH_NORMS, CONVOLUTIONS, ConvOptions, refuse_lazy
 from ..synchronised import Synchronised

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from build_cuda import build_kernels, find_toolkit
 from conftest import requires_gpu
 
-from fusedconvbn.activations import activation_module
-from fusedconvbn.chain import ACTIVATIONS, PARAMETERS, pack
+from fusedconvbn.activations import ACTIVATIONS, activation_module
 from fusedconvbn.chain import Norm as Link
+from fusedconvbn.chain import pack
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -227,8 +227,8 @@ class Norm:
 
 
 def _activation(name):
-    parameter = PARAMETERS.get(name, 0.0)
-    return ctypes.c_int64(ACTIVATIONS.index(name)), ctypes.c_double(parameter)
+    parameter = ACTIVATIONS[name].default
+    return ctypes.c_int64([*ACTIVATIONS].index(name)), ctypes.c_double(parameter)
 
 
 def _map(shape, dtype, offset=0, mean=0.3):
@@ -341,7 +341,7 @@ def test_every_kernel_is_its_formula(library, name, dtype):
     torch.manual_seed(0)
     shape = MAPS[name]
     turn = DTYPES.index(dtype) + list(MAPS).index(name)
-    activation = ("relu", ACTIVATIONS[turn % len(ACTIVATIONS)])[turn % 2]
+    activation = ("relu", [*ACTIVATIONS][turn % len(ACTIVATIONS)])[turn % 2]
     kernels = Kernels(library, shape, dtype)
     _check_all(kernels, _map(shape, dtype), _map(shape, dtype), dtype, activation)
 

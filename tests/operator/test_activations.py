@@ -11,8 +11,8 @@ from cases import DTYPES
 from torch import nn
 
 from fusedconvbn import FusedConvBN2d, conv_bn
-from fusedconvbn.activations import activation_module, activation_name
-from fusedconvbn.chain import ACTIVATIONS, Norm, pack
+from fusedconvbn.activations import ACTIVATIONS, activation_module, activation_name
+from fusedconvbn.chain import Norm, pack
 
 NAMES = ("leaky_relu(0.2)", "leaky_relu(-0.3)", "elu(0.7)", *ACTIVATIONS)
 EVERY_NAME = pytest.mark.parametrize("name", NAMES)

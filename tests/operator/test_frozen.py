@@ -10,8 +10,7 @@ from torch import nn
 
 import fusedconvbn
 from fusedconvbn import FusedConvBN2d, conv_bn, track_memory
-from fusedconvbn.activations import activation_module
-from fusedconvbn.chain import ACTIVATIONS
+from fusedconvbn.activations import ACTIVATIONS, activation_module
 
 SMALL = 16 << 10  # weights, folded weights and vectors
 

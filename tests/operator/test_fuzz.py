@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fusedconvbn
 from fusedconvbn import chain, reference
-from fusedconvbn.activations import activation_module
+from fusedconvbn.activations import ACTIVATIONS, activation_module
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ops = torch.ops.fusedconvbn
@@ -147,8 +147,8 @@ def geometries(draw, batch=BATCHES, dims=DIMS, channels=None):
 
 @st.composite
 def activations(draw):
-    name = draw(st.sampled_from(chain.ACTIVATIONS))
-    if name in chain.PARAMETERS and draw(st.booleans()):
+    name = draw(st.sampled_from([*ACTIVATIONS]))
+    if ACTIVATIONS[name].parameter and draw(st.booleans()):
         return f"{name}({draw(st.floats(-2, 2, allow_subnormal=False))})"
     return name
 

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fusedconvbn import FusedConvBN2d, conv_bn, track_memory
-from fusedconvbn.activations import activation_module
-from fusedconvbn.chain import ACTIVATIONS, Conv, Norm, pack
+from fusedconvbn.activations import ACTIVATIONS, activation_module
+from fusedconvbn.chain import Conv, Norm, pack
 
 SMALL = (
     64 << 10

@@ -8,8 +8,7 @@ from cases import FORMATS, Case, unfused
 from torch import nn
 
 from fusedconvbn import FusedConvBN2d, conv_bn
-from fusedconvbn.activations import activation_module
-from fusedconvbn.chain import ACTIVATIONS
+from fusedconvbn.activations import ACTIVATIONS, activation_module
 
 HALVES = pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=("bf16", "fp16"))
 LAYOUTS = pytest.mark.parametrize("channels_last", (False, True), ids=("nchw", "nhwc"))

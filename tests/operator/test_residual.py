@@ -6,8 +6,7 @@ from cases import Case, unfused
 from torch import nn
 
 from fusedconvbn import FusedConvBN2d, FusedConvTransposeBN2d, conv_bn
-from fusedconvbn.activations import activation_module
-from fusedconvbn.chain import ACTIVATIONS
+from fusedconvbn.activations import ACTIVATIONS, activation_module
 
 EVERY_ACTIVATION = pytest.mark.parametrize("activation", ACTIVATIONS)
 MODES = pytest.mark.parametrize("training", (True, False), ids=("batch", "frozen"))
