@@ -23,11 +23,12 @@ from models import definition
 from torch import Tensor, fx
 
 from fusedconvbn.chain import Conv, Norm
-from fusedconvbn.fusion.calls import ADD, MUL, activation_of, conv_of, is_norm, parts_of, value
+from fusedconvbn.fusion.calls import ADD, MUL, activation_of, conv_of, is_norm, parts_of
 from fusedconvbn.fusion.capture import capture_whole, paths_of
 from fusedconvbn.fusion.graph import Graph, inner_map
-from fusedconvbn.fusion.match import Link, Match, nbytes_of
+from fusedconvbn.fusion.match import Link, Match
 from fusedconvbn.fusion.model import original_forward
+from fusedconvbn.fusion.nodes import nbytes_of, value
 from fusedconvbn.fusion.plan import H100, H200, Device, Plan, flops_per_value, parse_memory
 from fusedconvbn.fusion.pooling import position_mean
 

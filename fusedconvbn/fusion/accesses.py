@@ -1,10 +1,55 @@
 """Who reads and who writes what in a captured graph, under whatever name."""
 
+import operator
 from collections import defaultdict
 
-from torch import fx
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
-from .calls import mutated, storage
+from .calls import ACTIVATION_CALLS, NORMS, is_norm
+from .nodes import storage, value
+
+_IN_PLACE = (
+    *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv),
+    *(operator.imod, operator.ipow, operator.iand, operator.ior, operator.ixor),
+)
+
+
+def mutated(node: fx.Node) -> list[fx.Node]:
+    """The arguments that a node writes to."""
+    if node.op not in ("call_function", "call_method"):
+        return []
+    if isinstance(node.target, torch._ops.HigherOrderOperator):  # may write to any buffer
+        return [
+            n
+            for n in node.all_input_nodes
+            if isinstance(t := value(n), Tensor) and not t.requires_grad
+        ]
+    written = [node.kwargs["out"]] if isinstance(node.kwargs.get("out"), fx.Node) else []
+    if is_norm(node):
+        names = NORMS[node.target]
+        given = dict(zip(names, node.args, strict=False)) | node.kwargs
+        training = given.get("training", False)
+        names = ("running_mean", "running_var", "num_batches_tracked") if training else ()
+        return [given[n] for n in names if isinstance(given.get(n), fx.Node)]
+    if writes_in_place(node) or node.target is operator.setitem:
+        first = pytree.tree_leaves(node.args[:1])  # of torch._foreach_mul_ a list
+        written += [a for a in first if isinstance(a, fx.Node)]
+    return written
+
+
+def writes_in_place(node: fx.Node) -> bool:
+    """Whether a node writes to its first argument, and returns it."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    named = name.endswith("_") and not name.endswith("__")
+    if node.target in _IN_PLACE or named or node.kwargs.get("inplace") is True:
+        return True
+    return any(a is True for a in node.args[1:]) and node.target in (
+        *ACTIVATION_CALLS,
+        F.hardtanh,
+    )
 
 
 class Accesses:

@@ -75,7 +75,7 @@ def fuse(
     from .model import fused
 
     if example_inputs is not None:
-        found = find(model, *arguments(example_inputs), memory, calibrate)
+        found = find(model, *args_and_kwargs(example_inputs), memory, calibrate)
         plan, example = found.plan, _stand_ins(example_inputs)
         _warn_if_useless(type(model).__name__, found)
     return fused(unfuse(model, inplace=inplace), plan, example)
@@ -136,7 +136,7 @@ def _sharing_copy(model: nn.Module) -> nn.Module:
     return copied(model, (), lambda t: t, "inplace=True makes no copy")[0]
 
 
-def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def args_and_kwargs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A tensor, a sequence of positional arguments, or a mapping of keyword arguments."""
     if isinstance(example_inputs, Mapping):
         return (), dict(example_inputs)
@@ -148,7 +148,7 @@ def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def _stand_ins(example_inputs: Any) -> Any:
     """The same without data."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    return pytree.tree_map_only(Tensor, mode.from_tensor, arguments(example_inputs))
+    return pytree.tree_map_only(Tensor, mode.from_tensor, args_and_kwargs(example_inputs))
 
 
 def _warn_if_useless(name: str, found: "Findings") -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..chain import Conv
-from .calls import value
 from .match import Link
+from .nodes import value
 from .plan import InnerMap
 
 _RUNS = 10  # between two events

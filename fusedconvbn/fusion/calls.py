@@ -8,64 +8,22 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
-from torch._subclasses import FakeTensor
-from torch.utils import _pytree as pytree
 
 from ..activations import ACTIVATIONS, Activation
 from ..batch_norm import pack_batch_norm
 from ..chain import Conv, Norm, Prelu, pack
+from .nodes import ints, is_map, named_arguments, value
 
 CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
 _TRANSPOSED = {torch.conv_transpose1d: 1, torch.conv_transpose2d: 2, torch.conv_transpose3d: 3}
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ADD = (operator.add, operator.iadd, torch.add, "add", "add_")
 MUL = (operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", "multiply")
-_CAT = (torch.cat, torch.concat, torch.concatenate)
-_IN_PLACE = (
-    *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv),
-    *(operator.imod, operator.ipow, operator.iand, operator.ior, operator.ixor),
-)
-_ACTIVATIONS: dict[Any, list[Activation]] = {}  # by the functions and methods that compute them
+CAT = (torch.cat, torch.concat, torch.concatenate)
+ACTIVATION_CALLS: dict[Any, list[Activation]] = {}  # by the functions and methods that compute them
 for _activation in ACTIVATIONS.values():
     for _call in _activation.calls:
-        _ACTIVATIONS.setdefault(_call, []).append(_activation)
+        ACTIVATION_CALLS.setdefault(_call, []).append(_activation)
 _PRELUS = (F.prelu, torch.prelu, "prelu")
-
-
-def value(node: Any) -> Any:
-    """What a node's value was when the graph was captured: a stand-in for a tensor, as a rule."""
-    return node.meta.get("example_value") if isinstance(node, fx.Node) else None
-
-
-def storage(node: Any) -> int | None:
-    """The identity of the memory that a node's value lies in: views and what is done in place share it."""
-    t = _local(value(node))
-    return t.untyped_storage()._cdata if isinstance(t, FakeTensor) else None
-
-
-def _local(t: Any) -> Any:
-    """What a process has of a DTensor that is replicated."""
-    placements = getattr(t, "placements", None)
-    return t._local_tensor if placements and all(p.is_replicate() for p in placements) else t
-
-
-def is_map(t: Any) -> bool:
-    """Whether the operators take such a tensor."""
-    return isinstance(_local(t), FakeTensor) and t.dtype in _FLOATS and t.layout == torch.strided
-
-
-def arguments(node: fx.Node, *names: str, **defaults: Any) -> dict[str, Any] | None:
-    """The arguments of a call by name; None where it has others."""
-    if len(node.args) > len(names):
-        return None
-    given = defaults | dict(zip(names, node.args, strict=False)) | node.kwargs
-    return given if given.keys() <= set(names) and names[0] in given else None
-
-
-def ints(given: Any, count: int) -> list[int] | None:
-    values = list(given) if isinstance(given, (tuple, list)) else [given] * count
-    values = values * count if len(values) == 1 else values
-    return values if len(values) == count and all(type(v) is int for v in values) else None
 
 
 def conv_of(node: fx.Node) -> tuple[fx.Node, Conv] | None:
@@ -84,7 +42,7 @@ def conv_of(node: fx.Node) -> tuple[fx.Node, Conv] | None:
         "groups": 1,
         "dilation": 1,
     }
-    given = arguments(node, *names, **{n: d for n, d in defaults.items() if n in names})
+    given = named_arguments(node, *names, **{n: d for n, d in defaults.items() if n in names})
     if given is None or not all(isinstance(given[n], fx.Node) for n in ("input", "weight")):
         return None
     if not (
@@ -132,7 +90,7 @@ def normalise(
     return torch.ops.fusedconvbn.conv_bn_chain(*pack(input, [norm]).call(()))
 
 
-_NORMS: dict[Any, tuple[str, ...]] = {
+NORMS: dict[Any, tuple[str, ...]] = {
     F.batch_norm: (
         "input",
         "running_mean",
@@ -155,7 +113,7 @@ _NORMS: dict[Any, tuple[str, ...]] = {
 
 
 def is_norm(node: fx.Node) -> bool:
-    return node.op == "call_function" and node.target in _NORMS
+    return node.op == "call_function" and node.target in NORMS
 
 
 def is_training(node: fx.Node) -> bool:
@@ -169,9 +127,11 @@ def norm_of(node: fx.Node) -> tuple[fx.Node, Norm] | str:
     defaults: dict[str, Any] = dict(
         running_mean=None, running_var=None, num_batches_tracked=None, weight=None, bias=None
     )
-    names = _NORMS[node.target]
+    names = NORMS[node.target]
     defaults = {n: d for n, d in defaults.items() if n in names}
-    given = arguments(node, *names, **{**defaults, "training": False, "momentum": 0.1, "eps": 1e-5})
+    given = named_arguments(
+        node, *names, **{**defaults, "training": False, "momentum": 0.1, "eps": 1e-5}
+    )
     if given is None or not is_map(value(given["input"])) or not is_map(value(node)):
         return "its input is no dense tensor of floating point numbers"
     running = [given["running_mean"], given["running_var"]]
@@ -228,8 +188,8 @@ def activation_of(node: fx.Node) -> tuple[fx.Node, str] | None:
         return rest[index] if len(rest) > index else found
 
     target, name = node.target, None
-    if target in _ACTIVATIONS:
-        name = _named(_ACTIVATIONS[target], rest, kwargs)
+    if target in ACTIVATION_CALLS:
+        name = _named(ACTIVATION_CALLS[target], rest, kwargs)
     elif target in (F.hardtanh, F.hardtanh_):
         name = _clamped(given(0, "min_val", default=-1.0), given(1, "max_val", default=1.0))
     elif target in (torch.clamp, torch.clamp_, torch.clip, "clamp", "clamp_", "clip", "clip_"):
@@ -241,7 +201,7 @@ def activation_of(node: fx.Node) -> tuple[fx.Node, str] | None:
 
 def prelu_of(node: fx.Node) -> tuple[fx.Node, Prelu] | None:
     """The input and the link of a PReLU."""
-    given = arguments(node, "input", "weight") if node.target in _PRELUS else None
+    given = named_arguments(node, "input", "weight") if node.target in _PRELUS else None
     if given is None or not all(is_map(value(t)) for t in (*given.values(), node)):
         return None
     x, slopes = (value(t) for t in given.values())
@@ -277,46 +237,11 @@ def _clamped(low: Any, high: Any) -> str | None:
 # ---------------------------------------------------------------------------------------- writes and concatenations
 
 
-def mutated(node: fx.Node) -> list[fx.Node]:
-    """The arguments that a node writes to."""
-    if node.op not in ("call_function", "call_method"):
-        return []
-    if isinstance(node.target, torch._ops.HigherOrderOperator):  # may write to any buffer
-        return [
-            n
-            for n in node.all_input_nodes
-            if isinstance(t := value(n), Tensor) and not t.requires_grad
-        ]
-    written = [node.kwargs["out"]] if isinstance(node.kwargs.get("out"), fx.Node) else []
-    if is_norm(node):
-        names = _NORMS[node.target]
-        given = dict(zip(names, node.args, strict=False)) | node.kwargs
-        training = given.get("training", False)
-        names = ("running_mean", "running_var", "num_batches_tracked") if training else ()
-        return [given[n] for n in names if isinstance(given.get(n), fx.Node)]
-    if writes_in_place(node) or node.target is operator.setitem:
-        first = pytree.tree_leaves(node.args[:1])  # of torch._foreach_mul_ a list
-        written += [a for a in first if isinstance(a, fx.Node)]
-    return written
-
-
-def writes_in_place(node: fx.Node) -> bool:
-    """Whether a node writes to its first argument, and returns it."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    named = name.endswith("_") and not name.endswith("__")
-    if node.target in _IN_PLACE or named or node.kwargs.get("inplace") is True:
-        return True
-    return any(a is True for a in node.args[1:]) and node.target in (
-        *_ACTIVATIONS,
-        F.hardtanh,
-    )
-
-
 def parts_of(node: fx.Node) -> list[fx.Node] | None:
     """The tensors of a concatenation of channels."""
-    if node.op != "call_function" or node.target not in _CAT or not is_map(value(node)):
+    if node.op != "call_function" or node.target not in CAT or not is_map(value(node)):
         return None
-    given = arguments(node, "tensors", "dim", dim=0)
+    given = named_arguments(node, "tensors", "dim", dim=0)
     if given is None or given["dim"] not in (1, 1 - value(node).dim()):
         return None
     parts = given["tensors"]

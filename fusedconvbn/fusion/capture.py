@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from .. import memory
 from ..batch_norm import batch_norm_attributes, batch_norm_call
 from ..synchronised import Synchronised
-from .calls import normalise, value
+from .calls import normalise
+from .nodes import value
 
 # While a fused model is captured: hooks that are registered later are seen, numpy draws its own random numbers, numbers and sizes that
 # depend on values break the graph, no model runs out of recompilations in the middle of a training, and DDP's buckets do not

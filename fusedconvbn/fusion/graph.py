@@ -4,19 +4,19 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import fx
-from torch.utils.checkpoint import checkpoint
 
 from ..chain import SAVED, Conv
-from .calls import conv_of, mutated, value
-from .match import Link, Match, Matcher, nbytes_of, values_of
+from .calls import conv_of
+from .checkpoints import bodies_of, run_checkpoints
+from .match import Link, Match
+from .matcher import Matcher
+from .nodes import nbytes_of, value, values_of
 from .normal_form import to_normal_form
 from .plan import CPU, Device, InnerMap, device_figures, flops_per_value, seconds_per_value
+from .pooling import rewrite_pooling
 from .profile import Profile, device_of, profile
-from .rewrite import rewrite, rewrite_pooling
-
-_CHECKPOINT = "tag_activation_checkpoint"
+from .rewrite import rewrite
 
 
 @dataclass
@@ -76,10 +76,10 @@ class Graph:
         """
         found = cls(module)
         if not compiled:
-            _checkpoints(module)
+            run_checkpoints(module)
         if measured:
             found.eager = profile(module, example_inputs)
-        for body in _bodies(module):
+        for body in bodies_of(module):
             found._inside.append(cls.of(body, (), paths, groups, measured=False, compiled=compiled))
         graph = module.graph
         to_normal_form(graph)
@@ -133,47 +133,3 @@ def inner_map(link: Link, device: Device) -> InnerMap:
     seconds = seconds_per_value(link.op, weight, result.element_size(), device) * values
     flops = int(flops_per_value(link.op, weight) * values)
     return InnerMap(link.name, nbytes_of(result), flops, device.launch + seconds)
-
-
-def _is_checkpoint(node: fx.Node) -> bool:
-    return (
-        isinstance(node.target, torch._ops.HigherOrderOperator) and node.target._name == _CHECKPOINT
-    )
-
-
-def _run_checkpoint(
-    body: fx.GraphModule, written: tuple[int, ...], *args: Any, **kwargs: Any
-) -> Any:
-    """A checkpoint of a graph, which writes to those of its inputs: a checkpoint would miss the version that they had."""
-
-    def run(*given: Any) -> Any:
-        rest = iter(given)
-        return body(*(a if i in written else next(rest) for i, a in enumerate(args)))
-
-    return checkpoint(
-        run, *(a for i, a in enumerate(args) if i not in written), use_reentrant=False, **kwargs
-    )
-
-
-def _checkpoints(module: fx.GraphModule) -> None:
-    """Where no compiler runs the graph, a checkpoint in it has to be one: the captured one only marks what to recompute."""
-    for node in module.graph.nodes:
-        if node.op == "call_function" and _is_checkpoint(node):
-            body = getattr(module, node.args[0].target)
-            inputs = [n for n in body.graph.nodes if n.op == "placeholder"]
-            targets = {t for n in body.graph.nodes for t in mutated(n)}
-            written = tuple(i for i, n in enumerate(inputs) if n in targets)
-            known = {"preserve_rng_state", "determinism_check", "debug"}
-            node.target = _run_checkpoint
-            node.args = (node.args[0], written, *node.args[1:])
-            node.kwargs = {k: v for k, v in node.kwargs.items() if k in known}
-    module.recompile()
-
-
-def _bodies(module: fx.GraphModule) -> list[fx.GraphModule]:
-    """The graphs that checkpoints of a graph run."""
-    return [
-        getattr(module, node.args[0].target)
-        for node in module.graph.nodes
-        if node.op == "call_function" and (node.target is _run_checkpoint or _is_checkpoint(node))
-    ]

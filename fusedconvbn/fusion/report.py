@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..memory import MIB
-from .api import arguments, checked, uncompiled
+from .api import args_and_kwargs, checked, uncompiled
 from .match import Match
 from .plan import OutOfReach, knapsack
 
@@ -178,7 +178,7 @@ def explain(
         raise ValueError("explain: expected example_inputs, got None")
     memory = checked(model, example_inputs, memory, calibrate)
     model, reason = uncompiled(model), ""
-    args, kwargs = arguments(example_inputs)
+    args, kwargs = args_and_kwargs(example_inputs)
     from .find import find
 
     try:
