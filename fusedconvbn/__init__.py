@@ -1,4 +1,5 @@
-"""Conv → BatchNorm → activation as one operator that keeps one feature map for backward where eager keeps two."""
+"""Conv → BatchNorm → activation as one operator that saves one feature map for backward where eager
+saves two."""
 
 from . import _library
 

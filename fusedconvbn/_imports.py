@@ -1,5 +1,5 @@
-"""What a module of PyTorch needs to know of the operators, told when it is imported and not before: some take longer to
-import than this package."""
+"""Registers the operators with a module of PyTorch when that module is imported, and not before: some
+take longer to import than this package."""
 
 import importlib.util
 import sys
@@ -10,7 +10,7 @@ from types import ModuleType
 
 
 class _Finder(MetaPathFinder):
-    """Finds one module, once, as the other finders do."""
+    """Finds one module, once, through the other finders, and gives it a loader that calls `then`."""
 
     def __init__(self, name: str, then: Callable[[], None]) -> None:
         self.name, self.then = name, then
@@ -35,14 +35,14 @@ class _Loader(Loader):
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        # Other modules find the loader that they know.
+        # Whoever looks at the module's loader later sees its own.
         module.__loader__ = module.__spec__.loader = self.loader
         self.loader.exec_module(module)
         self.then()
 
 
 def when_imported(name: str, then: Callable[[], None]) -> None:
-    """Calls `then` at the end of the import of a module, at once if it is there already."""
+    """Calls `then` at the end of the import of a module, or at once if it is imported already."""
     if name in sys.modules:
         then()
     else:

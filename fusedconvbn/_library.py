@@ -1,4 +1,4 @@
-"""Loads the operators, and says in a sentence why where they do not load."""
+"""Loads the operators; where they do not load, an error says why in a sentence."""
 
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,17 @@ def _minor(version: str) -> list[str]:
 
 
 def build_info() -> dict[str, Any]:
-    """The facts of the build: `torch`, `cuda`, `cuda_architectures`, `compiler`, `instruction_sets`.
+    """The facts of the build: `torch`, `cuda`, `cuda_architectures`, `compiler`,
+    `instruction_sets`.
 
-    Needs only the small module `_C`, so it also answers where the operators do not load.
+    Needs only the small module `_C`, and so works where the operators do not load, too.
     """
     try:
         from . import _C
     except ImportError as error:
         raise ImportError(
-            f"fusedconvbn in {Path(__file__).parent} is not built ({error}); run `pip install .` in its sources, "
-            "and import it from another folder than the sources"
+            f"fusedconvbn in {Path(__file__).parent} is not built ({error}); run `pip install .` in "
+            "its sources, and import it from another folder than the sources"
         ) from error
     return _C.build_info()
 
@@ -38,13 +39,14 @@ def load() -> None:
     built = build_info()["torch"]
     if _minor(built) != _minor(torch.__version__):
         raise ImportError(
-            f"fusedconvbn was built against torch {built}, found torch {torch.__version__}; {_REBUILD}"
+            f"fusedconvbn was built against torch {built}, found torch {torch.__version__}; "
+            f"{_REBUILD}"
         )
     library = Path(__file__).with_name("_ops.so")
     try:
         torch.ops.load_library(library)
     except OSError as error:
         raise ImportError(
-            f"fusedconvbn, built against torch {built}, does not load with torch {torch.__version__} "
-            f"({error}); {_REBUILD}"
+            f"fusedconvbn, built against torch {built}, does not load with torch "
+            f"{torch.__version__} ({error}); {_REBUILD}"
         ) from error

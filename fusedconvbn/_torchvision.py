@@ -1,4 +1,4 @@
-"""torchvision's definitions of models, also beside a torch that torchvision's own operators do not fit."""
+"""torchvision's models, also where torchvision's own operators do not load with the installed torch."""
 
 import importlib
 import sys
@@ -6,12 +6,13 @@ from types import ModuleType
 
 import torch
 
-_OPERATORS = ("nms", "qnms")  # what `import torchvision` refers to; no classifier calls them
+_OPERATORS = ("nms", "qnms")  # `import torchvision` refers to them; no classifier calls them
 _libraries: list[torch.library.Library] = []
 
 
 def models() -> ModuleType:
-    """``torchvision.models``. Operators are only declared where torchvision's library, which has them, did not load.
+    """``torchvision.models``. Where torchvision's library did not load, its operators are declared, so that
+    the import succeeds.
 
     Raises:
         ImportError: torchvision is not installed.
@@ -22,10 +23,10 @@ def models() -> ModuleType:
         if "operator torchvision::" not in str(error):
             raise
     for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]:
-        del sys.modules[name]  # of an import that stopped half way
+        del sys.modules[name]  # left by the import that failed
     library = torch.library.Library("torchvision", "FRAGMENT")
     for name in _OPERATORS:
         if not hasattr(torch.ops.torchvision, name):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _libraries.append(library)  # whose end would be that of its operators
+    _libraries.append(library)  # its operators exist as long as it does
     return importlib.import_module("torchvision.models")

@@ -1,4 +1,4 @@
-"""The one list of the activations that the operators know, and the ways in which each is written."""
+"""The one list of the activations that the operators know, and of the ways to write each of them."""
 
 import math
 import re
@@ -19,7 +19,8 @@ class Activation:
         name: the operators' name, without a parameter.
         module: its class in ``torch.nn``.
         calls: the functions, and the names of the methods of a tensor, that compute it.
-        parameter: the name of its one number, as the module's attribute and the functions' argument.
+        parameter: the name of its number, as the module's attribute and the functions' argument; ""
+            where it has none.
         default: that number where none is given.
         options: the module's attributes, and the functions' keyword arguments, that select it.
     """
@@ -36,7 +37,8 @@ class Activation:
         return f"{self.name}({float(parameter)})" if self.parameter else self.name
 
 
-_ALL = (  # in the order of ActivationKind in csrc: an index in it is the number that a packed chain has
+# In the order of csrc's ActivationKind: a packed chain has the index of an activation.
+_ALL = (
     Activation("none", nn.Identity),
     Activation("relu", nn.ReLU, (F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_")),
     Activation("relu6", nn.ReLU6, (F.relu6, torch.ops.aten.relu6)),
@@ -64,8 +66,8 @@ _SPELLING = re.compile(
 
 
 def parse_activation(name: str) -> tuple[str, float | None]:
-    """The name without its parameter, and the parameter: ``"leaky_relu", 0.2`` for ``"leaky_relu(0.2)"``, and None
-    where none is given.
+    """The name without its parameter, and the parameter or None: ``"leaky_relu", 0.2`` for
+    ``"leaky_relu(0.2)"``.
 
     Raises:
         ValueError: the operators know no such activation.
@@ -81,10 +83,11 @@ def parse_activation(name: str) -> tuple[str, float | None]:
 
 
 def activation_name(activation: str | nn.Module | None) -> str:
-    """The operators' name of an activation: ``"none"`` for None, ``"leaky_relu(0.2)"`` for ``nn.LeakyReLU(0.2)``.
+    """The operators' name of an activation: ``"none"`` for None, ``"leaky_relu(0.2)"`` for
+    ``nn.LeakyReLU(0.2)``.
 
     Raises:
-        ValueError: the operators know no such activation, or it is a subclass with a ``forward`` of its own.
+        ValueError: the operators know no such activation, or its class has a ``forward`` of its own.
     """
     if activation is None:
         return "none"

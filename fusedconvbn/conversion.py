@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from .activations import activation_module
-from .hooks import make_parameters
+from .hooks import compute_parameters
 from .modules import FusedConvBN, _ConvBN, _FusedConvBN, _FusedConvTransposeBN
 from .synchronised import NOT_SYNCHRONISED
 
 
 class ConvActivation(nn.Sequential):
-    """A folded layer: ``conv`` and ``activation``, both plain modules, called as the fused layer was."""
+    """A folded layer: ``conv`` and ``activation``, both plain modules, with the fused layer's
+    arguments."""
 
     def forward(self, input: Tensor, residual: Optional[Tensor] = None) -> Tensor:  # noqa: UP045
         output = self.conv(input)
@@ -49,22 +50,26 @@ def fold(module: nn.Module) -> nn.Module:
 
     .. math::
         W' = W \cdot \frac{\gamma}{\sqrt{\mathrm{running\_var} + \mathrm{eps}}}, \qquad
-        b' = \beta + (b - \mathrm{running\_mean}) \cdot \frac{\gamma}{\sqrt{\mathrm{running\_var} + \mathrm{eps}}}
+        b' = \beta + (b - \mathrm{running\_mean})
+            \cdot \frac{\gamma}{\sqrt{\mathrm{running\_var} + \mathrm{eps}}}
 
-    per output channel, computed in float32 (float64 for such parameters) and rounded once to the dtype of the weight.
+    per output channel, computed in float32 (float64 for such parameters) and rounded once to the dtype
+    of the weight.
 
     Args:
         module: a fused layer, or a model with fused layers anywhere. It is not changed.
 
     Returns:
-        For a layer without activation an ``nn.Conv*`` or ``nn.ConvTranspose*`` with a bias; for one with an
-        activation an ``nn.Sequential`` of such a ``conv`` and the ``activation``, which takes a residual as the layer
-        did. For a model a copy with such ``nn.Sequential`` in the place of its fused layers (where there is no
-        activation, with an ``nn.Identity``, as the model may call the layer with a residual). Forward hooks
-        stay; a layer that is used in several places is folded once. All in eval mode.
+        For a layer without activation an ``nn.Conv*`` or ``nn.ConvTranspose*`` with a bias; for one with
+        an activation an ``nn.Sequential`` of such a ``conv`` and the ``activation``, which takes a
+        residual as the layer did. For a model a copy with such an ``nn.Sequential`` in place of each
+        fused layer; it has an ``nn.Identity`` where there is no activation, as the model may call the
+        layer with a residual. Forward hooks stay; a layer that is used several times is folded once. All
+        modules are in eval mode.
 
     Raises:
-        ValueError: a layer has no running statistics, or a ``forward`` of its own; the message names it.
+        ValueError: a layer has no running statistics, or a ``forward`` of its own; the message names
+            the layer.
         TypeError: something in ``module`` is scripted: fold first, then script.
     """
     for name, child in module.named_modules():
@@ -80,13 +85,13 @@ def fold(module: nn.Module) -> nn.Module:
             raise ValueError(
                 f"fold: expected {where} to run the forward of a fused layer, got its own"
             )
-    # In eval mode before anything is exchanged: a model may reach into its layers in its `train`, and a
-    # parametrized weight may be another one then.
+    # In eval mode before any layer is replaced: a model's `train` may access its layers, and a
+    # parametrized weight may depend on the mode.
     original = copy.deepcopy(module).eval()
     layers = [child for child in original.modules() if isinstance(child, _ConvBN)]
     for layer in layers:
-        make_parameters((layer.conv, layer.bn))
-    # deepcopy takes what its memo has for an object as its copy
+        compute_parameters((layer.conv, layer.bn))
+    # deepcopy takes an object's copy from its memo, where it is there.
     memo: dict[int, Any] = {id(t): t for t in (*original.parameters(), *original.buffers())}
     memo.update({id(layer): _folded(layer, alone=layer is original) for layer in layers})
     result = copy.deepcopy(original, memo)
@@ -100,7 +105,7 @@ def fold(module: nn.Module) -> nn.Module:
 def _folded(layer: _ConvBN, alone: bool) -> nn.Module:
     old, bn = layer.conv, layer.bn
     padding = old.padding
-    # Numbers wherever a name can be written so: not every optimiser reads names.
+    # Padding in numbers where that is possible: not every optimiser reads names.
     if isinstance(padding, str) and not layer._pad:
         padding = tuple(layer._padding)
     conv = type(layer).conv_class(
@@ -135,7 +140,7 @@ def _folded(layer: _ConvBN, alone: bool) -> nn.Module:
         scaled = (by_group * scale.reshape(old.groups, 1, -1, *per_channel)).flatten(0, 1)
     else:
         scaled = weight.to(wide) * scale.reshape(-1, 1, *per_channel)
-    # All parameters, since a parametrized weight is none of them.
+    # Of all parameters, since a parametrized weight is not among them.
     trained = any(p.requires_grad for p in old.parameters())
     conv.weight = nn.Parameter(scaled.to(weight.dtype), trained)
     conv.bias = nn.Parameter(shift.to(weight.dtype), trained)
@@ -147,11 +152,11 @@ def _folded(layer: _ConvBN, alone: bool) -> nn.Module:
 
 
 def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
-    """Makes the statistics of every synchronised fused layer in `module` those of one process again, in place: the way back
-    from ``nn.SyncBatchNorm.convert_sync_batchnorm``, which takes models with fused layers as they are.
+    """Makes every synchronised fused layer in `module` use the statistics of its own process again, in
+    place: the inverse of ``nn.SyncBatchNorm.convert_sync_batchnorm``, which takes models with fused layers.
 
-    Parameters and buffers are the same objects afterwards. An ``nn.SyncBatchNorm`` elsewhere in the model is left
-    alone: what dimensions its input has cannot be seen from it.
+    Parameters and buffers stay the same objects. An ``nn.SyncBatchNorm`` elsewhere in the model is left
+    alone: the number of dimensions of its input is not known.
 
     Args:
         module: a model or a layer.

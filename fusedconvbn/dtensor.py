@@ -1,4 +1,4 @@
-"""Chains of `DTensor`s: those of replicated ones are run by each process as if they were plain tensors."""
+"""Chains of `DTensor`s: each process runs a chain of replicated tensors as if they were plain tensors."""
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,7 +17,7 @@ _KINDS = {Conv: "convolution", Norm: "batch norm", Gate: "gate", Prelu: "PReLU"}
 def _named(
     tensors: Sequence[Tensor], links: Sequence[int], scalars: Sequence[float]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a chain by what an error calls them."""
+    """The tensors of a chain, each with its name in error messages."""
     input, chain = unpack(tensors, links, scalars)
     yield from (("input", t) for t in input)
     for i, link in enumerate(chain):
@@ -39,7 +39,7 @@ def _check(named: Iterable[tuple[str, Tensor]]) -> None:
         if not isinstance(t, DTensor):
             raise TypeError(
                 f"conv_bn: expected all tensors to be DTensors where one is, got {name} that is not; "
-                "distribute_tensor and distribute_module make replicated ones"
+                "distribute_tensor and distribute_module make replicated DTensors"
             )
         if not _replicated(t):
             raise NotImplementedError(
@@ -53,7 +53,7 @@ def _check(named: Iterable[tuple[str, Tensor]]) -> None:
             )
 
 
-@torch.no_grad()  # autograd is done above
+@torch.no_grad()  # autograd has run already
 def _run(func: Any, args: Any, kwargs: Any, mesh: Any) -> Any:
     from torch.distributed.tensor import DTensor, Replicate
 
@@ -75,8 +75,9 @@ def _forward(cls: Any, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
     return _run(func, args, kwargs, args[0][0].device_mesh)
 
 
-def _whole(cls: Any, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-    """Of a backward, whose tensors forward has checked and whose gradient may be a sum in parts; of a pool."""
+def _unchecked(cls: Any, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+    """For a backward, whose tensors forward has checked and whose gradient may be a partial sum, and for
+    a pool."""
     return _run(func, args, kwargs, args[0].device_mesh)
 
 
@@ -90,13 +91,13 @@ def _register() -> None:
 
     rules = {
         "_chain_forward": _forward,
-        "_chain_backward": _whole,
+        "_chain_backward": _unchecked,
         "_channel_stats": _statistics,
-        "_max_pool2d": _whole,
-        "_max_pool2d_backward": _whole,
+        "_max_pool2d": _unchecked,
+        "_max_pool2d_backward": _unchecked,
     }
     for name, rule in rules.items():
-        with contextlib.suppress(RuntimeError):  # this package was imported before, and deleted
+        with contextlib.suppress(RuntimeError):  # registered by an earlier import of this package
             torch.library.register_torch_dispatch(f"fusedconvbn::{name}", DTensor, rule)
 
 

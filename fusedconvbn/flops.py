@@ -1,4 +1,5 @@
-"""Floating point operations of the chain operators, for `torch.utils.flop_counter`, which knows PyTorch's alone."""
+"""Floating point operations of the chain operators, for `torch.utils.flop_counter`, which knows only
+PyTorch's own operators."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,18 +10,19 @@ from torch import Tensor
 from ._imports import when_imported
 from .chain import Conv, Norm, Prelu, unpack
 
-RECOMPUTED = "fusedconvbn.recomputed"  # the counter's row for what backward does beyond eager's
+RECOMPUTED = "fusedconvbn.recomputed"  # the counter's row for what backward recomputes
 
 
 class _Chain:
-    """A packed chain, the shapes of its maps, and what each link takes. What has a place in `tensors` has that here."""
+    """A packed chain, the shapes of its maps, and the FLOPs of each link. The links hold the indices of
+    their tensors in `tensors`."""
 
     def __init__(
         self, tensors: Sequence[Tensor], links: Sequence[int], scalars: Sequence[float]
     ) -> None:
-        places, self.links = unpack(range(len(tensors)), links, scalars)
-        self.whole = len(places) == 1
-        shapes = [tensors[place].shape for place in places]
+        parts, self.links = unpack(range(len(tensors)), links, scalars)
+        self.whole = len(parts) == 1
+        shapes = [tensors[part].shape for part in parts]
         self.maps = [[shapes[0][0], sum(s[1] for s in shapes), *shapes[0][2:]]]
         self.weights = [
             list(tensors[link.weight].shape) if isinstance(link, Conv) else []
@@ -31,7 +33,7 @@ class _Chain:
             self.maps.append(_result(link, t, weight) if isinstance(link, Conv) else t)
 
     def forward(self, i: int) -> int:
-        """Of link i."""
+        """FLOPs of the forward of link i."""
         from torch.utils.flop_counter import conv_flop_count
 
         link = self.links[i]
@@ -40,15 +42,16 @@ class _Chain:
         return conv_flop_count(self.maps[i], self.weights[i], self.maps[i + 1], link.transposed)
 
     def gradients(self, i: int, input: bool, weight: bool) -> int:
-        """Of the convolution's gradients that are asked for."""
+        """FLOPs of the gradients of convolution i, as far as they are needed."""
         from torch.utils.flop_counter import conv_backward_flop
 
         link, x, w = self.links[i], self.maps[i], self.weights[i]
-        options = (None, link.stride, link.padding, link.dilation, link.transposed)
-        options += (link.output_padding, link.groups, [input, weight, False])
-        return conv_backward_flop(self.maps[i + 1], x, w, *options, out_val=(x, w, None))
+        mask = [input, weight, False]
+        return conv_backward_flop(
+            self.maps[i + 1], x, w, None, *link.options, mask, out_val=(x, w, None)
+        )
 
-    def batch_statistics(self, i: int) -> bool:
+    def has_batch_statistics(self, i: int) -> bool:
         return (
             i < len(self.links)
             and isinstance(self.links[i], Norm)
@@ -79,57 +82,64 @@ def forward_flops(
 def backward_flops(
     dout: Tensor,
     tensors: Sequence[Tensor],
-    kept_maps: Sequence[Tensor],
+    saved_maps: Sequence[Tensor],
     statistics: Sequence[Tensor],
     links: Sequence[int],
     scalars: Sequence[float],
     process_group: str,
-    kept: Sequence[int],
-    wanted: Sequence[int],
+    saved: Sequence[int],
+    needs_grad: Sequence[int],
 ) -> tuple[int, int]:
-    """Of the gradients, as eager counts them, and of all else that backward does: `Execution::backward` in
-    csrc/execution.cpp without the tensors."""
+    """FLOPs of the gradients, as eager counts them, and of the recomputation: the decisions of the C++
+    backward of a chain, without its tensors."""
     chain = _Chain(tensors, links, scalars)
-    count = len(chain.links)
-    at_hand = {*kept, *([0] if chain.whole else [])}
-
-    def result(i: int) -> bool:
-        """Whether the slope of norm link i shows in its result, which is kept."""
-        return i + 1 == count and count in at_hand and chain.links[i].activation == "relu"
-
-    reached, read = [0 in wanted], []
-    for i, link in enumerate(chain.links):
-        given: list[int | None] = [link.weight, getattr(link, "residual", None)]
-        if isinstance(link, Norm) or (isinstance(link, Conv) and not chain.batch_statistics(i + 1)):
-            given.append(link.bias)  # one that cancels is not reached
-        reached.append(reached[i] or any(place in wanted for place in given))
-        reads = isinstance(link, (Conv, Prelu)) or link.weight in wanted
-        if isinstance(link, Norm):
-            slope_at_hand = link.activation == "none" or result(i)
-            others = reached[i] or link.weight in wanted or link.bias in wanted
-            reads = not slope_at_hand or (link.arithmetic != "none" and others)
-        read.append(reached[i + 1] and reads)
-
+    map_needs_grad, is_read = _backward_reads(chain, saved, needs_grad)
+    available = {*saved, *([0] if chain.whole else [])}
     gradients = recomputed = 0
 
     def recompute(i: int) -> None:
         nonlocal recomputed
-        first = max((m for m in at_hand if m < i), default=0)
+        first = max((m for m in available if m < i), default=0)
         recomputed += sum(chain.forward(m) for m in range(first, i))
         conv = [m for m in range(first + 1, i - 1) if isinstance(chain.links[m - 1], Conv)]
-        at_hand.update(m for m in (*conv, i - 1) if m > first and read[m])
-        at_hand.add(i)
-        if first > 0 and first not in kept and not read[first]:
-            at_hand.discard(first)
+        available.update(m for m in (*conv, i - 1) if m > first and is_read[m])
+        available.add(i)
+        if first > 0 and first not in saved and not is_read[first]:
+            available.discard(first)
 
-    i = count - 1
-    while i >= 0 and reached[i + 1]:
-        if read[i] and i not in at_hand:
+    i = len(chain.links) - 1
+    while i >= 0 and map_needs_grad[i + 1]:
+        if is_read[i] and i not in available:
             recompute(i)
         if isinstance(chain.links[i], Conv):
-            gradients += chain.gradients(i, reached[i], chain.links[i].weight in wanted)
+            gradients += chain.gradients(i, map_needs_grad[i], chain.links[i].weight in needs_grad)
         i -= 1
     return gradients, recomputed
+
+
+def _backward_reads(
+    chain: _Chain, saved: Sequence[int], needs_grad: Sequence[int]
+) -> tuple[list[bool], list[bool]]:
+    """Of each map, whether its gradient is needed; of each link, whether its backward reads its input."""
+    count = len(chain.links)
+    map_needs_grad, is_read = [0 in needs_grad], []
+    for i, link in enumerate(chain.links):
+        given: list[int | None] = [link.weight, getattr(link, "residual", None)]
+        # The gradient of a convolution's bias in front of batch statistics is 0.
+        cancels = isinstance(link, Conv) and chain.has_batch_statistics(i + 1)
+        if isinstance(link, (Conv, Norm)) and not cancels:
+            given.append(link.bias)
+        map_needs_grad.append(map_needs_grad[i] or any(t in needs_grad for t in given))
+        reads = isinstance(link, (Conv, Prelu)) or link.weight in needs_grad
+        if isinstance(link, Norm):
+            # ReLU's slope is read from the result of the last link, where that is saved.
+            from_result = i + 1 == count and count in saved and link.activation == "relu"
+            others = map_needs_grad[i] or link.weight in needs_grad or link.bias in needs_grad
+            reads = not (link.activation == "none" or from_result) or (
+                link.arithmetic != "none" and others
+            )
+        is_read.append(map_needs_grad[i + 1] and reads)
+    return map_needs_grad, is_read
 
 
 def _register() -> None:
@@ -149,12 +159,12 @@ def _register() -> None:
         return sum(backward_flops(*args, **kwargs))
 
     mode = getattr(flop_counter, "_FlopCounterMode", None)
-    if mode is not None:  # else both are in one row
+    if mode is not None:  # otherwise one row has both
         torch.library.register_torch_dispatch("fusedconvbn::_chain_backward", mode, _count_apart)
 
 
 def _count_apart(mode: Any, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-    """A `FlopCounterMode` counts by operator; this makes two rows of one."""
+    """Splits the count of an operator, for which a `FlopCounterMode` has one row, into two rows."""
     out = func(*args, **kwargs)
     gradients, recomputed = backward_flops(*args, **kwargs)
     counter = mode.counter

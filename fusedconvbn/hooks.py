@@ -1,4 +1,5 @@
-"""The hooks in front of a child whose `forward` is not run: those that make a parameter are, others cannot be."""
+"""Forward pre-hooks of children whose `forward` does not run: hooks that compute a parameter are run,
+others are refused."""
 
 from collections.abc import Iterable
 
@@ -7,12 +8,12 @@ from torch.nn.utils import prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-# Hooks that make a parameter of their module, of which they read nothing else.
+# These hooks compute a parameter of their module, and read nothing of the call.
 PARAMETER_HOOKS = (prune.BasePruningMethod, WeightNorm, SpectralNorm)
 
 
-def make_parameters(modules: Iterable[nn.Module]) -> None:
-    """Runs what `torch.nn.utils.prune` and the older `weight_norm` and `spectral_norm` do before a call."""
+def compute_parameters(modules: Iterable[nn.Module]) -> None:
+    """Runs the hooks of `torch.nn.utils.prune` and of the older `weight_norm` and `spectral_norm`."""
     for module in modules:
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, PARAMETER_HOOKS):
@@ -20,18 +21,18 @@ def make_parameters(modules: Iterable[nn.Module]) -> None:
 
 
 def refuse_other_hooks(where: str, name: str, module: nn.Module) -> None:
-    """Refuses hooks that read what a child would have been called with, which is not made."""
+    """Refuses hooks that read the input of a child, which is never computed."""
     for hook in module._forward_pre_hooks.values():
         if not isinstance(hook, PARAMETER_HOOKS):
             raise TypeError(
-                f"{where}: expected {name} without forward_pre_hooks, as its input is not made; got {hook}. Register it on "
-                f"the {where}, or use the modules unfused"
+                f"{where}: expected {name} without forward_pre_hooks, as its input is not computed; got "
+                f"{hook}. Register it on the {where}, or use the modules unfused"
             )
 
 
 def refuse_hooks_in_script(where: str, modules: Iterable[nn.Module]) -> None:
     if any(module._forward_pre_hooks for module in modules):
         raise TypeError(
-            f"{where}: expected modules without forward_pre_hooks to be scripted; make what they compute permanent first, "
-            "as torch.nn.utils.prune.remove does"
+            f"{where}: expected modules without forward_pre_hooks to be scripted; first make "
+            "permanent what the hooks compute, as torch.nn.utils.prune.remove does"
         )

@@ -1,4 +1,4 @@
-"""How much memory a training step takes, read from the allocator's own events."""
+"""The memory of a training step, from the allocator's own events, and the cache of memory on the CPU."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ BACKWARD_NODE = "autograd::engine::evaluate_function"
 
 
 def empty_cache() -> int:
-    """Gives memory on the CPU that is kept for the next maps back to the system; returns its bytes.
+    """Returns cached memory on the CPU to the system; the result is the number of bytes.
 
-    What the operators allocate there, from 1 MiB on, comes from memory that stays with the process when a map is freed,
-    as the memory of a GPU does with PyTorch: a fresh page costs more than a pass over it. It is as much as the maps
-    of these operators have needed at any one time. Call this between training and something else that needs memory. Maps that are
-    in use stay where they are. The memory of a GPU is PyTorch's own: :func:`torch.cuda.empty_cache`.
+    On the CPU the operators allocate maps of 1 MiB and more from memory that stays with the process when
+    a map is freed, as PyTorch does on a GPU: a fresh page costs more than a pass over it. The cache is as
+    large as the maps of these operators were at any one time. Call this between training and something
+    else that needs memory. Maps in use are not affected. For the memory of a GPU, which PyTorch
+    allocates, call :func:`torch.cuda.empty_cache`.
     """
     return torch.ops.fusedconvbn._empty_cache()
 
@@ -60,12 +61,12 @@ class MemoryReport:
 def track_memory(device: torch.device | str = "cpu") -> Iterator[MemoryReport]:
     """Measures the memory of one training step run inside the context.
 
-    Counted is what is allocated inside the context, from its allocation until it is freed, so
-    the state before entering is zero. Memory that is older is not counted, and freeing it inside
-    changes nothing: the CPU allocator does not know the size of a block from before the profiler
-    started. The figures are the allocator's (CUDA rounds each block up to 512 bytes); workspaces
-    that a library takes past PyTorch's allocator do not show. The gradient that ``loss.backward()``
-    starts from, one element, belongs to ``end_of_forward``.
+    Memory that is allocated inside the context counts until it is freed, so the figures begin at
+    zero. Older memory does not count, and freeing it inside changes nothing: the CPU allocator does
+    not know the size of a block from before the profiler started. The figures are the allocator's
+    (CUDA rounds each block up to 512 bytes); workspaces that a library allocates by itself do not
+    show. The gradient that ``loss.backward()`` starts from, one element, belongs to
+    ``end_of_forward``.
 
     ``saved`` counts each storage once however many views of it are saved, leaves out the storages
     of parameters (leaf tensors that require a gradient), and ignores what is saved while a
@@ -89,7 +90,8 @@ def track_memory(device: torch.device | str = "cpu") -> Iterator[MemoryReport]:
         with track_memory() as memory:
             loss = model(images).sum()
             loss.backward()
-        print(memory)  # end of forward 45.10 MiB, peak 67.71 MiB, saved for backward 44.98 MiB
+        print(memory)
+        # end of forward 45.10 MiB, peak 67.71 MiB, saved for backward 44.98 MiB
     """
     device = torch.device(device)
     if device.type not in ("cpu", "cuda"):
@@ -109,8 +111,8 @@ def track_memory(device: torch.device | str = "cpu") -> Iterator[MemoryReport]:
 def saved_storages(
     device: torch.device, saw: Callable[[int], None] | None = None
 ) -> Iterator[dict[StorageWeakRef, int]]:
-    """Collects what autograd saves for backward: distinct storages and their bytes. `saw` is called with the bytes of
-    each new one."""
+    """Collects what autograd saves for backward: distinct storages and their bytes. `saw` is called with
+    the bytes of each new storage."""
     # The weak references keep no memory, but as long as they exist no other storage can get the
     # same identity; an address alone could be used again.
     storages: dict[StorageWeakRef, int] = {}
@@ -139,12 +141,12 @@ def saved_storages(
         yield storages
 
 
-def _on(device: torch.device, wanted: torch.device) -> bool:
-    return device.type == wanted.type and wanted.index in (None, device.index)
+def _on(device: torch.device, selected: torch.device) -> bool:
+    return device.type == selected.type and selected.index in (None, device.index)
 
 
 def _counts(tensor: torch.Tensor, device: torch.device) -> bool:
-    """Whether saving ``tensor`` costs memory: it has a storage here that is no parameter's."""
+    """Whether saving ``tensor`` costs memory: its storage is on the device, and no parameter's."""
     base = tensor if tensor._base is None else tensor._base
     return (
         tensor.layout == torch.strided
@@ -156,14 +158,14 @@ def _counts(tensor: torch.Tensor, device: torch.device) -> bool:
 
 def _replay(roots: Sequence, device: torch.device) -> tuple[int, int]:
     """Follows the allocator's events in time; returns bytes at the end of forward and the peak."""
-    live: dict[int, int] = {}  # block's address → bytes, of blocks allocated inside only
+    live: dict[int, int] = {}  # address → bytes, of the blocks that were allocated inside
     total = peak = 0
     end_of_forward = None
     for event in sorted(_flatten(roots), key=lambda event: event.start_time_ns):
         if event.name == "[memory]" and _on(event.extra_fields.device, device):
             block = event.extra_fields
-            # A size reported for a free is not used: where the block is older it can be that of
-            # an earlier block at the same address.
+            # The size reported with a free is not used: for a block older than the context it may
+            # be the size of an earlier block at the same address.
             total -= live.pop(block.ptr, 0)
             if block.alloc_size > 0:
                 live[block.ptr] = block.alloc_size

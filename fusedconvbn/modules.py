@@ -1,6 +1,6 @@
-"""The operator as layers. They own real `conv` and `bn` children, so that initialisation, `state_dict`, parameter groups
-and conversion are those of `torch.nn`; of a call of the children only their hooks in front of it are run, which may
-make their parameters."""
+"""The operator as layers. A layer owns real `conv` and `bn` children, so that initialisation,
+`state_dict`, parameter groups and conversion are those of `torch.nn`. The children are never called;
+only their forward pre-hooks run, which may compute their parameters."""
 
 import inspect
 import math
@@ -15,7 +15,7 @@ from .batch_norm import batch_norm_call
 from .functional import conv_bn
 from .hooks import (
     PARAMETER_HOOKS,
-    make_parameters,
+    compute_parameters,
     refuse_hooks_in_script,
     refuse_other_hooks,
 )
@@ -24,7 +24,7 @@ from .synchronised import NOT_SYNCHRONISED, Synchronised, plain_batch_norm
 
 
 class _ConvBN(nn.Module):
-    """What the six layers share; `transposed` and the two classes of the children tell them apart."""
+    """The base of the six layers, which differ in `transposed` and in the classes of their children."""
 
     conv_class: ClassVar[type[nn.Module]]
     bn_class: ClassVar[type[nn.Module]]
@@ -45,7 +45,7 @@ class _ConvBN(nn.Module):
         self.conv = conv
         self.bn = bn
         self.activation = activation_name(activation)
-        self.process_group = ""  # set where the layer is scripted
+        self.process_group = ""  # set when the layer is scripted
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, self._accepted(name, value))
@@ -54,9 +54,10 @@ class _ConvBN(nn.Module):
         super().add_module(name, self._accepted(name, module))
 
     def _accepted(self, name: str, module: Any) -> Any:
-        """Refuses a child that the layer would not run, now or when it is exchanged, and reads a convolution's
-        options: they are those it has when it becomes a child. In the place of an nn.SyncBatchNorm comes a plain batch
-        norm with its parameters and buffers: neither TorchScript nor, on CPU, DDP takes a model that has one."""
+        """What the layer stores for an attribute. A new child is checked first: one that the layer cannot
+        run is refused, and a convolution's options are read here, once. An nn.SyncBatchNorm is replaced by
+        a plain batch norm with its parameters and buffers, as TorchScript and, on CPU, DDP refuse a model
+        that has one."""
         if name not in ("conv", "bn"):
             return module
         layer, expected = type(self).__name__, self.conv_class if name == "conv" else self.bn_class
@@ -64,13 +65,15 @@ class _ConvBN(nn.Module):
         synchronised = name == "bn" and isinstance(module, nn.SyncBatchNorm)
         if not (isinstance(module, expected) or synchronised):
             raise TypeError(
-                f"{layer}: expected {name} to be an nn.{expected.__name__}, got {type(module).__name__}"
+                f"{layer}: expected {name} to be an nn.{expected.__name__}, got "
+                f"{type(module).__name__}"
             )
         children = {**self._modules, name: module}
         if len(children) == 2 and children["bn"].num_features != children["conv"].out_channels:
             raise ValueError(
-                f"{layer}: expected bn with the out_channels of conv ({children['conv'].out_channels}) as "
-                f"num_features, got {children['bn'].num_features}"
+                f"{layer}: expected bn with the out_channels of conv "
+                f"({children['conv'].out_channels}) as num_features, got "
+                f"{children['bn'].num_features}"
             )
         if name == "conv":
             self._read_options(module)
@@ -96,9 +99,9 @@ class _ConvBN(nn.Module):
     def from_modules(
         cls, conv: nn.Module, bn: nn.Module, activation: str | nn.Module | None = None
     ) -> "_ConvBN":
-        """The layer for a convolution and the batch norm behind it. Both become its children: parameters and buffers are
-        shared with, not copied from, the modules given. An ``nn.SyncBatchNorm`` makes the layer synchronised, and the child
-        is a plain batch norm with its parameters and buffers."""
+        """The layer for a convolution and the batch norm behind it. Both become its children, so that
+        their parameters and buffers are shared, not copied. An ``nn.SyncBatchNorm`` makes the layer
+        synchronised; the child is then a plain batch norm with its parameters and buffers."""
         layer = cls.__new__(cls)
         _ConvBN.__init__(layer, conv, bn, activation)
         return layer
@@ -109,9 +112,9 @@ class _ConvBN(nn.Module):
 
     @torch.jit.unused
     def _before_forward(self, input: Tensor) -> Tensor:
-        """Runs what a call of the children would have run first, and returns the convolution's input."""
+        """Runs the children's forward pre-hooks, and returns the convolution's input."""
         refuse_other_hooks(type(self).__name__, "bn", self.bn)
-        make_parameters((self.conv, self.bn))
+        compute_parameters((self.conv, self.bn))
         conv = self.conv
         for key, hook in conv._forward_pre_hooks.items():
             if isinstance(hook, PARAMETER_HOOKS):
@@ -126,7 +129,7 @@ class _ConvBN(nn.Module):
         return input
 
     def __prepare_scriptable__(self) -> "_ConvBN":
-        """TorchScript takes a group by its name. It has no hooks."""
+        """For TorchScript, which takes a process group by its name and has no hooks."""
         refuse_hooks_in_script(type(self).__name__, (self.conv, self.bn))
         self.process_group = self._synchronised.group_name()
         return self
@@ -137,7 +140,7 @@ class _ConvBN(nn.Module):
         residual: Optional[Tensor],  # noqa: UP045 (TorchScript reads this annotation)
         output_padding: Optional[list[int]],  # noqa: UP045
     ) -> Tensor:
-        conv = self.conv  # each time that a child is asked for takes a search
+        conv = self.conv  # looked up once: each access to a child is a search
         bn = self.bn
         if not torch.jit.is_scripting() and self._has_pre_hooks():
             input = self._before_forward(input)
@@ -183,14 +186,16 @@ class _ConvBN(nn.Module):
         return f"activation={self.activation}" + (", synchronised" if self._synchronised.on else "")
 
 
-_LAYER_DOC = """{conv} → {bn} → activation, the same numbers and `state_dict` keys (``conv.*``, ``bn.*``) as the two
-    modules in a row, keeping one feature map for backward. The mathematics is that of :func:`fusedconvbn.conv_bn`.
+_LAYER_DOC = """{conv} → {bn} → activation that saves one feature map for backward. The numbers and the
+    `state_dict` keys (``conv.*``, ``bn.*``) are those of the two modules in a row, the mathematics is that of
+    :func:`fusedconvbn.conv_bn`.
 
     Arguments up to ``padding_mode`` are those of ``nn.{conv}``, from ``eps`` those of ``nn.{bn}``, with two
-    differences: ``bias`` is off unless asked for, as batch norm takes any bias out again, and ``activation`` is
-    None, a name that :func:`fusedconvbn.conv_bn` knows, or an ``nn.Module`` of such a kind, as ``nn.LeakyReLU(0.2)``.
-    `from_modules(conv, bn, activation)` makes the layer of two existing modules; ``bn`` may be an ``nn.SyncBatchNorm``.
-    Whether batch or running statistics are used follows ``bn.training``, as without fusion.
+    differences: ``bias`` is off by default, as batch norm subtracts any bias, and ``activation`` is None, a
+    name that :func:`fusedconvbn.conv_bn` knows, or an ``nn.Module`` of such a kind, as ``nn.LeakyReLU(0.2)``.
+    `from_modules(conv, bn, activation)` builds the layer from two existing modules; ``bn`` may be an
+    ``nn.SyncBatchNorm``. Whether batch or running statistics are used depends on ``bn.training``, as
+    without fusion.
 
     ``forward({arguments})``: a residual is added before the activation.
 
@@ -353,16 +358,16 @@ class FusedConvTransposeBN3d(_FusedConvTransposeBN):
 class FusedConvBN(nn.Module):
     r"""The layer of the PyTorch tutorial *Fusing Convolution and Batch Norm using Custom Function*.
 
-    Convolution with stride 1 and neither padding nor bias, then, for each channel with mean :math:`\mu` and unbiased
-    variance :math:`s^2` of the batch (in eval mode too: there are no running statistics),
+    Convolution with stride 1 and neither padding nor bias; then, for each channel with mean :math:`\mu` and
+    unbiased variance :math:`s^2` of the batch (in eval mode too: there are no running statistics),
 
     .. math:: \mathrm{out} = (Y - \mu) / (s + \mathrm{eps}).
 
-    The mean and the variance are not those of ``nn.BatchNorm2d``; for that see :class:`FusedConvBN2d`.
+    ``nn.BatchNorm2d`` normalises differently; :class:`FusedConvBN2d` is the layer for it.
 
     Args:
         in_channels, out_channels, kernel_size: as in ``nn.Conv2d``, with a square kernel.
-        exp_avg_factor: taken for the tutorial's signature; without running statistics it has no effect, there as here.
+        exp_avg_factor: has no effect, as in the tutorial, since there are no running statistics.
         eps: added to the standard deviation.
 
     Shape:

@@ -1,24 +1,24 @@
-"""A convolution module's options as the operators take them."""
+"""A convolution module's options as the operators take them; a lazy module, which has none yet, is
+refused."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-CONVOLUTIONS = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+def same_padding(dilation: Sequence[int], kernel_size: Sequence[int]) -> list[tuple[int, int]]:
+    """The values that padding "same" adds before and after each dimension; of an odd number the one
+    more is added after."""
+    totals = [d * (k - 1) for d, k in zip(dilation, kernel_size, strict=True)]
+    return [(total // 2, total - total // 2) for total in totals]
 
 
 class ConvOptions(NamedTuple):
-    """A convolution's options as the operators take them, and what padding is left for F.pad in front of it: a mode other
-    than zeros, and the odd value of "same", which stands at the end."""
+    """A convolution's options as the operators take them. `pad` and `pad_mode` are the arguments of an
+    F.pad in front of the convolution, which adds what the operators cannot: padding that is not zeros,
+    and the one more value after a dimension that padding "same" may have."""
 
     stride: list[int]
     padding: list[int]
@@ -30,32 +30,38 @@ class ConvOptions(NamedTuple):
     @classmethod
     def of(cls, conv: nn.Module) -> "ConvOptions":
         if conv.padding == "same":
-            total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+            ends = same_padding(conv.dilation, conv.kernel_size)
         elif conv.padding == "valid":
-            total = [0] * len(conv.stride)
+            ends = [(0, 0)] * len(conv.stride)
         else:
-            total = [2 * p for p in conv.padding]
-        padding = [t // 2 for t in total]
-        ends = [(0, t % 2) for t in total]
-        mode = "constant"
-        if conv.padding_mode != "zeros":
-            mode = conv.padding_mode
-            ends = [(t // 2, t - t // 2) for t in total]
-            padding = [0] * len(total)
-        pad = [value for end in reversed(ends) for value in end]
+            ends = [(p, p) for p in conv.padding]
+        if conv.padding_mode == "zeros":
+            mode, padding = "constant", [before for before, _ in ends]
+        else:
+            mode, padding = conv.padding_mode, [0] * len(ends)
+        pad = pad_after(ends, padding)
         return cls(
             list(conv.stride),
             padding,
             list(conv.dilation),
             list(conv.output_padding),
-            pad if any(pad) else [],
+            pad,
             mode,
         )
 
 
+def pad_after(ends: Sequence[tuple[int, int]], padding: Sequence[int]) -> list[int]:
+    """The argument of F.pad that adds what `ends` has more than the convolution's own `padding`; [] where
+    that is nothing."""
+    left = [(before - p, after - p) for (before, after), p in zip(ends, padding, strict=True)]
+    pad = [value for end in reversed(left) for value in end]  # F.pad begins with the last dimension
+    return pad if any(pad) else []
+
+
 def refuse_lazy(where: str, name: str, module: Any) -> None:
-    """A lazy module has no parameters, and what it becomes is not known, before its first call."""
+    """Refuses a lazy module, whose parameters and class are not known before its first call."""
     if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
         raise TypeError(
-            f"{where}: expected {name} with parameters, got a lazy {type(module).__name__}: call it, or its model, once"
+            f"{where}: expected {name} with parameters, got a lazy {type(module).__name__}: "
+            "call it, or its model, once"
         )

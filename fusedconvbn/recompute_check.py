@@ -1,4 +1,4 @@
-"""A debug switch: are the feature maps that backward remakes those of forward?"""
+"""A debug switch: checks that the feature maps recomputed in backward are those of forward."""
 
 import threading
 from typing import Any
@@ -14,7 +14,8 @@ _hooks: list[Any] = []
 
 
 class _Running(threading.local):
-    """The modules whose forward is running in this thread, outermost first, and the names of their descendants."""
+    """The modules whose forward is running in this thread, outermost first, and the names of the outermost
+    module's descendants."""
 
     def __init__(self) -> None:
         self.stack: list[nn.Module] = []
@@ -25,7 +26,7 @@ _running = _Running()
 
 
 def _announce() -> None:
-    """Tells the operators in whose forward they run."""
+    """Tells the operators the name of the module whose forward runs them."""
     name = ""
     if _running.stack:
         module = _running.stack[-1]
@@ -54,21 +55,24 @@ def _leave(module: nn.Module, *_: Any) -> None:
 
 
 def check_recompute(enabled: bool = True) -> None:
-    """Checks in every backward from now on that what is remade there is what forward had.
+    """Checks in every later backward that the recomputed feature maps are those of forward.
 
-    The batch statistics of each remade feature map are computed again and compared with those saved in forward. They differ
-    when the input or the weight was written to in between, and autograd's version check does not see a write to ``.data``
-    or through memory that is shared. Costs one more pass over each map; for debugging.
+    The batch statistics of each recomputed map are computed again and compared with those saved in
+    forward. They differ when the input or the weight was written to in between in a way that autograd's
+    version check does not see: through ``.data``, or through shared memory. The check costs one more pass
+    over each map; it is meant for debugging.
 
-    Rounding is allowed for, also that of another algorithm for the same convolution, which cuDNN may take in backward, and
-    of TF32 where that is allowed: a change must then be larger than 2⁻⁹ (docs/debugging.md has the bounds).
+    The check allows for rounding: that of another algorithm for the same convolution, which cuDNN may
+    choose in backward, and that of TF32 where it is enabled; a change is then found only if it is larger
+    than 2⁻⁹ (docs/debugging.md has the bounds). A change that leaves the mean and the variance of each
+    channel as they were, such as a write to γ, is not found.
 
-    What changes no mean and no variance of a channel, as a write to γ, is not found. Only calls of forward made while it
-    is on know the name of their layer; a call of :func:`fusedconvbn.conv_bn` has that of the module that makes it, a
-    scripted model that of the module called from Python, compiled code has none.
+    An error names the layer if the check was on during its forward. A call of
+    :func:`fusedconvbn.conv_bn` has the name of the module that calls it, a scripted model that of the
+    module called from Python; compiled code has no name.
 
     Args:
-        enabled: on, or off again.
+        enabled: whether to switch the check on or off.
 
     Raises:
         RuntimeError: in backward, with the name of the layer in the outermost module that was called.
@@ -78,7 +82,8 @@ def check_recompute(enabled: bool = True) -> None:
         >>> loss = model(x).sum()
         >>> x.data.zero_()
         >>> loss.backward()
-        RuntimeError: check_recompute: layer1.0.conv1: the statistics of 64 of 64 channels are not those of forward. …
+        RuntimeError: check_recompute: layer1.0.conv1: the statistics of 64 of 64 channels are not
+        those of forward. …
     """
     global _running
     _running = _Running()

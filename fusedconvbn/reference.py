@@ -2,7 +2,7 @@
 
 Three autograd functions lead from two layers to one, with the arithmetic of PyTorch's tutorial
 *Fusing Convolution and Batch Norm using Custom Function*: :class:`Conv2D`, :class:`BatchNorm`, and
-:class:`FusedConvBN2DFunction`, which joins the two and keeps one feature map for backward. They are
+:class:`FusedConvBN2DFunction`, which joins the two and saves one feature map for backward. They are
 for a 2-d convolution with stride 1 and no padding. :func:`conv_bn` is the unfused pair in ordinary
 operations, for every option of the operator of the same name.
 """
@@ -44,7 +44,7 @@ def convolution_backward(
         dout: Gradient of the output, ``[N, Cout, H−kH+1, W−kW+1]``.
         input: ``[N, Cin, H, W]``.
         weight: ``[Cout, Cin, kH, kW]``.
-        needs: Whether the gradients of input and of weight are asked for; the others are None.
+        needs: Whether the gradients of input and of weight are needed; otherwise they are None.
 
     Returns:
         ``(grad_input, grad_weight)``.
@@ -66,7 +66,7 @@ def convolution_backward(
 
 
 class Conv2D(Function):
-    """``F.conv2d(input, weight)``; keeps its input and its weight for backward."""
+    """``F.conv2d(input, weight)``; saves its input and its weight for backward."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, input: Tensor, weight: Tensor) -> Tensor:
@@ -112,10 +112,10 @@ def batch_norm_backward(dout: Tensor, y: Tensor, mean: Tensor, std: Tensor, eps:
 
 
 class BatchNorm(Function):
-    """``(input − μ)/(s + eps)`` per channel, not affine; keeps its input, μ and s for backward.
+    """``(input − μ)/(s + eps)`` per channel, not affine; saves its input, μ and s for backward.
 
-    μ is the mean of the channel and s the root of its *unbiased* variance; eps is added outside the
-    root. ``nn.BatchNorm2d`` differs in both.
+    μ is the mean of the channel, and s the root of its *unbiased* variance; eps is added outside the
+    root. ``nn.BatchNorm2d`` differs in both respects.
     """
 
     @staticmethod
@@ -134,11 +134,11 @@ class BatchNorm(Function):
 
 
 class FusedConvBN2DFunction(Function):
-    """``BatchNorm(Conv2D(input, weight))`` without the convolution's output among what is kept.
+    """``BatchNorm(Conv2D(input, weight))`` that does not save the convolution's output ``Y``.
 
-    That output, ``Y``, is only needed so that the normalisation can be differentiated, and one more
-    convolution remakes it from what the convolution's own backward needs anyway. The forward
-    normalises ``Y`` in place; kept are input, weight and two values per channel.
+    ``Y`` is only needed to differentiate the normalisation. Backward recomputes it by one more
+    convolution, from the input and the weight that the convolution's own backward needs anyway. The
+    forward normalises ``Y`` in place, and saves input, weight and two values per channel.
     """
 
     @staticmethod
@@ -156,7 +156,7 @@ class FusedConvBN2DFunction(Function):
         if not any(needs):
             return None, None, None
         input, weight, mean, std = ctx.saved_tensors
-        # Remade and let go within the call: it is dead before the convolution's gradients are made.
+        # Y is an argument only, and so freed before the convolution's gradients are computed.
         dy = batch_norm_backward(dout, F.conv2d(input, weight), mean, std, ctx.eps)
         return *convolution_backward(dy, input, weight, needs), None
 
@@ -195,10 +195,10 @@ def conv_bn(
 ) -> Tensor:
     """Convolution, batch normalisation and activation, one after another and differentiable.
 
-    ``Y = conv(input, weight, bias)``, ``U = bn_weight·(Y − μ)·r + bn_bias``, ``act(U [+ residual])``, with μ and
-    the variance those of ``Y`` in training and the running ones otherwise. ``arithmetic`` sets r:
+    ``Y = conv(input, weight, bias)``, ``U = bn_weight·(Y − μ)·r + bn_bias``, ``act(U [+ residual])``.
+    In training μ and the variance are those of ``Y``, otherwise the running ones. ``arithmetic`` sets r:
 
-    - ``"batchnorm"``: ``1/√(biased variance + eps)``, as ``nn.BatchNorm`` has it.
+    - ``"batchnorm"``: ``1/√(biased variance + eps)``, as in ``nn.BatchNorm``.
     - ``"tutorial"``: ``1/(√(unbiased variance) + eps)``.
 
     Training moves the running statistics by ``momentum`` towards μ and the unbiased variance.
@@ -214,13 +214,13 @@ def conv_bn(
         training: Whether to normalise by the statistics of the batch.
         momentum: Weight of the batch in the running statistics.
         eps: Keeps the divisor from zero.
-        stride: Of the convolution, as are the next five.
+        stride: Of the convolution, as the next five.
         padding: Zeros on both sides.
         dilation: Spacing of the kernel's elements.
         transposed: Whether the convolution is a transposed one.
         output_padding: Added to one side of a transposed convolution's output.
         groups: Groups of channels.
-        activation: As the operator names it.
+        activation: The operator's name of it.
         arithmetic: ``"batchnorm"`` or ``"tutorial"``.
         residual: Added before the activation, of the result's shape.
 
@@ -277,7 +277,7 @@ def _tutorial_batch_norm(
 
 
 def _over_channels(y: Tensor) -> list[int]:
-    """The dimensions that a per-channel reduction runs over: all but the channels'."""
+    """The dimensions over which a per-channel reduction runs: all but dimension 1."""
     return [dim for dim in range(y.dim()) if dim != 1]
 
 
@@ -288,7 +288,7 @@ def _per_channel(vector: Tensor, y: Tensor) -> Tensor:
 
 def _mean_std(y: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and root of the unbiased variance, per channel."""
-    # std, unlike the root of var, has the gradient zero where it is zero itself.
+    # Where std is zero, its gradient is zero too; the root of var has none there.
     std, mean = torch.std_mean(y, _over_channels(y), correction=1)
     return mean, std
 

@@ -1,4 +1,4 @@
-"""Layers that were given an nn.SyncBatchNorm: batch statistics over all processes of a group."""
+"""Batch statistics over all processes of a group, as in nn.SyncBatchNorm."""
 
 from typing import Any, NamedTuple
 
@@ -7,24 +7,32 @@ from torch import nn
 
 
 class Synchronised(NamedTuple):
-    """Whether a layer is synchronised, and in which group: None is that of all processes, as in nn.SyncBatchNorm."""
+    """Whether a layer is synchronised, and in which group; None is the group of all processes, as in
+    nn.SyncBatchNorm."""
 
     on: bool
     group: Any  # dist.ProcessGroup | None; not every build of torch has torch.distributed
 
     def group_name(self) -> str:
-        """The name of the group as it is now, "" if statistics are those of one process: because there is one alone, or this
-        one is outside the group."""
+        """The group's current name, or "" where the statistics are those of one process: the layer is not
+        synchronised, the group has one process, or this process is not in it."""
         if not self.on or not (dist.is_available() and dist.is_initialized()):
             return ""
         group = self.group if self.group is not None else dist.group.WORLD
         return group.group_name if dist.get_world_size(group) > 1 else ""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Synchronised":
-        return self  # the copy of a layer is synchronised in the same group
+        return self  # a process group cannot be copied
 
 
 NOT_SYNCHRONISED = Synchronised(False, None)
+
+
+def group_name_of(bn: nn.Module) -> str:
+    """The name of the group over which a batch norm module takes its statistics in its current mode."""
+    if isinstance(bn, nn.SyncBatchNorm) and bn.training:
+        return Synchronised(True, bn.process_group).group_name()
+    return ""
 
 
 def plain_batch_norm(bn: nn.Module, kind: type[nn.Module]) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Who reads and who writes what in a captured graph, under whatever name."""
+"""Which nodes of a captured graph read and write the same memory."""
 
 import operator
 from collections import defaultdict
@@ -41,7 +41,7 @@ def mutated(node: fx.Node) -> list[fx.Node]:
 
 
 def writes_in_place(node: fx.Node) -> bool:
-    """Whether a node writes to its first argument, and returns it."""
+    """Whether a node writes to its first argument and returns it."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     named = name.endswith("_") and not name.endswith("__")
     if node.target in _IN_PLACE or named or node.kwargs.get("inplace") is True:
@@ -56,9 +56,9 @@ class Accesses:
     """What the nodes of a graph do to memory.
 
     Attributes:
-        order: the place of each node.
-        names: by the identity of memory, the nodes whose value lies in it.
-        writes, readers: those that write to it, and that read it.
+        order: the index of each node.
+        names: the nodes whose values lie in a memory, by the identity of that memory.
+        writes, readers: the nodes that write to it, and that read it.
     """
 
     def __init__(self, graph: fx.Graph) -> None:
@@ -74,8 +74,9 @@ class Accesses:
                 self.readers[storage(read)].append(node)
 
     def may_be_lost(self, node: fx.Node, x: fx.Node) -> bool:
-        """Whether nobody misses it when a node does not write to its argument x, if it does: nobody reads x afterwards, nor what
-        x is a view of or has as a view, and none of these is an input of the graph."""
+        """Whether a node may stop writing to its argument x without anybody noticing: neither x nor
+        another tensor in the same memory is an input of the graph, or is read afterwards. Also true where
+        the node does not write to x."""
         if x not in mutated(node):
             return True
         now = self.order[node]

@@ -1,4 +1,4 @@
-"""How long the maps of a model take to recompute on its device."""
+"""Measures how long recomputing each map of a model takes on its device."""
 
 import statistics
 import time
@@ -17,23 +17,16 @@ _RUNS = 10  # between two events
 
 
 def measured_seconds(maps: list[InnerMap], links: list[Link]) -> list[InnerMap]:
-    """The maps with the seconds that the convolution, or the pass in place, of their links takes. Equal ones are measured
-    once."""
+    """The maps with the measured seconds of their links: of the convolution, or of one pass in place.
+    Equal links are measured once."""
     known: dict[object, float] = {}
     result = []
     for m, link in zip(maps, links, strict=True):
         op = link.op
         key: object = tuple(value(link.result).shape)
         if isinstance(op, Conv):
-            options = (
-                op.stride,
-                op.padding,
-                op.dilation,
-                op.transposed,
-                op.output_padding,
-                op.groups,
-            )
-            key = (key, *(tuple(value(n).shape) for n in (link.input, op.weight)), str(options))
+            shapes = (tuple(value(n).shape) for n in (link.input, op.weight))
+            key = (key, *shapes, str(op.options))
         if key not in known:
             known[key] = _seconds(link)
         result.append(replace(m, seconds=known[key]))
@@ -54,8 +47,7 @@ def _seconds(link: Link) -> float:
         return _median(lambda: t.mul_(1.0), t.device)
     x, weight = _draw(value(link.input)), _draw(value(op.weight)).to(value(link.result).dtype)
     x = x.to(weight.dtype)
-    options = (op.stride, op.padding, op.dilation, op.transposed, op.output_padding, op.groups)
-    return _median(lambda: torch.convolution(x, weight, None, *options), x.device)
+    return _median(lambda: torch.convolution(x, weight, None, *op.options), x.device)
 
 
 def _median(run: Callable[[], Tensor], device: torch.device) -> float:
@@ -70,7 +62,8 @@ def _by_clock(run: Callable[[], Tensor], device: torch.device) -> float:
 
 
 def _by_events(run: Callable[[], Tensor], device: torch.device) -> float:
-    """The mean of a few that follow each other: one alone would be timed together with the wait for its launch."""
+    """The mean of several runs in a row: the time of a single run would include the wait for its
+    launch."""
     stream = torch.cuda.current_stream(device)
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     first.record(stream)

@@ -1,4 +1,5 @@
-"""What the calls of a captured graph are: convolutions, batch norms, activations, however they were written."""
+"""Recognises convolutions, batch norms, activations and concatenations among the calls of a captured
+graph, however they were written."""
 
 import math
 import operator
@@ -73,8 +74,8 @@ def normalise(
     eps: float,
     process_group: str = "",
 ) -> Tensor:
-    """A batch norm whose module has no call of F.batch_norm to capture: one that is synchronised, or whose statistics are the
-    average over all batches. (capture.py puts it there.)"""
+    """A batch norm that is synchronised, or whose running statistics are the average over all batches.
+    capture.py puts this call into a graph, as the module's own forward cannot be captured."""
     buffers, _, packed_momentum, _ = pack_batch_norm(
         training, momentum, running_mean, running_var, num_batches_tracked
     )
@@ -117,13 +118,13 @@ def is_norm(node: fx.Node) -> bool:
 
 
 def is_training(node: fx.Node) -> bool:
-    """Whether it is a batch norm that takes the statistics of the batch."""
+    """Whether a node is a batch norm that uses the statistics of the batch."""
     found = norm_of(node) if is_norm(node) else ""
     return not isinstance(found, str) and found[1].training
 
 
 def norm_of(node: fx.Node) -> tuple[fx.Node, Norm] | str:
-    """The input and the link of a batch norm, or why it cannot be one."""
+    """The input and the link of a batch norm, or why it cannot be a link."""
     defaults: dict[str, Any] = dict(
         running_mean=None, running_var=None, num_batches_tracked=None, weight=None, bias=None
     )
@@ -166,7 +167,7 @@ def norm_of(node: fx.Node) -> tuple[fx.Node, Norm] | str:
 
 
 def _is_number(t: Any) -> bool:
-    """A constant, or what was one until it changed."""
+    """Whether t is a number, or a symbol that Dynamo made of a number that changed."""
     return isinstance(t, (int, float)) or isinstance(value(t), torch.SymFloat)
 
 
@@ -176,7 +177,7 @@ def _fits(vector: Any, map: Tensor) -> bool:
 
 
 def activation_of(node: fx.Node) -> tuple[fx.Node, str] | None:
-    """The input and the operator's name of an activation, as of ``F.leaky_relu(x, 0.2)``."""
+    """The input and the operators' name of an activation such as ``F.leaky_relu(x, 0.2)``."""
     kwargs = {k: v for k, v in node.kwargs.items() if k != "inplace"}
     x, *rest = node.args if node.args else (kwargs.pop("input", None),)
     if not isinstance(x, fx.Node):
@@ -213,8 +214,8 @@ def prelu_of(node: fx.Node) -> tuple[fx.Node, Prelu] | None:
 def _named(
     candidates: Sequence[Activation], rest: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> str | None:
-    """The name of the candidate that a call with these arguments computes; the first candidate is the
-    one that a call without arguments computes."""
+    """The name of the candidate that a call with these arguments computes. A call without arguments
+    computes the first candidate."""
     for known in candidates:
         names = (known.parameter,) if known.parameter else tuple(known.options)
         given = {**candidates[0].options, **dict(zip(names, rest, strict=False)), **kwargs}

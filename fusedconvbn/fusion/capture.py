@@ -1,4 +1,5 @@
-"""How TorchDynamo is made to capture a model: with which settings, from which frame on, and what it sees of batch norms."""
+"""Makes TorchDynamo capture a model: its settings, the frame at which it begins, and what it captures of
+batch norms."""
 
 import functools
 import os
@@ -19,13 +20,16 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import memory
 from ..batch_norm import batch_norm_attributes, batch_norm_call
-from ..synchronised import Synchronised
+from ..synchronised import group_name_of
 from .calls import normalise
 from .nodes import value
 
-# While a fused model is captured: hooks that are registered later are seen, numpy draws its own random numbers, numbers and sizes that
-# depend on values break the graph, no model runs out of recompilations in the middle of a training, and DDP's buckets do not
-# cut the graph.
+# While a fused model is captured:
+# - hooks that are registered later are guarded,
+# - numpy draws its own random numbers,
+# - numbers and sizes that depend on values break the graph,
+# - no model runs out of recompilations in the middle of a training,
+# - DDP's buckets do not cut the graph.
 _SETTINGS = {
     "skip_nnmodule_hook_guards": False,
     "use_numpy_random_stream": True,
@@ -40,11 +44,12 @@ Backend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 
 torch._dynamo.allow_in_graph(normalise)
 _capturing = 0
-_lock = threading.RLock()  # one thread at a time exchanges the forwards
+_lock = threading.RLock()  # one thread at a time replaces the forwards
 
 
 def is_capturing() -> bool:
-    """Whether it is a fused model's own capture that reads a forward, and no compiler's of which the model is a part."""
+    """Whether a fused model is being captured, as opposed to a compiler's graph that the model is a part
+    of."""
     return _capturing > 0
 
 
@@ -52,8 +57,8 @@ is_capturing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _forward(self: nn.Module, input: Tensor) -> Tensor:
-    """What is captured of `_BatchNorm.forward` and `SyncBatchNorm.forward`, whose own would break the graph: the one at
-    ``float(num_batches_tracked)``, the other at collectives, and on CPU at an error."""
+    """What is captured in place of `_BatchNorm.forward` and `SyncBatchNorm.forward`. The former breaks the
+    graph at ``float(num_batches_tracked)``, the latter at collectives and, on CPU, at an error."""
     synchronised = isinstance(self, nn.SyncBatchNorm)
     counts = self.training and self.track_running_stats and self.num_batches_tracked is not None
     one_sided = (self.running_mean is None) != (self.running_var is None)
@@ -76,7 +81,8 @@ _GLOBAL_HOOKS = (
 
 
 def _only_watches(hook: Any) -> bool:
-    """Whether a hook on all modules only notes which one runs, as a FLOP counter's: it would break the graph at each."""
+    """Whether a hook on all modules only records which module runs, as a FLOP counter's does. Such a hook
+    would break the graph at each module."""
     return getattr(hook, "__module__", "") in (
         "torch.utils.module_tracker",
         "fusedconvbn.recompute_check",
@@ -84,7 +90,7 @@ def _only_watches(hook: Any) -> bool:
 
 
 def global_hooks() -> list[Any]:
-    """The hooks on all modules that are captured; Dynamo does not see when there are others."""
+    """The hooks on all modules that are captured. Dynamo does not guard them."""
     return [hook for hooks in _GLOBAL_HOOKS for hook in hooks.values() if not _only_watches(hook)]
 
 
@@ -120,7 +126,7 @@ def _captures() -> Iterator[None]:
 def _root(
     model: nn.Module, version: str, forward: Callable[..., Any], args: Any, kwargs: Any
 ) -> Any:
-    if version:  # is read, so that another one is another capture
+    if version:  # read, so that Dynamo guards it and another version is captured anew
         return forward(model, *args, **kwargs)
 
 
@@ -134,19 +140,19 @@ def captured(
         whole: raise an error at what breaks the graph.
         dynamic: as in ``torch.compile``.
     """
-    # A code object of its own: Dynamo counts recompilations by code.
+    # Each model has a code object of its own, as Dynamo counts recompilations by code object.
     own = types.FunctionType(_root.__code__.replace(), _root.__globals__)
-    # Dynamo keeps every backend for good, and so what it knows of a model.
+    # Dynamo never frees a backend, and with it all that the backend refers to.
     alive = weakref.ref(backend)
     context = torch._dynamo.optimize(
         lambda module, inputs: alive()(module, inputs), nopython=whole, dynamic=dynamic
     )
     convert = context.callback
 
-    # Called where something is to be captured, and only there.
+    # Dynamo calls this only where it captures something.
     @functools.wraps(convert)
     def convert_with_settings(frame: Any, *args: Any, **kwargs: Any) -> Any:
-        if frame.f_code.co_filename == memory.__file__:  # a hook that counts what is saved
+        if frame.f_code.co_filename == memory.__file__:  # a hook that counts saved bytes
             return ConvertFrameReturn()
         with _captures():
             return convert(frame, *args, **kwargs)
@@ -158,17 +164,14 @@ def captured(
 
 
 def paths_of(model: nn.Module) -> dict[str, str]:
-    """The path of each module by its id, as a captured graph has it."""
+    """The path of each module, by its id as captured graphs write it."""
     return {str(id(module)): path for path, module in model.named_modules()}
 
 
 def groups_of(model: nn.Module) -> Mapping[str, str]:
-    """The process group of each batch norm that is synchronised, by its id."""
-    found = {}
-    for module in model.modules():
-        if isinstance(module, nn.SyncBatchNorm) and module.training:
-            found[str(id(module))] = Synchronised(True, module.process_group).group_name()
-    return found
+    """The name of each synchronised batch norm's process group, by the id of the module."""
+    groups = {str(id(module)): group_name_of(module) for module in model.modules()}
+    return {module: group for module, group in groups.items() if group}
 
 
 class _Stop(BaseException):
@@ -178,7 +181,8 @@ class _Stop(BaseException):
 def capture_whole(
     model: nn.Module, forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> tuple[fx.GraphModule, list[Any]] | dict[str, str]:
-    """The graph of a model's forward and its inputs, without a step of it being run, or where it breaks and why."""
+    """The graph of a model's forward, and the graph's inputs; or, where the graph breaks, the place and
+    the reason. Nothing of the model runs."""
     found: list[tuple[fx.GraphModule, list[Any]]] = []
 
     def backend(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -188,7 +192,7 @@ def capture_whole(
     try:
         captured(backend, whole=True, dynamic=False)(model, "0", forward, tuple(args), dict(kwargs))
     except _Stop:
-        # Where the graph is to be whole Dynamo captures what breaks it in a call.
+        # Asked for a whole graph, Dynamo captures calls that break the graph otherwise.
         if any(_depends_on_values(value(node)) for node in found[0][0].graph.nodes):
             return {"": "it takes numbers or sizes out of tensors, as x.item() does"}
         return found[0]

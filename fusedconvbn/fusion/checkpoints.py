@@ -20,7 +20,8 @@ def _is_checkpoint(node: fx.Node) -> bool:
 def _run_checkpoint(
     body: fx.GraphModule, written: tuple[int, ...], *args: Any, **kwargs: Any
 ) -> Any:
-    """A checkpoint of a graph, which writes to those of its inputs: a checkpoint would miss the version that they had."""
+    """Runs the graph `body` in a checkpoint. The inputs that the graph writes to, at the indices `written`,
+    are not the checkpoint's: it would find them changed in backward."""
 
     def run(*given: Any) -> Any:
         rest = iter(given)
@@ -32,7 +33,8 @@ def _run_checkpoint(
 
 
 def run_checkpoints(module: fx.GraphModule) -> None:
-    """Where no compiler runs the graph, a checkpoint in it has to be one: the captured one only marks what to recompute."""
+    """Makes the checkpoints of a graph run as such where no compiler does: a captured checkpoint only marks
+    what to recompute."""
     for node in module.graph.nodes:
         if node.op == "call_function" and _is_checkpoint(node):
             body = getattr(module, node.args[0].target)
@@ -47,7 +49,7 @@ def run_checkpoints(module: fx.GraphModule) -> None:
 
 
 def bodies_of(module: fx.GraphModule) -> list[fx.GraphModule]:
-    """The graphs that checkpoints of a graph run."""
+    """The graphs inside the checkpoints of a graph."""
     return [
         getattr(module, node.args[0].target)
         for node in module.graph.nodes

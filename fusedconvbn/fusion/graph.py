@@ -1,4 +1,4 @@
-"""One captured graph: its chains in the place of what they stand for, and what it saves."""
+"""One captured graph: its chains, rewritten as calls of the operator, and what it saves."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,15 +26,17 @@ class Graph:
     Attributes:
         module: runs it.
         matches: its chains.
-        maps: their inner maps, in order.
-        links: those that make them.
-        calls: the nodes that run the chains.
+        maps: the inner maps of the chains, in order.
+        links: the links that compute those maps.
+        calls: the nodes that run the chains, with the chains.
         runs: how often it runs in one forward of the model.
-        norms, pairs, fused_pairs: its batch norms, those right behind a convolution, and those in a chain with it.
-        refused: name of a batch norm, and why it is in no chain, or not in that of its convolution.
-        step_flops: floating point operations of the convolutions in a training step as it was.
-        device: the figures of the one that it runs on.
-        eager, least: what it saved as it was, and saves now.
+        norms: the number of its batch norms.
+        pairs: of the batch norms right behind a convolution.
+        fused_pairs: of these in one chain with their convolution.
+        refused: by the name of a batch norm, why it is in no chain, or not in that of its convolution.
+        step_flops: floating point operations of the convolutions in an unfused training step.
+        device: the figures of the device that it runs on.
+        eager, least: what it saves unfused, and with no inner map saved.
     """
 
     module: fx.GraphModule
@@ -51,7 +53,7 @@ class Graph:
     eager: Profile | None = None
     least: Profile | None = None
     calls: list[tuple[fx.Node, Match]] = field(default_factory=list)
-    _inside: "list[Graph]" = field(default_factory=list)  # what a checkpoint runs
+    _inside: "list[Graph]" = field(default_factory=list)  # of its checkpoints
 
     @classmethod
     def of(
@@ -68,11 +70,11 @@ class Graph:
 
         Args:
             module: changed in place.
-            example_inputs: as a backend of Dynamo is given them.
+            example_inputs: those that Dynamo gives a backend.
             paths: of the modules of the model, by their ids.
-            groups: names of the process groups of batch norms that are synchronised, by the ids of their modules.
-            measured: whether to find out what is saved before and after.
-            compiled: whether a compiler gets the result, which pools and recomputes checkpoints itself.
+            groups: names of the process groups of synchronised batch norms, by the ids of the modules.
+            measured: whether to measure what is saved unfused and fused.
+            compiled: whether a compiler gets the result; it has its own pooling and checkpoints.
         """
         found = cls(module)
         if not compiled:
@@ -111,13 +113,13 @@ class Graph:
         return found
 
     def save(self, names: Collection[str]) -> None:
-        """Saves the results of the links of these names, and recomputes those of the others."""
+        """Saves the results of the links with these names, and recomputes the other inner maps."""
         for call, match in self.calls:
             first = 1 + (match.gate is not None)
             saved = [first + i for i, link in enumerate(match.inner()) if link.name in names]
             call.update_arg(SAVED, saved)
         self.module.recompile()
-        # What is inside a checkpoint lives during its backward alone, and was computed twice already.
+        # Maps inside a checkpoint live only during its backward, which recomputes them anyway.
         for inner in self._inside:
             inner.save([link.name for link in inner.links])
 

@@ -1,10 +1,11 @@
-"""A captured graph written so that each thing is there in one form: what writes in place, what does nothing, padding by name, and
-activations written by hand."""
+"""Brings a captured graph into one form: no readers of a tensor that was overwritten since, no calls that
+do nothing, padding in numbers, and activations by their names."""
 
 import torch
 import torch.nn.functional as F
 from torch import fx
 
+from ..options import pad_after, same_padding
 from .accesses import writes_in_place
 from .calls import ADD, CONVOLUTIONS
 from .handwritten import name_activations
@@ -17,8 +18,8 @@ _DROPOUTS = (
 
 
 def to_normal_form(graph: fx.Graph) -> None:
-    """Makes the readers of a tensor that was written to in place readers of the result, and takes out what does nothing, so that
-    each value has one node."""
+    """Gives each value one node: whoever reads a tensor after a call has written to it in place reads
+    the result of that call, and calls that do nothing are removed."""
     order = {n: i for i, n in enumerate(graph.nodes)}
     for node in list(graph.nodes):
         if node.op not in ("call_function", "call_method"):
@@ -37,8 +38,8 @@ def to_normal_form(graph: fx.Graph) -> None:
 
 
 def _without_zero(node: fx.Node) -> fx.Node | None:
-    """x of a sum of it and the number 0, with which a sum of branches begins, where it may stand for the sum: it is written in place,
-    or nobody else reads x."""
+    """x, where a node is x + 0 (``sum`` of branches begins so) and x may take its place: the sum is
+    computed in place, or nobody else reads x."""
     if node.target not in ADD or len(node.args) != 2 or node.kwargs:
         return None
     x, zero = node.args if isinstance(node.args[0], fx.Node) else node.args[::-1]
@@ -47,7 +48,7 @@ def _without_zero(node: fx.Node) -> fx.Node | None:
 
 
 def _drops_nothing(node: fx.Node) -> bool:
-    """Whether a node is dropout that returns its input as it is."""
+    """Whether a node is a dropout that returns its input unchanged."""
     if node.target not in _DROPOUTS:
         return False
     given = named_arguments(node, "input", "p", "training", "inplace", p=0.5, training=True)
@@ -58,7 +59,8 @@ def _drops_nothing(node: fx.Node) -> bool:
 
 
 def _pad_same(graph: fx.Graph) -> None:
-    """Writes a convolution's padding by name in numbers, behind F.pad where it is not the same on both sides."""
+    """Writes a convolution's padding by name in numbers. Where it differs on the two sides, F.pad comes
+    in front of the convolution."""
     for node in list(graph.nodes):
         dims = CONVOLUTIONS.get(node.target) if node.op == "call_function" else None
         names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -78,16 +80,16 @@ def _pad_same(graph: fx.Graph) -> None:
         if dilation is None or not all(isinstance(k, int) for k in kernel):
             continue
         same = given["padding"] == "same"
-        total = [d * (k - 1) if same else 0 for d, k in zip(dilation, kernel, strict=True)]
-        if any(t % 2 for t in total):
-            ends = [end for t in reversed(total) for end in (0, t % 2)]
+        ends = same_padding(dilation, kernel) if same else [(0, 0)] * dims
+        padding = tuple(before for before, _ in ends)
+        if pad := pad_after(ends, padding):
             with graph.inserting_before(node):
-                padded = graph.call_function(F.pad, (given["input"], ends))
+                padded = graph.call_function(F.pad, (given["input"], pad))
             x = value(given["input"])
             padded.meta = {
                 **node.meta,
-                "example_value": F.pad(x.detach(), ends) if is_map(x) else None,
+                "example_value": F.pad(x.detach(), pad) if is_map(x) else None,
             }
             given["input"] = padded
-        node.args = tuple({**given, "padding": tuple(t // 2 for t in total)}[n] for n in names)
+        node.args = tuple({**given, "padding": padding}[n] for n in names)
         node.kwargs = {}

@@ -12,32 +12,41 @@ from torch import Tensor, fx, nn
 from ..activations import activation_name, parse_activation
 from ..batch_norm import ATTRIBUTES, batch_norm_attributes, batch_norm_link
 from ..chain import Conv, Link, Norm, Prelu, pack
-from ..hooks import make_parameters, refuse_hooks_in_script, refuse_other_hooks
-from ..options import BATCH_NORMS, CONVOLUTIONS, ConvOptions, refuse_lazy
-from ..synchronised import Synchronised
+from ..hooks import compute_parameters, refuse_hooks_in_script, refuse_other_hooks
+from ..options import ConvOptions, refuse_lazy
+from ..synchronised import group_name_of
 from .plan import device_figures, seconds_per_value
+
+_CONVOLUTIONS = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class FusedConvBNSequential(nn.Sequential):
     r"""``nn.Sequential`` of convolutions, batch norms and activations that runs as one chain.
 
-    Each link's backward needs its input: :math:`T_{i+1} = \mathrm{conv}(T_i)` or
-    :math:`T_{i+1} = \mathrm{act}(\mathrm{bn}(T_i))`. Only some of the inner :math:`T_i` are saved; the others are recomputed in
-    backward from the nearest saved one, with the statistics that forward found. Numbers, ``state_dict`` keys and running
-    statistics are those of ``nn.Sequential`` with the same modules.
+    The backward of each link, :math:`T_{i+1} = \mathrm{conv}(T_i)` or
+    :math:`T_{i+1} = \mathrm{act}(\mathrm{bn}(T_i))`, needs its input :math:`T_i`. Only some of the inner
+    :math:`T_i` are saved. Backward recomputes the others from the nearest saved one before them, with the
+    statistics of forward. Numbers, ``state_dict`` keys and running statistics are those of
+    ``nn.Sequential`` with the same modules.
 
     Args:
-        modules: ``nn.Conv*``, ``nn.ConvTranspose*``, ``nn.BatchNorm*`` or ``nn.SyncBatchNorm``, each activation, which may be
-            ``nn.PReLU``, behind a batch norm; or one ``OrderedDict`` of them. A convolution with a ``padding_mode`` other than zeros comes first.
-        memory: ``"auto"`` saves what would take long to recompute, ``"min"`` nothing.
+        modules: ``nn.Conv*``, ``nn.ConvTranspose*``, ``nn.BatchNorm*``, ``nn.SyncBatchNorm``, and
+            activations (``nn.PReLU`` included), each behind a batch norm; or one ``OrderedDict`` of them.
+            A convolution with a ``padding_mode`` other than zeros comes first.
+        memory: ``"auto"`` saves the maps that take long to recompute, ``"min"`` saves none.
 
     Shape:
-        ``forward(input, residual=None)``: input as for the first module, or a list of tensors whose channels are
-        concatenated and of which only the parts are saved; a residual as the result, which ends in a batch norm: it is added
-        before the last activation.
+        ``forward(input, residual=None)``: the input is that of the first module, or a list of tensors whose
+        channels are concatenated; then only the parts are saved. The residual has the shape of the result.
+        It is added before the last activation, and needs a chain that ends in a batch norm.
 
     Raises:
-        ValueError: the modules are no such chain, or ``memory`` is another; the message names the module.
+        ValueError: the modules are not such a chain (the message names the module), or ``memory`` is not
+            one of the two.
 
     Example:
         >>> block = FusedConvBNSequential(
@@ -64,11 +73,11 @@ class FusedConvBNSequential(nn.Sequential):
         for name, module in self._modules.items():
             where = f"FusedConvBNSequential: expected module {name!r}"
             refuse_lazy("FusedConvBNSequential", f"module {name!r}", module)
-            if isinstance(module, CONVOLUTIONS) and links and ConvOptions.of(module).pad:
+            if isinstance(module, _CONVOLUTIONS) and links and ConvOptions.of(module).pad:
                 raise ValueError(
-                    f"{where} to come first, as its padding is not one that the operator does, got {module}"
+                    f"{where} to come first, as the operator does not pad in this way, got {module}"
                 )
-            if isinstance(module, (*CONVOLUTIONS, *BATCH_NORMS)):
+            if isinstance(module, (*_CONVOLUTIONS, *_BATCH_NORMS)):
                 links.append([name, module, "none"])
                 continue
             learned = isinstance(module, nn.PReLU)
@@ -80,7 +89,7 @@ class FusedConvBNSequential(nn.Sequential):
                 ) from error
             if activation == "none":
                 continue
-            if not links or not isinstance(links[-1][1], BATCH_NORMS) or links[-1][2] != "none":
+            if not links or not isinstance(links[-1][1], _BATCH_NORMS) or links[-1][2] != "none":
                 raise ValueError(f"{where} to stand behind a batch norm, got {module}")
             if learned:
                 links.append([name, module, "none"])
@@ -91,8 +100,8 @@ class FusedConvBNSequential(nn.Sequential):
         return (tuple(link) for link in links)
 
     def _saved(self, ops: Sequence[Link], modules: Sequence[nn.Module]) -> list[int]:
-        """The places of the inner maps that would take longer to recompute than their bytes are worth: there is no budget, and
-        no size, so that launches do not count."""
+        """The indices of the inner maps that take longer to recompute than their bytes are worth. There is
+        no budget. The sizes are not known either, so the time of launches is not counted."""
         weights = [module.weight for module in modules]
         device = next((w.device for w in weights if w is not None), torch.device("cpu"))
         figures = device_figures(device)
@@ -109,8 +118,8 @@ class FusedConvBNSequential(nn.Sequential):
         links = list(self._links())
         for name, module in self._modules.items():
             refuse_other_hooks("FusedConvBNSequential", f"module {name!r}", module)
-        make_parameters(self)
-        if residual is not None and isinstance(links[-1][1], CONVOLUTIONS):
+        compute_parameters(self)
+        if residual is not None and isinstance(links[-1][1], _CONVOLUTIONS):
             raise ValueError(
                 "FusedConvBNSequential: expected no residual, as the last module is a convolution"
             )
@@ -118,7 +127,7 @@ class FusedConvBNSequential(nn.Sequential):
         if pad:
             whole = input if isinstance(input, Tensor) else torch.cat(list(input), 1)
             parts = F.pad(whole, pad, mode)
-        runs: list[list[tuple[Link, nn.Module]]] = [[]]  # one operator, one group of processes
+        runs: list[list[tuple[Link, nn.Module]]] = [[]]  # calls; each has one process group
         group = None
         for _, module, activation in links:
             op = _op(module, activation)
@@ -153,45 +162,43 @@ class FusedConvBNSequential(nn.Sequential):
                     setattr(op, n, graph.get_attr(f"{name}.{n}"))
             if isinstance(op, Norm):
                 attributes = tuple(graph.get_attr(f"{name}.{n}") for n in ATTRIBUTES)
-                norms.append(
-                    graph.call_function(batch_norm_link, attributes)
-                )  # its mode may change
-                op.buffers = ()
+                # Computed in the graph, as the module's mode may change later.
+                norms.append(graph.call_function(batch_norm_link, attributes))
             ops.append(op)
-        saved = self._saved(ops, [module for _, module, _ in links])
-        tensors, _, links, scalars, _, _, _, group, *rest = pack(input, ops).call(saved)
-        columns = [
+        packed = pack(input, ops)
+        buffers, packed.buffer_counts, packed.momenta, packed.training = (
             [graph.call_function(operator.getitem, (norm, i)) for norm in norms] for i in range(4)
-        ]
-        buffers = columns[0][0] if norms else []
-        for more in columns[0][1:]:
-            buffers = graph.call_function(operator.add, (buffers, more))
-        arguments = (tensors, buffers, links, scalars, *columns[1:], group, *rest)
-        graph.output(graph.call_function(torch.ops.fusedconvbn.conv_bn_chain, arguments))
+        )
+        packed.buffers = buffers[0] if norms else []
+        for more in buffers[1:]:
+            packed.buffers = graph.call_function(operator.add, (packed.buffers, more))
+        call = packed.call(self._saved(ops, [module for _, module, _ in links]))
+        graph.output(graph.call_function(torch.ops.fusedconvbn.conv_bn_chain, call))
         return fx.GraphModule(self, graph, type(self).__name__)
 
 
 def _padding(module: nn.Module) -> tuple[list[int], str]:
-    options = ConvOptions.of(module) if isinstance(module, CONVOLUTIONS) else None
+    """The padding, and its mode, that F.pad adds in front of the first module."""
+    options = ConvOptions.of(module) if isinstance(module, _CONVOLUTIONS) else None
     return ([], "") if options is None else (options.pad, options.pad_mode)
 
 
 def _op(module: nn.Module, activation: str) -> Link:
     if isinstance(module, nn.PReLU):
         return Prelu(module.weight)
-    if isinstance(module, CONVOLUTIONS):
-        stride, padding, dilation, output_padding, _, _ = ConvOptions.of(module)
-        options = (
-            stride,
-            padding,
-            dilation,
+    if isinstance(module, _CONVOLUTIONS):
+        options = ConvOptions.of(module)
+        return Conv(
+            module.weight,
+            module.bias,
+            options.stride,
+            options.padding,
+            options.dilation,
             bool(module.transposed),
-            output_padding,
+            options.output_padding,
             module.groups,
         )
-        return Conv(module.weight, module.bias, *options)
     buffers, _, momentum, training = batch_norm_link(*batch_norm_attributes(module))
-    synchronised = isinstance(module, nn.SyncBatchNorm) and module.training
     base, parameter = parse_activation(activation)
     return Norm(
         module.weight,
@@ -202,5 +209,5 @@ def _op(module: nn.Module, activation: str) -> Link:
         buffers=buffers,
         momentum=momentum,
         training=bool(training),
-        group=Synchronised(True, module.process_group).group_name() if synchronised else "",
+        group=group_name_of(module),
     )
