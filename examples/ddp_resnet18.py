@@ -1,8 +1,10 @@
-"""Trains a fused torchvision ResNet-18 with DistributedDataParallel, and loads its checkpoint into the plain one.
+"""Trains a fused torchvision ResNet-18 with DistributedDataParallel, and loads its checkpoint into
+the unfused model.
 
-Two processes on this machine, over gloo on the loopback interface, share the 1,797 digits that come with scikit-learn. The
-checkpoint is the state_dict of torchvision's own model: the process that started the two loads it into an unfused
-ResNet-18, and a table shows that both compute the same, and what each saves for backward.
+Two processes on this machine, over gloo on the loopback interface, share the 1,797 digits that come
+with scikit-learn. The checkpoint is the state_dict of torchvision's own model: the parent process
+loads it into an unfused ResNet-18. A table shows that both models compute the same, and how much
+each saves for backward.
 
     python examples/ddp_resnet18.py
     python examples/ddp_resnet18.py --sync      # batch statistics over both processes
@@ -52,7 +54,7 @@ def logits_of(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def saved_for_backward(model: nn.Module, images: Tensor, labels: Tensor) -> int:
-    """Bytes, for one batch in training mode. Moves the running statistics."""
+    """Bytes saved for one batch in training mode. Updates the running statistics."""
     model.train()
     with fusedconvbn.track_memory() as memory:
         F.cross_entropy(model(images), labels)
@@ -91,7 +93,8 @@ def work(
         fusedconvbn.fuse(_torchvision.models().resnet18(num_classes=10), example[0])
     )
     if arguments.sync:
-        # After DDP, which takes no nn.SyncBatchNorm on CPU. Parameters and buffers stay the same objects.
+        # After DDP, which refuses nn.SyncBatchNorm on CPU. Parameters and buffers stay the same
+        # objects.
         nn.SyncBatchNorm.convert_sync_batchnorm(model.module)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
@@ -112,7 +115,7 @@ def work(
     if rank == 0:
         torch.save(model.module.state_dict(), arguments.checkpoint)
         results["logits"] = logits_of(model.module, test_images)
-    # In both processes: synchronised layers wait for each other.
+    # In both processes, as synchronised layers wait for each other.
     results["saved"] = saved_for_backward(model.module, *example)
     if rank == 0:
         torch.save(results, folder / "results.pt")

@@ -1,9 +1,10 @@
 """Two steps of a WGAN-GP critic with fused layers, next to the same critic unfused.
 
-The penalty holds the norm of the critic's gradient with respect to its input at 1, so training differentiates that
-gradient once more. The fused layers give the same losses; in a second derivative they run, and keep, what the
-unfused ones do. (Batch norm in a critic is used here to have a second derivative through it: in the paper the critic
-has none, as the penalty is meant for each sample by itself.)
+The penalty keeps the norm of the critic's gradient with respect to its input near 1, so training
+differentiates that gradient once more. The fused layers give the same losses; for a second
+derivative they compute and save what the unfused layers do. (The critic of the paper has no batch
+norm, as the penalty is meant for each sample by itself; here it shows a second derivative through
+batch norm.)
 
     I. Gulrajani et al., Improved Training of Wasserstein GANs, arXiv:1704.00028
 """
@@ -33,7 +34,7 @@ class Critic(nn.Module):
 
 
 class UnfusedCritic(nn.Module):
-    """The same, from the same modules, by their own forward."""
+    """The same critic, from copies of its modules, which run their own forward."""
 
     def __init__(self, critic: Critic) -> None:
         super().__init__()
@@ -65,7 +66,7 @@ def main(steps: int = 2) -> list[tuple[float, float]]:
     ]
     losses = []
     for step in range(steps):
-        # synthetic: smooth images against noise
+        # synthetic data: smooth images against noise
         real = torch.nn.functional.interpolate(torch.randn(16, 3, 4, 4), 16, mode="bilinear")
         fake, mix = torch.randn(16, 3, 16, 16), torch.rand(16, 1, 1, 1)
         pair = []

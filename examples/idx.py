@@ -55,7 +55,7 @@ def load_mnist(root: Path) -> dict[str, tuple[Tensor, Tensor]]:
         ``[N]``.
 
     Raises:
-        FileNotFoundError: One or more of the four files are not there; names all of them.
+        FileNotFoundError: Files are missing; the message names all of them.
         ValueError: A file's content is not what its name says.
     """
     names = {

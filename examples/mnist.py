@@ -138,7 +138,7 @@ def load_mnist_digits(root: Path) -> Data:
 
 @dataclass
 class Contestant:
-    """One of the two networks, with what trains it and what was measured of it."""
+    """One of the two networks, with its optimizer and its measurements."""
 
     net: Net
     seed: int
@@ -208,7 +208,7 @@ def train(
             order = torch.randperm(len(data.train_labels), generator=shuffle)
             for index in order.to(data.train_labels.device).split(batch_size):
                 images, labels = data.train_images[index], data.train_labels[index]
-                # Who goes first alternates, so that neither always finds the caches warm.
+                # The two take turns to go first, so that neither always finds the caches warm.
                 for contestant in contestants[:: 1 if progress.n % 2 == 0 else -1]:
                     contestant.timed_step(images, labels)
                 progress.set_postfix(loss=f"{contestants[0].losses[-1]:.4f}", refresh=False)

@@ -1,5 +1,5 @@
-"""`python -m fusedconvbn` prints the facts of the build; `… explain SOURCE` says what fusing a model
-would do."""
+"""`python -m fusedconvbn` prints the facts of the build; `… explain SOURCE` says what fusing a
+model would do."""
 
 import argparse
 import importlib

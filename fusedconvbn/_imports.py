@@ -1,5 +1,5 @@
-"""Registers the operators with a module of PyTorch when that module is imported, and not before: some
-take longer to import than this package."""
+"""Registers the operators with a module of PyTorch when that module is imported, and not before:
+some take longer to import than this package."""
 
 import importlib.util
 import sys
@@ -10,7 +10,8 @@ from types import ModuleType
 
 
 class _Finder(MetaPathFinder):
-    """Finds one module, once, through the other finders, and gives it a loader that calls `then`."""
+    """Finds one module, once, through the other finders, and gives it a loader that calls
+    `then`."""
 
     def __init__(self, name: str, then: Callable[[], None]) -> None:
         self.name, self.then = name, then

@@ -24,8 +24,8 @@ def build_info() -> dict[str, Any]:
         from . import _C
     except ImportError as error:
         raise ImportError(
-            f"fusedconvbn in {Path(__file__).parent} is not built ({error}); run `pip install .` in "
-            "its sources, and import it from another folder than the sources"
+            f"fusedconvbn in {Path(__file__).parent} is not built ({error}); run `pip install .` "
+            "in its sources, and import it from another folder than the sources"
         ) from error
     return _C.build_info()
 

@@ -1,4 +1,5 @@
-"""torchvision's models, also where torchvision's own operators do not load with the installed torch."""
+"""torchvision's models, also where torchvision's own operators do not load with the installed
+torch."""
 
 import importlib
 import sys
@@ -11,8 +12,8 @@ _libraries: list[torch.library.Library] = []
 
 
 def models() -> ModuleType:
-    """``torchvision.models``. Where torchvision's library did not load, its operators are declared, so that
-    the import succeeds.
+    """``torchvision.models``. Where torchvision's library did not load, its operators are declared,
+    so that the import succeeds.
 
     Raises:
         ImportError: torchvision is not installed.

@@ -1,4 +1,5 @@
-"""The one list of the activations that the operators know, and of the ways to write each of them."""
+"""The one list of the activations that the operators know, and of the ways to write each of
+them."""
 
 import math
 import re
@@ -87,7 +88,8 @@ def activation_name(activation: str | nn.Module | None) -> str:
     ``nn.LeakyReLU(0.2)``.
 
     Raises:
-        ValueError: the operators know no such activation, or its class has a ``forward`` of its own.
+        ValueError: the operators know no such activation, or its class has a ``forward`` of its
+            own.
     """
     if activation is None:
         return "none"

@@ -34,8 +34,9 @@ def batch_norm_call(
     Optional[Tensor],  # noqa: UP045
     Optional[Tensor],  # noqa: UP045
 ]:
-    """The arguments of one call, from a module's attributes: whether the batch statistics are used, the
-    momentum, and each of the three buffers, or None where the call neither reads nor updates it."""
+    """The arguments of one call, from a module's attributes: whether the batch statistics are used,
+    the momentum, and each of the three buffers, or None where the call neither reads nor updates
+    it."""
     if training and not track_running_stats:
         running_mean, running_var = None, None
     if not (training and track_running_stats):
@@ -53,8 +54,8 @@ def pack_batch_norm(
     running_var: Optional[Tensor],  # noqa: UP045
     num_batches_tracked: Optional[Tensor],  # noqa: UP045
 ) -> tuple[list[Tensor], int, float, int]:
-    """The same arguments in the form of ``conv_bn_chain``: the buffers that are not None, their number,
-    the momentum (nan for None), and the mode."""
+    """The same arguments in the form of ``conv_bn_chain``: the buffers that are not None, their
+    number, the momentum (nan for None), and the mode."""
     if (running_mean is None) != (running_var is None):
         raise ValueError("expected a batch norm with running_mean and running_var, both or neither")
     buffers: list[Tensor] = []

@@ -39,9 +39,9 @@ class Conv:
 
 @dataclass
 class Norm:
-    """T' = act((T − μ)·r·weight + bias [+ residual]). The arithmetic "running" takes mean and variance
-    from `statistics`, of shape (2, C); the arithmetic "none" computes act(T [+ residual]); the other
-    two take the batch statistics of T.
+    """T' = act((T − μ)·r·weight + bias [+ residual]). The arithmetic "running" takes mean and
+    variance from `statistics`, of shape (2, C); the arithmetic "none" computes act(T [+ residual]);
+    the other two take the batch statistics of T.
 
     `buffers`, `momentum`, `training` and `group` are read by `conv_bn_chain` alone;
     :func:`fusedconvbn.batch_norm.pack_batch_norm` gives the first three."""
@@ -96,8 +96,8 @@ class Packed:
         return self.links, self.scalars, self.process_group
 
     def call(self, saved: Sequence[int], statistics: Any = None) -> tuple[Any, ...]:
-        """The arguments of ``conv_bn_chain``. `saved` are the indices of the inner maps to save; the
-        result of the first link has index 1."""
+        """The arguments of ``conv_bn_chain``. `saved` are the indices of the inner maps to save;
+        the result of the first link has index 1."""
         norms = (self.buffer_counts, self.momenta, self.training)
         return (
             self.tensors,
@@ -145,8 +145,8 @@ def pack(input: Any, chain: Sequence[Link]) -> Packed:
 def unpack(
     tensors: Sequence[Any], links: Sequence[int], scalars: Sequence[float]
 ) -> tuple[list[Any], list[Link]]:
-    """The inverse of :func:`pack`, for a well-formed chain: the inputs and the links, which hold the
-    elements of `tensors`."""
+    """The inverse of :func:`pack`, for a well-formed chain: the inputs and the links, which hold
+    the elements of `tensors`."""
     numbers, values, given = iter(links), iter(scalars), iter(tensors)
     parts = 1
     if links[0] == _PARTS:

@@ -46,30 +46,31 @@ _FORWARD_HOOKS = (
 
 
 def fold(module: nn.Module) -> nn.Module:
-    r"""The network that ``module.eval()`` computes, with each fused layer folded into one plain convolution.
+    r"""The network that ``module.eval()`` computes, with each fused layer folded into one plain
+    convolution.
 
     .. math::
         W' = W \cdot \frac{\gamma}{\sqrt{\mathrm{running\_var} + \mathrm{eps}}}, \qquad
         b' = \beta + (b - \mathrm{running\_mean})
             \cdot \frac{\gamma}{\sqrt{\mathrm{running\_var} + \mathrm{eps}}}
 
-    per output channel, computed in float32 (float64 for such parameters) and rounded once to the dtype
-    of the weight.
+    per output channel, computed in float32 (float64 for such parameters) and rounded once to the
+    dtype of the weight.
 
     Args:
         module: a fused layer, or a model with fused layers anywhere. It is not changed.
 
     Returns:
-        For a layer without activation an ``nn.Conv*`` or ``nn.ConvTranspose*`` with a bias; for one with
-        an activation an ``nn.Sequential`` of such a ``conv`` and the ``activation``, which takes a
-        residual as the layer did. For a model a copy with such an ``nn.Sequential`` in place of each
-        fused layer; it has an ``nn.Identity`` where there is no activation, as the model may call the
-        layer with a residual. Forward hooks stay; a layer that is used several times is folded once. All
-        modules are in eval mode.
+        For a layer without activation an ``nn.Conv*`` or ``nn.ConvTranspose*`` with a bias; for one
+        with an activation an ``nn.Sequential`` of such a ``conv`` and the ``activation``, which
+        takes a residual as the layer did. For a model a copy with such an ``nn.Sequential`` in
+        place of each fused layer; it has an ``nn.Identity`` where there is no activation, as the
+        model may call the layer with a residual. Forward hooks stay; a layer that is used several
+        times is folded once. All modules are in eval mode.
 
     Raises:
-        ValueError: a layer has no running statistics, or a ``forward`` of its own; the message names
-            the layer.
+        ValueError: a layer has no running statistics, or a ``forward`` of its own; the message
+            names the layer.
         TypeError: something in ``module`` is scripted: fold first, then script.
     """
     for name, child in module.named_modules():
@@ -152,11 +153,12 @@ def _folded(layer: _ConvBN, alone: bool) -> nn.Module:
 
 
 def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
-    """Makes every synchronised fused layer in `module` use the statistics of its own process again, in
-    place: the inverse of ``nn.SyncBatchNorm.convert_sync_batchnorm``, which takes models with fused layers.
+    """Makes every synchronised fused layer in `module` use the statistics of its own process again,
+    in place: the inverse of ``nn.SyncBatchNorm.convert_sync_batchnorm``, which takes models with
+    fused layers.
 
-    Parameters and buffers stay the same objects. An ``nn.SyncBatchNorm`` elsewhere in the model is left
-    alone: the number of dimensions of its input is not known.
+    Parameters and buffers stay the same objects. An ``nn.SyncBatchNorm`` elsewhere in the model is
+    left alone: the number of dimensions of its input is not known.
 
     Args:
         module: a model or a layer.

@@ -1,4 +1,5 @@
-"""Chains of `DTensor`s: each process runs a chain of replicated tensors as if they were plain tensors."""
+"""Chains of `DTensor`s: each process runs a chain of replicated tensors as if they were plain
+tensors."""
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -38,8 +39,8 @@ def _check(named: Iterable[tuple[str, Tensor]]) -> None:
     for name, t in named:
         if not isinstance(t, DTensor):
             raise TypeError(
-                f"conv_bn: expected all tensors to be DTensors where one is, got {name} that is not; "
-                "distribute_tensor and distribute_module make replicated DTensors"
+                f"conv_bn: expected all tensors to be DTensors where one is, got {name} that is "
+                "not; distribute_tensor and distribute_module make replicated DTensors"
             )
         if not _replicated(t):
             raise NotImplementedError(
@@ -76,8 +77,8 @@ def _forward(cls: Any, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _unchecked(cls: Any, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-    """For a backward, whose tensors forward has checked and whose gradient may be a partial sum, and for
-    a pool."""
+    """For a backward, whose tensors forward has checked and whose gradient may be a partial sum,
+    and for a pool."""
     return _run(func, args, kwargs, args[0].device_mesh)
 
 

@@ -1,5 +1,5 @@
-"""Floating point operations of the chain operators, for `torch.utils.flop_counter`, which knows only
-PyTorch's own operators."""
+"""Floating point operations of the chain operators, for `torch.utils.flop_counter`, which knows
+only PyTorch's own operators."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,8 +14,8 @@ RECOMPUTED = "fusedconvbn.recomputed"  # the counter's row for what backward rec
 
 
 class _Chain:
-    """A packed chain, the shapes of its maps, and the FLOPs of each link. The links hold the indices of
-    their tensors in `tensors`."""
+    """A packed chain, the shapes of its maps, and the FLOPs of each link. The links hold the
+    indices of their tensors in `tensors`."""
 
     def __init__(
         self, tensors: Sequence[Tensor], links: Sequence[int], scalars: Sequence[float]
@@ -90,8 +90,8 @@ def backward_flops(
     saved: Sequence[int],
     needs_grad: Sequence[int],
 ) -> tuple[int, int]:
-    """FLOPs of the gradients, as eager counts them, and of the recomputation: the decisions of the C++
-    backward of a chain, without its tensors."""
+    """FLOPs of the gradients, as eager counts them, and of the recomputation: the decisions of the
+    C++ backward of a chain, without its tensors."""
     chain = _Chain(tensors, links, scalars)
     map_needs_grad, is_read = _backward_reads(chain, saved, needs_grad)
     available = {*saved, *([0] if chain.whole else [])}
@@ -120,7 +120,8 @@ def backward_flops(
 def _backward_reads(
     chain: _Chain, saved: Sequence[int], needs_grad: Sequence[int]
 ) -> tuple[list[bool], list[bool]]:
-    """Of each map, whether its gradient is needed; of each link, whether its backward reads its input."""
+    """Of each map, whether its gradient is needed; of each link, whether its backward reads its
+    input."""
     count = len(chain.links)
     map_needs_grad, is_read = [0 in needs_grad], []
     for i, link in enumerate(chain.links):

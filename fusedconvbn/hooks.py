@@ -1,5 +1,5 @@
-"""Forward pre-hooks of children whose `forward` does not run: hooks that compute a parameter are run,
-others are refused."""
+"""Forward pre-hooks of children whose `forward` does not run: hooks that compute a parameter are
+run, others are refused."""
 
 from collections.abc import Iterable
 
@@ -13,7 +13,8 @@ PARAMETER_HOOKS = (prune.BasePruningMethod, WeightNorm, SpectralNorm)
 
 
 def compute_parameters(modules: Iterable[nn.Module]) -> None:
-    """Runs the hooks of `torch.nn.utils.prune` and of the older `weight_norm` and `spectral_norm`."""
+    """Runs the hooks of `torch.nn.utils.prune` and of the older `weight_norm` and
+    `spectral_norm`."""
     for module in modules:
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, PARAMETER_HOOKS):
@@ -25,8 +26,8 @@ def refuse_other_hooks(where: str, name: str, module: nn.Module) -> None:
     for hook in module._forward_pre_hooks.values():
         if not isinstance(hook, PARAMETER_HOOKS):
             raise TypeError(
-                f"{where}: expected {name} without forward_pre_hooks, as its input is not computed; got "
-                f"{hook}. Register it on the {where}, or use the modules unfused"
+                f"{where}: expected {name} without forward_pre_hooks, as its input is not "
+                f"computed; got {hook}. Register it on the {where}, or use the modules unfused"
             )
 
 

@@ -1,4 +1,5 @@
-"""The memory of a training step, from the allocator's own events, and the cache of memory on the CPU."""
+"""The memory of a training step, from the allocator's own events, and the cache of memory on the
+CPU."""
 
 from __future__ import annotations
 
@@ -19,11 +20,11 @@ BACKWARD_NODE = "autograd::engine::evaluate_function"
 def empty_cache() -> int:
     """Returns cached memory on the CPU to the system; the result is the number of bytes.
 
-    On the CPU the operators allocate maps of 1 MiB and more from memory that stays with the process when
-    a map is freed, as PyTorch does on a GPU: a fresh page costs more than a pass over it. The cache is as
-    large as the maps of these operators were at any one time. Call this between training and something
-    else that needs memory. Maps in use are not affected. For the memory of a GPU, which PyTorch
-    allocates, call :func:`torch.cuda.empty_cache`.
+    On the CPU the operators allocate maps of 1 MiB and more from memory that stays with the process
+    when a map is freed, as PyTorch does on a GPU: a fresh page costs more than a pass over it. The
+    cache is as large as the maps of these operators were at any one time. Call this between
+    training and something else that needs memory. Maps in use are not affected. For the memory of a
+    GPU, which PyTorch allocates, call :func:`torch.cuda.empty_cache`.
     """
     return torch.ops.fusedconvbn._empty_cache()
 
@@ -111,8 +112,8 @@ def track_memory(device: torch.device | str = "cpu") -> Iterator[MemoryReport]:
 def saved_storages(
     device: torch.device, saw: Callable[[int], None] | None = None
 ) -> Iterator[dict[StorageWeakRef, int]]:
-    """Collects what autograd saves for backward: distinct storages and their bytes. `saw` is called with
-    the bytes of each new storage."""
+    """Collects what autograd saves for backward: distinct storages and their bytes. `saw` is called
+    with the bytes of each new storage."""
     # The weak references keep no memory, but as long as they exist no other storage can get the
     # same identity; an address alone could be used again.
     storages: dict[StorageWeakRef, int] = {}

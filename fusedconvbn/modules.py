@@ -1,6 +1,6 @@
 """The operator as layers. A layer owns real `conv` and `bn` children, so that initialisation,
-`state_dict`, parameter groups and conversion are those of `torch.nn`. The children are never called;
-only their forward pre-hooks run, which may compute their parameters."""
+`state_dict`, parameter groups and conversion are those of `torch.nn`. The children are never
+called; only their forward pre-hooks run, which may compute their parameters."""
 
 import inspect
 import math
@@ -24,7 +24,8 @@ from .synchronised import NOT_SYNCHRONISED, Synchronised, plain_batch_norm
 
 
 class _ConvBN(nn.Module):
-    """The base of the six layers, which differ in `transposed` and in the classes of their children."""
+    """The base of the six layers, which differ in `transposed` and in the classes of their
+    children."""
 
     conv_class: ClassVar[type[nn.Module]]
     bn_class: ClassVar[type[nn.Module]]
@@ -54,10 +55,10 @@ class _ConvBN(nn.Module):
         super().add_module(name, self._accepted(name, module))
 
     def _accepted(self, name: str, module: Any) -> Any:
-        """What the layer stores for an attribute. A new child is checked first: one that the layer cannot
-        run is refused, and a convolution's options are read here, once. An nn.SyncBatchNorm is replaced by
-        a plain batch norm with its parameters and buffers, as TorchScript and, on CPU, DDP refuse a model
-        that has one."""
+        """What the layer stores for an attribute. A new child is checked first: one that the layer
+        cannot run is refused, and a convolution's options are read here, once. An nn.SyncBatchNorm
+        is replaced by a plain batch norm with its parameters and buffers, as TorchScript and, on
+        CPU, DDP refuse a model that has one."""
         if name not in ("conv", "bn"):
             return module
         layer, expected = type(self).__name__, self.conv_class if name == "conv" else self.bn_class
@@ -99,9 +100,9 @@ class _ConvBN(nn.Module):
     def from_modules(
         cls, conv: nn.Module, bn: nn.Module, activation: str | nn.Module | None = None
     ) -> "_ConvBN":
-        """The layer for a convolution and the batch norm behind it. Both become its children, so that
-        their parameters and buffers are shared, not copied. An ``nn.SyncBatchNorm`` makes the layer
-        synchronised; the child is then a plain batch norm with its parameters and buffers."""
+        """The layer for a convolution and the batch norm behind it. Both become its children, so
+        that their parameters and buffers are shared, not copied. An ``nn.SyncBatchNorm`` makes the
+        layer synchronised; the child is then a plain batch norm with its parameters and buffers."""
         layer = cls.__new__(cls)
         _ConvBN.__init__(layer, conv, bn, activation)
         return layer
@@ -186,16 +187,17 @@ class _ConvBN(nn.Module):
         return f"activation={self.activation}" + (", synchronised" if self._synchronised.on else "")
 
 
-_LAYER_DOC = """{conv} → {bn} → activation that saves one feature map for backward. The numbers and the
-    `state_dict` keys (``conv.*``, ``bn.*``) are those of the two modules in a row, the mathematics is that of
-    :func:`fusedconvbn.conv_bn`.
+_LAYER_DOC = """{conv} → {bn} → activation that saves one feature map for backward.
 
-    Arguments up to ``padding_mode`` are those of ``nn.{conv}``, from ``eps`` those of ``nn.{bn}``, with two
-    differences: ``bias`` is off by default, as batch norm subtracts any bias, and ``activation`` is None, a
-    name that :func:`fusedconvbn.conv_bn` knows, or an ``nn.Module`` of such a kind, as ``nn.LeakyReLU(0.2)``.
-    `from_modules(conv, bn, activation)` builds the layer from two existing modules; ``bn`` may be an
-    ``nn.SyncBatchNorm``. Whether batch or running statistics are used depends on ``bn.training``, as
-    without fusion.
+    The numbers and the `state_dict` keys (``conv.*``, ``bn.*``) are those of the two modules in a
+    row, the mathematics is that of :func:`fusedconvbn.conv_bn`.
+
+    Arguments up to ``padding_mode`` are those of ``nn.{conv}``, from ``eps`` those of ``nn.{bn}``,
+    with two differences: ``bias`` is off by default, as batch norm subtracts any bias, and
+    ``activation`` is None, a name that :func:`fusedconvbn.conv_bn` knows, or an ``nn.Module`` of
+    such a kind, as ``nn.LeakyReLU(0.2)``. `from_modules(conv, bn, activation)` builds the layer
+    from two existing modules; ``bn`` may be an ``nn.SyncBatchNorm``. Whether batch or running
+    statistics are used depends on ``bn.training``, as without fusion.
 
     ``forward({arguments})``: a residual is added before the activation.
 
@@ -358,8 +360,9 @@ class FusedConvTransposeBN3d(_FusedConvTransposeBN):
 class FusedConvBN(nn.Module):
     r"""The layer of the PyTorch tutorial *Fusing Convolution and Batch Norm using Custom Function*.
 
-    Convolution with stride 1 and neither padding nor bias; then, for each channel with mean :math:`\mu` and
-    unbiased variance :math:`s^2` of the batch (in eval mode too: there are no running statistics),
+    Convolution with stride 1 and neither padding nor bias; then, for each channel with mean
+    :math:`\mu` and unbiased variance :math:`s^2` of the batch (in eval mode too: there are no
+    running statistics),
 
     .. math:: \mathrm{out} = (Y - \mu) / (s + \mathrm{eps}).
 

@@ -16,9 +16,9 @@ def same_padding(dilation: Sequence[int], kernel_size: Sequence[int]) -> list[tu
 
 
 class ConvOptions(NamedTuple):
-    """A convolution's options as the operators take them. `pad` and `pad_mode` are the arguments of an
-    F.pad in front of the convolution, which adds what the operators cannot: padding that is not zeros,
-    and the one more value after a dimension that padding "same" may have."""
+    """A convolution's options as the operators take them. `pad` and `pad_mode` are the arguments of
+    an F.pad in front of the convolution, which adds what the operators cannot: padding that is not
+    zeros, and the one more value after a dimension that padding "same" may have."""
 
     stride: list[int]
     padding: list[int]
@@ -51,8 +51,8 @@ class ConvOptions(NamedTuple):
 
 
 def pad_after(ends: Sequence[tuple[int, int]], padding: Sequence[int]) -> list[int]:
-    """The argument of F.pad that adds what `ends` has more than the convolution's own `padding`; [] where
-    that is nothing."""
+    """The argument of F.pad that adds what `ends` has more than the convolution's own `padding`; []
+    where that is nothing."""
     left = [(before - p, after - p) for (before, after), p in zip(ends, padding, strict=True)]
     pad = [value for end in reversed(left) for value in end]  # F.pad begins with the last dimension
     return pad if any(pad) else []

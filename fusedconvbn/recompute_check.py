@@ -14,8 +14,8 @@ _hooks: list[Any] = []
 
 
 class _Running(threading.local):
-    """The modules whose forward is running in this thread, outermost first, and the names of the outermost
-    module's descendants."""
+    """The modules whose forward is running in this thread, outermost first, and the names of the
+    outermost module's descendants."""
 
     def __init__(self) -> None:
         self.stack: list[nn.Module] = []
@@ -58,24 +58,25 @@ def check_recompute(enabled: bool = True) -> None:
     """Checks in every later backward that the recomputed feature maps are those of forward.
 
     The batch statistics of each recomputed map are computed again and compared with those saved in
-    forward. They differ when the input or the weight was written to in between in a way that autograd's
-    version check does not see: through ``.data``, or through shared memory. The check costs one more pass
-    over each map; it is meant for debugging.
+    forward. They differ when the input or the weight was written to in between in a way that
+    autograd's version check does not see: through ``.data``, or through shared memory. The check
+    costs one more pass over each map; it is meant for debugging.
 
-    The check allows for rounding: that of another algorithm for the same convolution, which cuDNN may
-    choose in backward, and that of TF32 where it is enabled; a change is then found only if it is larger
-    than 2⁻⁹ (docs/debugging.md has the bounds). A change that leaves the mean and the variance of each
-    channel as they were, such as a write to γ, is not found.
+    The check allows for rounding: that of another algorithm for the same convolution, which cuDNN
+    may choose in backward, and that of TF32 where it is enabled; a change is then found only if it
+    is larger than 2⁻⁹ (docs/debugging.md has the bounds). A change that leaves the mean and the
+    variance of each channel as they were, such as a write to γ, is not found.
 
     An error names the layer if the check was on during its forward. A call of
-    :func:`fusedconvbn.conv_bn` has the name of the module that calls it, a scripted model that of the
-    module called from Python; compiled code has no name.
+    :func:`fusedconvbn.conv_bn` has the name of the module that calls it, a scripted model that of
+    the module called from Python; compiled code has no name.
 
     Args:
         enabled: whether to switch the check on or off.
 
     Raises:
-        RuntimeError: in backward, with the name of the layer in the outermost module that was called.
+        RuntimeError: in backward, with the name of the layer in the outermost module that was
+            called.
 
     Example:
         >>> fusedconvbn.check_recompute(True)

@@ -114,8 +114,8 @@ def batch_norm_backward(dout: Tensor, y: Tensor, mean: Tensor, std: Tensor, eps:
 class BatchNorm(Function):
     """``(input − μ)/(s + eps)`` per channel, not affine; saves its input, μ and s for backward.
 
-    μ is the mean of the channel, and s the root of its *unbiased* variance; eps is added outside the
-    root. ``nn.BatchNorm2d`` differs in both respects.
+    μ is the mean of the channel, and s the root of its *unbiased* variance; eps is added outside
+    the root. ``nn.BatchNorm2d`` differs in both respects.
     """
 
     @staticmethod
@@ -195,8 +195,9 @@ def conv_bn(
 ) -> Tensor:
     """Convolution, batch normalisation and activation, one after another and differentiable.
 
-    ``Y = conv(input, weight, bias)``, ``U = bn_weight·(Y − μ)·r + bn_bias``, ``act(U [+ residual])``.
-    In training μ and the variance are those of ``Y``, otherwise the running ones. ``arithmetic`` sets r:
+    ``Y = conv(input, weight, bias)``, ``U = bn_weight·(Y − μ)·r + bn_bias``,
+    ``act(U [+ residual])``. In training μ and the variance are those of ``Y``, otherwise the
+    running ones. ``arithmetic`` sets r:
 
     - ``"batchnorm"``: ``1/√(biased variance + eps)``, as in ``nn.BatchNorm``.
     - ``"tutorial"``: ``1/(√(unbiased variance) + eps)``.

@@ -7,15 +7,15 @@ from torch import nn
 
 
 class Synchronised(NamedTuple):
-    """Whether a layer is synchronised, and in which group; None is the group of all processes, as in
-    nn.SyncBatchNorm."""
+    """Whether a layer is synchronised, and in which group; None is the group of all processes, as
+    in nn.SyncBatchNorm."""
 
     on: bool
     group: Any  # dist.ProcessGroup | None; not every build of torch has torch.distributed
 
     def group_name(self) -> str:
-        """The group's current name, or "" where the statistics are those of one process: the layer is not
-        synchronised, the group has one process, or this process is not in it."""
+        """The group's current name, or "" where the statistics are those of one process: the layer
+        is not synchronised, the group has one process, or this process is not in it."""
         if not self.on or not (dist.is_available() and dist.is_initialized()):
             return ""
         group = self.group if self.group is not None else dist.group.WORLD
@@ -29,7 +29,8 @@ NOT_SYNCHRONISED = Synchronised(False, None)
 
 
 def group_name_of(bn: nn.Module) -> str:
-    """The name of the group over which a batch norm module takes its statistics in its current mode."""
+    """The name of the group over which a batch norm module takes its statistics in its current
+    mode."""
     if isinstance(bn, nn.SyncBatchNorm) and bn.training:
         return Synchronised(True, bn.process_group).group_name()
     return ""

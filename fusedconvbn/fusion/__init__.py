@@ -1,22 +1,31 @@
 """Whole models: `fuse(model)` and the backend of ``torch.compile``.
 
-    capture      TorchDynamo reads a model's forward
-    nodes        the nodes of its graph
-    calls        what they call: convolutions, batch norms, activations
-    accesses     what they read and write
-    normal_form  one form for each of them; handwritten: for activations, too
-    matcher      finds chains; match: what it finds
-    rewrite      puts calls of the operators in their place; pooling: for pools, too
-    checkpoints  bodies of graphs that run more than once
-    profile      what a graph saves for backward
-    plan         which maps are saved under a budget
-    graph        all of that for one graph
-    model        a fused model, and when it is captured
-    find         the plan of a whole model, from example inputs
     api          fuse, unfuse
     report       explain
+    backend      the backend of torch.compile
+    find         captures a whole model with example inputs, and makes its plan
+    model        a fused model, which captures its graphs when it is called
     script       a fused model for TorchScript
-    sequential   a chain that is built by hand
+    sequential   a chain built by hand
 
-The operator's modules know nothing of this.
+    capture      makes TorchDynamo capture a model's forward
+    graph        one captured graph; the files below each do a part of it
+    nodes        values, memory and arguments of nodes
+    calls        recognises convolutions, batch norms, activations
+    accesses     which nodes read and write the same memory
+    checkpoints  checkpoints in a graph
+    normal_form  brings a graph into one form
+    handwritten  finds activations written by hand, for the normal form
+    matcher      finds chains
+    match        a chain that was found
+    rewrite      replaces chains by calls of the operators
+    pooling      replaces pools by ones that save less
+
+    profile      measures what a graph saves for backward
+    plan         decides which maps are saved under a budget
+    calibration  measures how long recomputing them takes
+    copies       copies of models
+    progress     a progress bar
+
+The operator's modules import nothing from here.
 """

@@ -57,29 +57,29 @@ class Accesses:
 
     Attributes:
         order: the index of each node.
-        names: the nodes whose values lie in a memory, by the identity of that memory.
+        aliases: the nodes whose values lie in a memory, by the identity of that memory.
         writes, readers: the nodes that write to it, and that read it.
     """
 
     def __init__(self, graph: fx.Graph) -> None:
         self.order = {node: i for i, node in enumerate(graph.nodes)}
-        self.names: dict[int | None, list[fx.Node]] = defaultdict(list)
+        self.aliases: dict[int | None, list[fx.Node]] = defaultdict(list)
         self.writes: dict[int | None, list[fx.Node]] = defaultdict(list)
         self.readers: dict[int | None, list[fx.Node]] = defaultdict(list)
         for node in graph.nodes:
-            self.names[storage(node)].append(node)
+            self.aliases[storage(node)].append(node)
             for target in mutated(node):
                 self.writes[storage(target)].append(node)
             for read in node.all_input_nodes:
                 self.readers[storage(read)].append(node)
 
-    def may_be_lost(self, node: fx.Node, x: fx.Node) -> bool:
+    def is_write_unseen(self, node: fx.Node, x: fx.Node) -> bool:
         """Whether a node may stop writing to its argument x without anybody noticing: neither x nor
-        another tensor in the same memory is an input of the graph, or is read afterwards. Also true where
-        the node does not write to x."""
+        another tensor in the same memory is an input of the graph, or is read afterwards. Also true
+        where the node does not write to x."""
         if x not in mutated(node):
             return True
         now = self.order[node]
-        before = [n for n in self.names[storage(x)] if self.order[n] < now]
+        before = [n for n in self.aliases[storage(x)] if self.order[n] < now]
         outside = any(n.op in ("placeholder", "get_attr") for n in before)
         return not outside and all(self.order[user] <= now for n in before for user in n.users)

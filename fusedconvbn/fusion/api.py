@@ -1,4 +1,4 @@
-"""Whole models: one call that fuses, one that gives the original back."""
+"""Whole models: one call fuses a model, another restores the original."""
 
 import warnings
 from collections.abc import Mapping
@@ -25,47 +25,58 @@ def fuse(
     inplace: bool = False,
     calibrate: bool = False,
 ) -> nn.Module:
-    r"""The same network with less memory: its convolutions, batch norms and activations run as chains that save some of their
-    feature maps for backward and recompute the others.
+    r"""The same network with less memory: its convolutions, batch norms and activations run as
+    chains, which save some of their feature maps for backward and recompute the others.
 
-    TorchDynamo, the front end of ``torch.compile``, captures what the model's ``forward`` computes. In the captured graphs
-    are found: convolution → batch norm → activation, with a residual that is added before the activation, and batch norm →
-    activation → convolution, in rows as long as each map has one reader; concatenations in front of them, whose parts alone
-    are saved; and products with one value per sample and channel, as squeeze-and-excitation has. What it is written with
-    does not matter: modules, subclasses of them, functions, methods. What is not fused is left as it is;
-    :func:`fusedconvbn.explain` says why.
+    TorchDynamo, the front end of ``torch.compile``, captures what the model's ``forward`` computes.
+    These patterns are found in the captured graphs, whether they are written with modules,
+    subclasses of them, functions or methods:
 
-    Parameters, buffers, ``state_dict`` keys, modules and hooks stay. The model gets a subclass of its class, of the same name, whose
-    ``forward`` runs the captured graphs; what they took for granted (modes, attributes, shapes, hooks inside) is
-    looked at in every call, and where it has changed the model is captured again, which takes seconds. What Python does in
-    the forward besides happens in every call.
+    - convolution → batch norm → activation, with a residual that is added before the activation,
+      and batch norm → activation → convolution, continued as long as each map has a single reader;
+    - concatenations in front of them, of which only the parts are saved;
+    - products with one value per sample and channel, as in squeeze-and-excitation.
+
+    Everything else stays as it is; :func:`fusedconvbn.explain` says why it was not fused.
+
+    Parameters, buffers, ``state_dict`` keys, modules and hooks stay. The model gets a subclass of
+    its class, of the same name, whose ``forward`` runs the captured graphs. Each call checks the
+    assumptions of the captured graphs (modes, attributes, shapes, hooks inside). Where one has
+    changed, the model is captured again, which takes seconds. Side effects of the forward happen in
+    every call.
 
     Args:
         model: not changed unless ``inplace``.
-        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments of the size in which the model will be
-            trained. The model is captured and the plan is made with their shapes; nothing is computed, unless the graph
-            breaks at something that needs values: then a copy of the model runs. Without them that is done at the first call.
-        memory: what may be saved for backward. A float is a fraction of what eager saves for ``example_inputs``, an
-            int or a string like ``"6GiB"`` bytes; the plan is the fastest one within. ``"min"`` saves nothing that can be
-            recomputed. ``"auto"`` gives up what it must until 0.53 of eager's bytes are reached or nothing is left; on CPU first
-            what is nearly free to recompute, also below that.
-        inplace: change ``model``; otherwise the result is a copy that shares its parameters and buffers.
-        calibrate: measure on the model's device how long recomputing each map takes, instead of estimating it from its FLOPs
-            and bytes. Needs ``example_inputs``.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments, of the size
+            in which the model will be trained. The model is captured, and the plan is made, with
+            their shapes. Nothing is computed, unless the graph breaks where it needs values: then a
+            copy of the model runs. Without ``example_inputs`` the first call does all this.
+        memory: what may be saved for backward. A float is a fraction of what eager saves for
+            ``example_inputs``; an int, or a string like ``"6GiB"``, is a number of bytes; the plan
+            is the fastest one within this budget. ``"min"`` saves nothing that can be recomputed.
+            ``"auto"`` recomputes as many maps as it takes to come down to 0.53 of eager's bytes, or
+            all of them if that is not enough; on CPU it begins with the maps that are nearly free
+            to recompute, and recomputes these below 0.53, too.
+        inplace: change ``model``; otherwise the result is a copy that shares its parameters and
+            buffers.
+        calibrate: measure on the model's device how long recomputing each map takes, instead of
+            estimating it from FLOPs and bytes. Needs ``example_inputs``.
 
     Returns:
-        The fused model. ``print`` shows that it is one, and so does :func:`fusedconvbn.is_fused`.
+        The fused model. ``print`` and :func:`fusedconvbn.is_fused` show that it is fused.
 
     Raises:
-        ValueError: ``memory`` breaks the rule above, needs ``example_inputs``, or is less than what can be reached;
-            the message says how much that is.
+        ValueError: ``memory`` breaks the rule above, needs ``example_inputs``, or is less than the
+            least that is possible; the message says how much that is.
         TypeError: ``model`` is scripted, no module, or cannot be copied and ``inplace`` is off.
 
     Warns:
-        UserWarning: nothing was fused, or memory does not fall; and later, once, if a call of the model runs unfused.
+        UserWarning: nothing was fused, or memory does not fall; and later, once, if a call of the
+            model runs unfused.
 
     Example:
-        >>> model = fusedconvbn.fuse(torchvision.models.resnet50(), torch.randn(64, 3, 224, 224), memory="auto")
+        >>> example = torch.randn(64, 3, 224, 224)
+        >>> model = fusedconvbn.fuse(torchvision.models.resnet50(), example, memory="auto")
         >>> model(images).sum().backward()
     """
     memory = checked(model, example_inputs, memory, calibrate)
@@ -82,25 +93,28 @@ def fuse(
 
 
 def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
-    """The model as it was before :func:`fuse`: it runs its own ``forward`` again, and so does every module inside.
+    """The model as it was before :func:`fuse`: it, and every module inside, runs its own
+    ``forward`` again.
 
     Args:
-        model: with fused models anywhere in it.
-        inplace: change ``model``; otherwise the result is a copy that shares its parameters and buffers.
+        model: a fused model, or a model with fused models inside.
+        inplace: change ``model``; otherwise the result is a copy that shares its parameters and
+            buffers.
 
     Returns:
         The model, of its own class.
 
     Raises:
-        TypeError: the model's class was exchanged after it was fused, as by ``fully_shard``.
+        TypeError: the model's class was replaced after it was fused, as by ``fully_shard``.
     """
     model = model if inplace else _sharing_copy(model)
     for module in model.modules():
         if hasattr(type(module), "_fusion"):
             if "_fusion" not in vars(type(module)):
                 raise TypeError(
-                    f"unfuse: expected a model as fuse made it, got a {type(module).__name__} whose class "
-                    "was exchanged since; unfuse it before fully_shard"
+                    "unfuse: expected a model as fuse returned it, got a "
+                    f"{type(module).__name__} whose class was replaced since; unfuse it before "
+                    "fully_shard"
                 )
             module._fusion.take_off(module)
     return model
@@ -116,7 +130,8 @@ def checked(
 ) -> float | int | str:
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
         raise TypeError(
-            f"fuse: expected model to be an nn.Module that is not scripted, got {type(model).__name__}"
+            "fuse: expected model to be an nn.Module that is not scripted, got "
+            f"{type(model).__name__}"
         )
     for name, module in model.named_modules():
         refuse_lazy("fuse", f"{name or 'model'!r}", module)
@@ -128,7 +143,8 @@ def checked(
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
-    """The model that ``torch.compile`` was given: a captured graph cannot be captured again."""
+    """The model inside the result of ``torch.compile``, since a compiled model cannot be
+    captured."""
     return getattr(model, "_orig_mod", model)
 
 
@@ -137,7 +153,8 @@ def _sharing_copy(model: nn.Module) -> nn.Module:
 
 
 def args_and_kwargs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A tensor, a sequence of positional arguments, or a mapping of keyword arguments."""
+    """The arguments of a call, from a tensor, a sequence of positional or a mapping of keyword
+    ones."""
     if isinstance(example_inputs, Mapping):
         return (), dict(example_inputs)
     if isinstance(example_inputs, (tuple, list)):
@@ -146,27 +163,24 @@ def args_and_kwargs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any
 
 
 def _stand_ins(example_inputs: Any) -> Any:
-    """The same without data."""
+    """The arguments of a call, with tensors that have no data."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     return pytree.tree_map_only(Tensor, mode.from_tensor, args_and_kwargs(example_inputs))
 
 
 def _warn_if_useless(name: str, found: "Findings") -> None:
-    fused, norms = (
-        sum(len(g.matches) for g in found.graphs),
-        sum(g.norms * g.runs for g in found.graphs),
-    )
-    if not fused:
+    norms = sum(g.norms * g.runs for g in found.graphs)
+    if not any(g.matches for g in found.graphs):
         none = "no captured graph of it runs one" if found.untraceable else "it runs no batch norm"
         what = f"none of its {norms} batch norms can be" if norms else none
-        reasons = {reason for g in found.graphs for reason in g.refused.values()} | set(
-            found.untraceable.values()
-        )
-        said = f": {'; '.join(sorted(reasons)[:3])}" if reasons else ""
-        warnings.warn(f"fuse: nothing of {name} is fused, {what}{said}", stacklevel=3)
+        reasons = {reason for g in found.graphs for reason in g.refused.values()}
+        reasons |= set(found.untraceable.values())
+        why = f": {'; '.join(sorted(reasons)[:3])}" if reasons else ""
+        warnings.warn(f"fuse: nothing of {name} is fused, {what}{why}", stacklevel=3)
     elif found.saved > 0.95 * found.eager:
+        share = found.saved / max(found.eager, 1)
         warnings.warn(
-            f"fuse: {name} saves {found.saved / max(found.eager, 1):.2f} of eager's bytes for these inputs; "
+            f"fuse: {name} saves {share:.2f} of eager's bytes for these inputs; "
             "fusedconvbn.explain says where they are",
             stacklevel=3,
         )

@@ -15,24 +15,27 @@ _OPTIONS = ("memory", "inner")
 def backend(
     module: fx.GraphModule, example_inputs: Sequence[Any], options: dict[str, Any] | None = None
 ) -> Callable[..., Any]:
-    """The backend that torch finds by its name: runs the chains of a captured graph as :func:`fusedconvbn.fuse` does.
+    """The backend that torch finds by its name: runs the chains of a captured graph as
+    :func:`fusedconvbn.fuse` does.
 
     Args:
         module, example_inputs: from TorchDynamo.
-        options: of ``torch.compile``. ``memory`` is that of :func:`fusedconvbn.fuse`; here it is the budget of each captured
-            graph. ``inner`` names a backend, as ``"inductor"``, that compiles all else; None runs it as it is.
+        options: of ``torch.compile``. ``memory`` is as in :func:`fusedconvbn.fuse`, but the budget
+            of each captured graph. ``inner`` names a backend, as ``"inductor"``, that compiles
+            everything else; with None it runs eagerly.
 
     Returns:
-        What runs the graph.
+        A function that runs the graph.
 
     Raises:
-        ValueError, TypeError: an option is another, or breaks a rule of :func:`fusedconvbn.fuse`.
+        ValueError, TypeError: an option is unknown, or breaks a rule of :func:`fusedconvbn.fuse`.
     """
     options = options or {}
     for name in options:
         if name not in _OPTIONS:
             raise ValueError(
-                f"backend 'fusedconvbn': expected options {', '.join(map(repr, _OPTIONS))}, got {name!r}"
+                f"backend 'fusedconvbn': expected options {', '.join(map(repr, _OPTIONS))}, "
+                f"got {name!r}"
             )
     inner = options.get("inner")
     plan = Plan(parse_memory(options.get("memory", "auto")))

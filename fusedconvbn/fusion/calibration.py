@@ -17,8 +17,8 @@ _RUNS = 10  # between two events
 
 
 def measured_seconds(maps: list[InnerMap], links: list[Link]) -> list[InnerMap]:
-    """The maps with the measured seconds of their links: of the convolution, or of one pass in place.
-    Equal links are measured once."""
+    """The maps with the measured seconds of their links: of the convolution, or of one pass in
+    place. Equal links are measured once."""
     known: dict[object, float] = {}
     result = []
     for m, link in zip(maps, links, strict=True):

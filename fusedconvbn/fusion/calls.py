@@ -1,5 +1,5 @@
-"""Recognises convolutions, batch norms, activations and concatenations among the calls of a captured
-graph, however they were written."""
+"""Recognises convolutions, batch norms, activations and concatenations among the calls of a
+captured graph, however they were written."""
 
 import math
 import operator
@@ -74,8 +74,9 @@ def normalise(
     eps: float,
     process_group: str = "",
 ) -> Tensor:
-    """A batch norm that is synchronised, or whose running statistics are the average over all batches.
-    capture.py puts this call into a graph, as the module's own forward cannot be captured."""
+    """A batch norm that is synchronised, or whose running statistics are the average over all
+    batches. capture.py puts this call into a graph, as the module's own forward cannot be
+    captured."""
     buffers, _, packed_momentum, _ = pack_batch_norm(
         training, momentum, running_mean, running_var, num_batches_tracked
     )
@@ -233,9 +234,6 @@ def _clamped(low: Any, high: Any) -> str | None:
     if isinstance(low, fx.Node) or isinstance(high, fx.Node) or low != 0:
         return None
     return {None: "relu", math.inf: "relu", 6: "relu6"}.get(high)
-
-
-# ---------------------------------------------------------------------------------------- writes and concatenations
 
 
 def parts_of(node: fx.Node) -> list[fx.Node] | None:

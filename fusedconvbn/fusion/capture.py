@@ -1,5 +1,5 @@
-"""Makes TorchDynamo capture a model: its settings, the frame at which it begins, and what it captures of
-batch norms."""
+"""Makes TorchDynamo capture a model: its settings, the frame at which it begins, and what it
+captures of batch norms."""
 
 import functools
 import os
@@ -48,8 +48,8 @@ _lock = threading.RLock()  # one thread at a time replaces the forwards
 
 
 def is_capturing() -> bool:
-    """Whether a fused model is being captured, as opposed to a compiler's graph that the model is a part
-    of."""
+    """Whether a fused model is being captured, as opposed to a compiler's graph that the model is a
+    part of."""
     return _capturing > 0
 
 
@@ -57,8 +57,9 @@ is_capturing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _forward(self: nn.Module, input: Tensor) -> Tensor:
-    """What is captured in place of `_BatchNorm.forward` and `SyncBatchNorm.forward`. The former breaks the
-    graph at ``float(num_batches_tracked)``, the latter at collectives and, on CPU, at an error."""
+    """What is captured in place of `_BatchNorm.forward` and `SyncBatchNorm.forward`. The former
+    breaks the graph at ``float(num_batches_tracked)``, the latter at collectives and, on CPU, at an
+    error."""
     synchronised = isinstance(self, nn.SyncBatchNorm)
     counts = self.training and self.track_running_stats and self.num_batches_tracked is not None
     one_sided = (self.running_mean is None) != (self.running_var is None)
@@ -81,8 +82,8 @@ _GLOBAL_HOOKS = (
 
 
 def _only_watches(hook: Any) -> bool:
-    """Whether a hook on all modules only records which module runs, as a FLOP counter's does. Such a hook
-    would break the graph at each module."""
+    """Whether a hook on all modules only records which module runs, as a FLOP counter's does. Such
+    a hook would break the graph at each module."""
     return getattr(hook, "__module__", "") in (
         "torch.utils.module_tracker",
         "fusedconvbn.recompute_check",
@@ -181,8 +182,8 @@ class _Stop(BaseException):
 def capture_whole(
     model: nn.Module, forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> tuple[fx.GraphModule, list[Any]] | dict[str, str]:
-    """The graph of a model's forward, and the graph's inputs; or, where the graph breaks, the place and
-    the reason. Nothing of the model runs."""
+    """The graph of a model's forward, and the graph's inputs; or, where the graph breaks, the place
+    and the reason. Nothing of the model runs."""
     found: list[tuple[fx.GraphModule, list[Any]]] = []
 
     def backend(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:

@@ -20,8 +20,8 @@ def _is_checkpoint(node: fx.Node) -> bool:
 def _run_checkpoint(
     body: fx.GraphModule, written: tuple[int, ...], *args: Any, **kwargs: Any
 ) -> Any:
-    """Runs the graph `body` in a checkpoint. The inputs that the graph writes to, at the indices `written`,
-    are not the checkpoint's: it would find them changed in backward."""
+    """Runs the graph `body` in a checkpoint. Inputs that the graph writes to, at the indices
+    `written`, are not passed through the checkpoint: in backward it would find them changed."""
 
     def run(*given: Any) -> Any:
         rest = iter(given)
@@ -33,8 +33,8 @@ def _run_checkpoint(
 
 
 def run_checkpoints(module: fx.GraphModule) -> None:
-    """Makes the checkpoints of a graph run as such where no compiler does: a captured checkpoint only marks
-    what to recompute."""
+    """Makes the checkpoints of a graph run as such where no compiler does: a captured checkpoint
+    only marks what to recompute."""
     for node in module.graph.nodes:
         if node.op == "call_function" and _is_checkpoint(node):
             body = getattr(module, node.args[0].target)

@@ -11,8 +11,9 @@ from torch.utils import _pytree as pytree
 def copied(
     model: nn.Module, inputs: Any, of_tensor: Callable[[Tensor], Tensor], advice: str
 ) -> tuple[nn.Module, Any]:
-    """A copy of a model and of its inputs, with what `of_tensor` makes of them in the place of their tensors: one for each. Besides
-    parameters and buffers these are what a hook made of them for the last call, as pruning does.
+    """A copy of a model and of its inputs, in which each tensor is replaced by `of_tensor` of it.
+    The tensors of a model are its parameters, its buffers, and what hooks computed for the last
+    call, as pruning does.
 
     Raises:
         TypeError: deepcopy fails; the message ends with `advice`.
@@ -24,7 +25,7 @@ def copied(
             new = of_tensor(t)
             plain = isinstance(t, nn.Parameter) and type(new) is Tensor
             new = memo[id(t)] = nn.Parameter(new, t.requires_grad) if plain else new
-            memo[id(new)] = new  # is not copied again
+            memo[id(new)] = new  # so that deepcopy does not copy it
         return memo[id(t)]
 
     for m in model.modules():
@@ -36,7 +37,8 @@ def copied(
         return copy.deepcopy((model, inputs), memo)
     except Exception as error:
         raise TypeError(
-            f"fuse: expected a model that copy.deepcopy takes, got {type(error).__name__}: {error}; {advice}"
+            "fuse: expected a model that copy.deepcopy takes, got "
+            f"{type(error).__name__}: {error}; {advice}"
         ) from error
 
 

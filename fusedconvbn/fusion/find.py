@@ -1,4 +1,4 @@
-"""What is found in a model for its example inputs, and decided about it."""
+"""Captures a whole model with its example inputs, and decides which of its maps are saved."""
 
 import random
 import sys
@@ -21,18 +21,23 @@ from .model import original_forward
 from .plan import InnerMap, Plan
 from .progress import progress
 
-_ADVICE = "as its graph breaks a copy has to run; without example_inputs the plan is made at the first call"
+_ADVICE = (
+    "as its graph breaks, a copy has to run; "
+    "without example_inputs the plan is made at the first call"
+)
 
 
 @dataclass
 class Findings:
-    """What was found in a model and decided about it; :class:`fusedconvbn.fusion.report.Report` says it in words.
+    """What was found in a model and decided about it; :class:`fusedconvbn.fusion.report.Report`
+    puts it into words.
 
     Attributes:
-        graphs: that were captured.
-        untraceable: where the graph breaks, so that there are several or a part of the model is in none, and why.
-        eager, least: bytes that the model saves as it is, and with no inner map saved.
-        plan: what is saved.
+        plan: which maps are saved.
+        graphs: the captured graphs.
+        untraceable: by the place of a graph break, its reason. With breaks there are several
+            graphs, or a part of the model is in none.
+        eager, least: bytes that the model saves unfused, and with no inner map saved.
     """
 
     plan: Plan
@@ -57,10 +62,11 @@ def find(
     memory: float | int | str,
     calibrate: bool,
 ) -> Findings:
-    """Captures a model in training mode (in the modes its modules are in, if the model itself is in it) and plans.
+    """Captures a model in training mode, and makes its plan. If the model is in training mode
+    already, modules inside stay in the modes that they have.
 
     Raises:
-        OutOfReach: the budget is less than what can be reached.
+        OutOfReach: the budget is below the least that is possible.
     """
     found = Findings(Plan(memory))
     with progress(f"fuse {type(model).__name__}", 3) as stage, _training(model) as trained:
@@ -83,12 +89,13 @@ def _plan(found: Findings) -> None:
 
 @contextmanager
 def _training(model: nn.Module) -> Iterator[nn.Module]:
-    """A model in training mode: a copy where `train` is one that does more than to set the mode."""
+    """A model in training mode: a copy where a module has a `train` of its own, which may do more
+    than set the mode."""
     modes = {m: m.training for m in model.modules()}
     try:
         if not model.training:
             if any(type(m).train is not nn.Module.train for m in modes):
-                advice = "as its train() is one of its own, and fuse must not call it on the model"
+                advice = "as it has a train() of its own, which fuse must not call on the model"
                 model, _ = copied(model, (), copy_of, advice)
             model.train()
         yield model
@@ -131,7 +138,8 @@ def _run_in_parts(
     found: Findings,
     of_tensor: Callable[[Tensor], Tensor],
 ) -> None:
-    """Runs copies of a model whose graph breaks, with tensors of their own: once as it is and once with its chains."""
+    """Runs two copies of a model whose graph breaks, with tensors of their own: one unfused, one
+    fused."""
     totals = []
     for fused in (False, True):
         inputs = (tuple(args), dict(kwargs))
@@ -145,7 +153,7 @@ def _run_in_parts(
             found.graphs.append(graph)
 
             def run(*given: Any) -> Any:
-                graph.runs += 1  # Dynamo runs one graph for several modules where it can
+                graph.runs += 1  # several modules may share a graph
                 return module.forward(*given)
 
             return run
@@ -155,7 +163,7 @@ def _run_in_parts(
             t for t in pytree.tree_leaves((other_args, other_kwargs)) if isinstance(t, Tensor)
         ]
         device = tensors[0].device if tensors else torch.device("cpu")
-        with _random_states_kept(device), saved_storages(device) as storages:
+        with _random_states_restored(device), saved_storages(device) as storages:
             result = call(other, "0", original_forward(other), other_args, other_kwargs)
             totals.append(sum(storages.values()))
             del result
@@ -165,7 +173,7 @@ def _run_in_parts(
 
 
 @contextmanager
-def _random_states_kept(device: torch.device) -> Iterator[None]:
+def _random_states_restored(device: torch.device) -> Iterator[None]:
     numpy = sys.modules.get("numpy")
     python, of_numpy = random.getstate(), numpy and numpy.random.get_state()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -21,7 +21,8 @@ from .rewrite import rewrite
 
 @dataclass
 class Graph:
-    """A captured graph whose chains save nothing but their inputs, until :meth:`save` says what else.
+    """A captured graph whose chains save nothing but their inputs, until :meth:`save` says what
+    else.
 
     Attributes:
         module: runs it.
@@ -33,7 +34,8 @@ class Graph:
         norms: the number of its batch norms.
         pairs: of the batch norms right behind a convolution.
         fused_pairs: of these in one chain with their convolution.
-        refused: by the name of a batch norm, why it is in no chain, or not in that of its convolution.
+        refused: by the name of a batch norm, why it is in no chain, or not in that of its
+            convolution.
         step_flops: floating point operations of the convolutions in an unfused training step.
         device: the figures of the device that it runs on.
         eager, least: what it saves unfused, and with no inner map saved.
@@ -72,7 +74,8 @@ class Graph:
             module: changed in place.
             example_inputs: those that Dynamo gives a backend.
             paths: of the modules of the model, by their ids.
-            groups: names of the process groups of synchronised batch norms, by the ids of the modules.
+            groups: names of the process groups of synchronised batch norms, by the ids of the
+                modules.
             measured: whether to measure what is saved unfused and fused.
             compiled: whether a compiler gets the result; it has its own pooling and checkpoints.
         """

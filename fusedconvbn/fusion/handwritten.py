@@ -27,7 +27,7 @@ _ERF = (torch.erf, torch.special.erf, "erf")
 
 
 def _only_argument(node: Any, targets: Iterable[Any]) -> Any:
-    """x of f(x), where f is one of `targets`."""
+    """x, where a node is f(x) with f among `targets`."""
     if not isinstance(node, fx.Node) or node.target not in targets:
         return None
     rest = {k: v for k, v in node.kwargs.items() if k not in ("inplace", "input")}
@@ -36,7 +36,7 @@ def _only_argument(node: Any, targets: Iterable[Any]) -> Any:
 
 
 def _is_plus(node: Any, x: fx.Node, number: float) -> bool:
-    """x + number"""
+    """Whether a node is x + number."""
     if (
         not isinstance(node, fx.Node)
         or node.target not in ADD
@@ -49,7 +49,7 @@ def _is_plus(node: Any, x: fx.Node, number: float) -> bool:
 
 
 class _Product:
-    """A product of nodes and a number, taken apart."""
+    """The factors of a product of nodes, its number, and the nodes that compute it."""
 
     def __init__(self, node: Any) -> None:
         self.number, self.factors, self.nodes = 1.0, [], []
@@ -76,26 +76,26 @@ class _Product:
 
 
 def _by_hand(product: _Product) -> tuple[fx.Node, str, list[fx.Node]] | None:
-    """x, the name and the nodes of an activation that is x·g(x) times a number."""
+    """The input x, the name and the inner nodes of an activation that is a number times x·g(x)."""
     if len(product.factors) != 2 or not all(isinstance(f, fx.Node) for f in product.factors):
         return None
 
-    def near(number: float) -> bool:
+    def is_times(number: float) -> bool:
         return math.isclose(product.number, number, rel_tol=1e-6)
 
     for x, g in (product.factors, product.factors[::-1]):
         inner = g.args[0] if g.args else None
         activation = activation_of(g)
-        if near(1) and activation == (x, "sigmoid"):
+        if is_times(1) and activation == (x, "sigmoid"):
             return x, "silu", [g]
-        if near(1) and _only_argument(g, _HARDSIGMOID) is x:
+        if is_times(1) and _only_argument(g, _HARDSIGMOID) is x:
             return x, "hardswish", [g]
-        if near(1) and activation == (inner, "tanh") and _only_argument(inner, _SOFTPLUS) is x:
+        if is_times(1) and activation == (inner, "tanh") and _only_argument(inner, _SOFTPLUS) is x:
             return x, "mish", [g, inner]
-        if near(1 / 6) and activation == (inner, "relu6") and _is_plus(inner, x, 3):
+        if is_times(1 / 6) and activation == (inner, "relu6") and _is_plus(inner, x, 3):
             return x, "hardswish", [g, inner]
         # x·(1 + erf(x/√2))/2
-        if near(0.5) and g.target in ADD and len(g.args) == 2 and 1 in g.args:
+        if is_times(0.5) and g.target in ADD and len(g.args) == 2 and 1 in g.args:
             erf = next(a for a in g.args if a != 1)
             scaled = _only_argument(erf, _ERF)
             if isinstance(scaled, fx.Node):
@@ -108,8 +108,8 @@ def _by_hand(product: _Product) -> tuple[fx.Node, str, list[fx.Node]] | None:
 
 
 def name_activations(graph: fx.Graph) -> None:
-    """Puts ``F.silu(x)`` in the place of ``x * sigmoid(x)``, and so for the others that have no function of their own in a
-    model."""
+    """Replaces ``x * sigmoid(x)`` by ``F.silu(x)``, and other activations written by hand
+    likewise."""
     accesses = Accesses(graph)
     for root in list(graph.nodes):
         if (
@@ -120,7 +120,7 @@ def name_activations(graph: fx.Graph) -> None:
             continue
         product = _Product(root)
         found = _by_hand(product)
-        if found is None or not all(accesses.may_be_lost(root, t) for t in mutated(root)):
+        if found is None or not all(accesses.is_write_unseen(root, t) for t in mutated(root)):
             continue
         x, name, nodes = found
         inner = {*nodes, *product.nodes} - {root}

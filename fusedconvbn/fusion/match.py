@@ -13,10 +13,10 @@ class Link:
     """A convolution, a batch norm or a PReLU of a chain.
 
     Attributes:
-        op: with nodes in the place of tensors.
-        name: of the call, in any capture of the model.
-        input: the node that its call reads.
-        result: the node of its result, the activation's if there is one behind it.
+        op: the link of the operator, with nodes for tensors.
+        name: of the call, the same in every capture of the model.
+        input: the node that the call reads.
+        result: the node of the link's result: the activation's, if there is one behind it.
     """
 
     op: Conv | Norm | Prelu
@@ -30,8 +30,10 @@ class Match:
     """A chain in a graph.
 
     Attributes:
-        input: the maps whose channels it begins with: one, or the parts of a concatenation.
-        nodes: what it stands for, in order.
+        input: its input: one node, or the parts of a concatenation of channels.
+        links: its links, in order.
+        nodes: the nodes that it replaces, in order.
+        gate, residual: their nodes, or None.
     """
 
     input: list[fx.Node]
@@ -50,12 +52,13 @@ class Match:
 
     @property
     def ops(self) -> list[ChainLink]:
-        """The links as :func:`fusedconvbn.chain.pack` takes them."""
+        """The links for :func:`fusedconvbn.chain.pack`."""
         ops: list[ChainLink] = [link.op for link in self.links]
         return ops if self.gate is None else [Gate(self.gate), *ops]
 
     def inner(self) -> list[Link]:
-        """Those whose results the chain may save or recompute; the first one's is map 1, or 2 behind a gate."""
+        """The links whose results the chain may save or recompute. The result of the first one is
+        map 1, or, behind a gate, map 2."""
         return self.links[:-1]
 
     def extend(self, node: fx.Node, x: fx.Node, op: Conv | Norm | Prelu, name: str) -> None:
@@ -67,7 +70,8 @@ class Match:
         return isinstance(op, Norm) and op.activation == "none"
 
     def saves_memory(self) -> bool:
-        """Whether it keeps less than its calls would: batch norm has a convolution beside it, or an activation."""
+        """Whether the chain saves less than its calls: it has a batch norm, and a convolution or an
+        activation beside it."""
         norms = [link.op for link in self.links if isinstance(link.op, Norm)]
         return bool(norms) and (len(self.links) > 1 or norms[0].activation != "none")
 

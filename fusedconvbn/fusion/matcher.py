@@ -17,7 +17,8 @@ from .nodes import is_map, module_of, single_use, storage, value
 
 
 class Names:
-    """Names of calls that are the same in every capture of a model: the path of the innermost module that makes it."""
+    """Names of calls, the same in every capture of a model: the path of the innermost module that
+    makes a call, with a number from its second call on."""
 
     def __init__(self, paths: Mapping[str, str]) -> None:
         self.paths = paths  # by str(id(module))
@@ -39,9 +40,11 @@ class Matcher:
     Attributes:
         matches: the chains, in the order in which they end.
         norms: the name of each batch norm.
-        pairs: of each batch norm right behind a convolution.
-        refused: name of a batch norm that is in no chain, and why.
-        groups: of each batch norm that is synchronised, by the id of its module.
+        pairs: the batch norms right behind a convolution.
+        fused_pairs: how many of these are in one chain with their convolution.
+        refused: by the name of a batch norm, why it is in no chain, or not in that of its
+            convolution.
+        groups: the process group of each synchronised batch norm, by the id of its module.
     """
 
     def __init__(
@@ -60,7 +63,7 @@ class Matcher:
         self.open: dict[fx.Node, Match] = {}  # by the last node
         for node in graph.nodes:
             group = self.groups.get(module_of(node))
-            if node.target is normalise and group:  # also where it is in no chain
+            if node.target is normalise and group:  # even if it will be in no chain
                 node.kwargs = {**node.kwargs, "process_group": group}
             self._visit(node)
         self.matches = sorted(self._undisturbed(), key=lambda m: self.order[m.end])
@@ -68,7 +71,8 @@ class Matcher:
         self._explain_the_rest()
 
     def _regions(self) -> dict[fx.Node, int]:
-        """Between calls that change a mode, as autocast or whether gradients are recorded; no chain may cross one."""
+        """The number of calls in front of each node that change a mode, as autocast and no_grad do.
+        No chain may cross such a call."""
         region, regions = 0, {}
         for node in self.graph.nodes:
             silent = node.op == "call_function" and "example_value" not in node.meta
@@ -78,7 +82,8 @@ class Matcher:
         return regions
 
     def _counters(self) -> dict[Any, fx.Node]:
-        """The counts of batches, each with one that is added to it and nothing else, by their modules."""
+        """The nodes that add 1 to a module's count of batches, by the module. The count must have
+        no other reader."""
         found = {}
         for node in self.graph.nodes:
             counter = node.args[0] if node.args else None
@@ -92,7 +97,7 @@ class Matcher:
                 found[module_of(node)] = node
         return found
 
-    # ---------------------------------------------------------------------------------------- growing
+    # ------------------------------------------------------------------------------ growing chains
 
     def _visit(self, node: fx.Node) -> None:
         if node.op not in ("call_function", "call_method"):
@@ -166,7 +171,8 @@ class Matcher:
         )
 
     def _new(self, x: fx.Node, node: fx.Node) -> Match:
-        """A chain that begins with a convolution of x, or of what x is the product of."""
+        """A new chain whose first convolution reads x. Where x is a product with a gate, the chain
+        begins with the gate."""
         if (
             x.target in MUL
             and len(x.args) == 2
@@ -175,7 +181,7 @@ class Matcher:
         ):
             for whole, gate in (x.args, x.args[::-1]):
                 gate = _unexpanded(gate, whole)
-                if _is_gate(value(gate), value(whole)) and self.accesses.may_be_lost(x, whole):
+                if _is_gate(value(gate), value(whole)) and self.accesses.is_write_unseen(x, whole):
                     return Match([whole], nodes=[x], gate=gate)
         return Match([x])
 
@@ -209,7 +215,7 @@ class Matcher:
             if (
                 this is not other
                 and is_map(value(other))
-                and self.accesses.may_be_lost(node, other)
+                and self.accesses.is_write_unseen(node, other)
                 and self._follows(this, node)
             ):
                 candidates.append((len(match.links), match, this, other))
@@ -223,10 +229,11 @@ class Matcher:
         link.op, link.result = replace(link.op, residual=other), node
         self.open[node] = match
 
-    # ------------------------------------------------------------------------------- what would be wrong
+    # --------------------------------------------------------------------- refusing unsafe chains
 
     def _undisturbed(self) -> list[Match]:
-        """The chains that nothing disturbs. What they do in place is not done in place any more, and so disturbs none of them."""
+        """The chains that no other node disturbs. Writes in place by nodes of these chains do not
+        count, as the chains do not do them in place."""
         chains = [m for m in self.open.values() if m.saves_memory()]
         while True:
             self.gone = {
@@ -238,8 +245,9 @@ class Matcher:
             chains = left
 
     def _is_undisturbed(self, match: Match) -> bool:
-        """Whether nothing that a chain reads is written to before it runs, which is where it ends, nor what it writes to read;
-        and whether its residual is not written to afterwards, where eager would not have saved it."""
+        """Whether a chain may run where its last node stands. Between its first and its last node
+        nobody else may write to what it reads, or read what it writes to. Its residual must not be
+        written to afterwards either: the chain saves it, which eager does not."""
         own = {*match.nodes, *self.gone}
         first, last = self.order[match.nodes[0]], self.order[match.end]
         behind = storage(match.residual) if match.residual is not None else None
@@ -264,10 +272,11 @@ class Matcher:
             )
         return not disturbing
 
-    # -------------------------------------------------------------------------------- virtual concatenation
+    # ----------------------------------------------------------------------- virtual concatenations
 
     def _concatenate(self) -> None:
-        """Chains that read a concatenation of channels read its parts, where nobody else reads the whole."""
+        """Lets chains read the parts of a concatenation of channels, where only chains read the
+        whole."""
         heads: dict[fx.Node, list[Match]] = defaultdict(list)
         for match in self.matches:
             if match.gate is None:
@@ -299,7 +308,7 @@ class Matcher:
                 for match in heads[node]:
                     match.input = parts
 
-    # ------------------------------------------------------------------------------------------- report
+    # -------------------------------------------------------------------------------------- report
 
     def _explain_the_rest(self) -> None:
         """A reason for every batch norm that is in no chain, or not in that of its convolution."""
@@ -323,14 +332,14 @@ _CHANGES_NO_MODE = (torch._C._log_api_usage_once, torch._assert)
 
 
 def _is_gate(gate: Any, x: Any) -> bool:
-    """(N, C, 1, …) for (N, C, *)"""
+    """Whether a gate has the shape (N, C, 1, …) for x of shape (N, C, *)."""
     if not is_map(gate) or not is_map(x) or gate.dim() != x.dim() or gate.dtype != x.dtype:
         return False
     return gate.shape[:2] == x.shape[:2] and all(type(s) is int and s == 1 for s in gate.shape[2:])
 
 
 def _unexpanded(node: Any, other: Any) -> Any:
-    """What multiplies `other` just as well without being expanded to it."""
+    """The node itself, or, where it is expanded to the shape of `other`, the node before that."""
     if isinstance(node, fx.Node) and node.target == "expand_as" and node.args[1:] == (other,):
         return node.args[0]
     return node

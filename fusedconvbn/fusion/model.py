@@ -1,4 +1,5 @@
-"""A fused model: an object of the model's class whose call runs captured graphs with chains in them."""
+"""A fused model: an object of a subclass of the model's class, whose call runs captured graphs that
+have chains in them."""
 
 import copy
 import copyreg
@@ -24,17 +25,18 @@ _STATIC = 8  # captures of each graph of a model, before sizes become dynamic
 
 
 class Fused:
-    """What a fused model's class has in front of the model's own, as `torch.distributed.fsdp.fully_shard` has it. Hooks on the
-    model run around its forward, and what that calls is captured. Copies and pickles are made of the model's own class."""
+    """The first base of a fused model's class; the second is the model's own class (as
+    `torch.distributed.fsdp.fully_shard` does it). Hooks on the model run around its forward, and
+    what the forward calls is captured. Copies and pickles are of the model's own class."""
 
     _fusion: "Fusion"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """The user's own, which may want arguments or keep a register, is for classes of theirs."""
+        """Does nothing. A user's own may require arguments or register each subclass."""
 
     @contextmanager
     def _plain(self) -> Iterator[nn.Module]:
-        """As it was before it was fused, for a while."""
+        """The model as it was before it was fused, inside the context."""
         fused, fusion = type(self), self._fusion
         fusion.take_off(self)
         try:
@@ -49,14 +51,14 @@ class Fused:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         with self._plain() as plain:
-            make, args, *rest = plain.__reduce_ex__(protocol)
-        if make is copyreg.__newobj__:  # of which pickle asks that the object has this very class
-            make, args = copyreg._reconstructor, (args[0], object, None)
-        return (make, args, *rest)
+            create, args, *rest = plain.__reduce_ex__(protocol)
+        if create is copyreg.__newobj__:  # pickle requires that the object has this very class
+            create, args = copyreg._reconstructor, (args[0], object, None)
+        return (create, args, *rest)
 
     def _replicate_for_data_parallel(self) -> nn.Module:
-        self._fusion.tell(
-            "torch.nn.DataParallel makes new replicas for each step; use DistributedDataParallel"
+        self._fusion.warn_once(
+            "torch.nn.DataParallel creates new replicas for each step; use DistributedDataParallel"
         )
         with self._plain() as plain:
             return plain._replicate_for_data_parallel()
@@ -71,22 +73,24 @@ class Fused:
 
 
 class Fusion:
-    """What a fused model's class knows.
+    """The state of a fused model, held by its class.
 
     Attributes:
         plan: which maps are saved; copies share it.
         kind: the model's own class.
+        own: the model's own ``forward``, where the object has one besides its class.
         captures, runs: how many graphs were captured, and how many have run.
-        example: what :mod:`fusedconvbn.fusion.script` captures with: stand-ins for the inputs that the model was fused for.
+        example: stand-ins for the example inputs, with which :mod:`fusedconvbn.fusion.script`
+            captures.
     """
 
     def __init__(self, model: nn.Module, plan: Plan, example: Any = None) -> None:
         self.plan = plan
         self.example = example
         self.kind = type(model)
-        self.own = model.__dict__.get("forward")  # of this object alone
+        self.own = model.__dict__.get("forward")
         self.runs = self.captures = 0
-        self._told = False
+        self._warned = False
         self._version, self._failed = 0, set[tuple[int, bool, bool]]()
         self._methods, self._hooks = _methods(model), global_hooks()
         self._captured: Callable[..., Any] | None = None
@@ -95,7 +99,7 @@ class Fusion:
         self.region = _Region(self)
 
     def forward(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """The model's own."""
+        """The model's own forward."""
         if self.own is None:
             return self.kind.forward(model, *args, **kwargs)
         if isinstance(self.own, types.MethodType):
@@ -118,8 +122,9 @@ class Fusion:
     def run(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if _is_traced():
             return self.forward(model, *args, **kwargs)
-        # Dynamo runs one graph for modules that differ in sizes, where it makes those dynamic: a plan for several graphs
-        # holds for the sizes that it was made for. A model that is called with many others gets dynamic ones.
+        # With dynamic sizes Dynamo would use one graph for modules of different sizes, but a plan
+        # for several graphs is made for static sizes. A model that is called with many sizes gets
+        # dynamic ones.
         static = self.plan.parts > 0 and self.captures <= _STATIC * self.plan.parts
         if static != self._static or self._captured is None:
             self._static = static
@@ -129,8 +134,8 @@ class Fusion:
                 torch._dynamo.eval_frame.reset_code(method.__code__)
             self._methods, self._hooks = _methods(model), global_hooks()
             self._version += 1
-        way = (self._version, model.training, torch.is_grad_enabled())
-        if way in self._failed:
+        state = (self._version, model.training, torch.is_grad_enabled())
+        if state in self._failed:
             return self.forward(model, *args, **kwargs)
         runs = self.runs
         try:
@@ -138,29 +143,31 @@ class Fusion:
         except torch._dynamo.exc.TorchDynamoException as error:
             if self.runs > runs:
                 raise
-            result = self.forward(model, *args, **kwargs)  # raises an error that is the model's own
-            self._failed.add(way)
+            # Raises the error if it is the model's own.
+            result = self.forward(model, *args, **kwargs)
+            self._failed.add(state)
             what = " ".join(str(error).split("\n")[:2])
-            self.tell(f"TorchDynamo cannot capture it: {what}")
+            self.warn_once(f"TorchDynamo cannot capture it: {what}")
             return result
         if self.runs == runs:
-            self.tell(_why_eager())
+            self.warn_once(_why_eager())
         return result
 
     def run_traced(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What Dynamo reads where the model is part of what it captures."""
+        """The forward that Dynamo reads where the model is a part of what it captures."""
         if is_capturing() or torch.compiler.is_exporting():
             return self.forward(model, *args, **kwargs)
         return self.region(lambda *a, **k: self.forward(model, *a, **k), *args, **kwargs)
 
-    def tell(self, reason: str) -> None:
+    def warn_once(self, reason: str) -> None:
         """Warns, once, that the model is run unfused."""
-        if not self._told:
-            self._told = True
+        if not self._warned:
+            self._warned = True
             warnings.warn(f"a fused {self.kind.__name__} runs unfused: {reason}", stacklevel=4)
 
     def _methods_changed(self) -> bool:
-        """Whether a method of one of the model's classes was exchanged, which Dynamo does not see."""
+        """Whether a method of one of the model's classes was replaced, which Dynamo does not
+        guard."""
         namespaces, names, functions = self._methods
         try:
             return [*map(operator.getitem, namespaces, names)] != functions
@@ -187,12 +194,13 @@ class Fusion:
 
 
 class _Region(torch._ops.HigherOrderOperator):
-    """The body of a fused model in a graph that somebody else's ``torch.compile`` captured. Dynamo captures what is inside under
-    the rules of its operator `wrap`; whoever runs or traces it then finds the chains there."""
+    """The body of a fused model, as one operator in a graph that the user's ``torch.compile``
+    captured. Dynamo captures the body by the rules of its operator `wrap`. The body is rewritten
+    when it is first run or traced."""
 
     def __init__(self, fusion: Fusion) -> None:
         super().__init__("fusedconvbn_region")
-        self.__name__, self.__module__ = "wrap", __name__  # a graph's code is to find this one
+        self.__name__, self.__module__ = "wrap", __name__  # by which a graph's code finds it
         self.fusion = fusion
 
     def __call__(self, body: fx.GraphModule, *args: Any) -> Any:
@@ -210,7 +218,8 @@ def fused_graph(
     groups: dict[str, str] | None = None,
     compiled: bool = False,
 ) -> Graph:
-    """A captured graph with its chains, saving what the plan says, which is made for it if there is none."""
+    """A captured graph with its chains, which saves what the plan says. Maps that the plan does not
+    know yet are decided about first."""
     training = torch.is_grad_enabled() and any(is_training(node) for node in module.graph.nodes)
     measured = training and not plan.complete
     graph = Graph.of(module, example_inputs, paths, groups, measured=measured, compiled=compiled)
@@ -222,7 +231,7 @@ def fused_graph(
 
 
 def fused(model: nn.Module, plan: Plan, example: Any = None) -> nn.Module:
-    """Makes a model a fused one."""
+    """Turns a model into a fused one, in place."""
     fusion = Fusion(model, plan, example)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -253,8 +262,9 @@ def _own_forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _is_traced() -> bool:
-    """Whether somebody else reads the forward, who has to see the original (torch.jit.trace, torch.fx, torch.export), or runs it
-    in a way in which chains save nothing (torch.func, forward-mode derivatives)."""
+    """Whether the original forward must run: for a tracer that reads it (torch.jit.trace, torch.fx,
+    torch.export), or for transforms with which chains save no memory (torch.func, forward-mode
+    AD)."""
     return (
         torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
@@ -265,7 +275,7 @@ def _is_traced() -> bool:
 
 
 def _methods(model: nn.Module) -> tuple[list[Any], list[str], list[Any]]:
-    """The methods of a model's classes: where they stand, their names, and what they are."""
+    """The methods of a model's classes: their namespaces, their names, and the functions."""
     found: dict[tuple[type, str], Any] = {}
     for kind in {type(module) for module in model.modules()}:
         for base in kind.__mro__:
@@ -283,6 +293,7 @@ def _why_eager() -> str:
     if stance in ("force_eager", "eager_on_recompile"):
         return f"torch.compiler.set_stance({stance!r}) keeps its graph from being captured"
     return (
-        "TorchDynamo captured no graph of it, as it cannot read its forward or has captured it too often; "
-        "TORCH_LOGS=graph_breaks,recompiles says why, and torch._dynamo.reset() lets it try again"
+        "TorchDynamo captured no graph of it, as it cannot read its forward or has captured it too "
+        "often; TORCH_LOGS=graph_breaks,recompiles says why, and torch._dynamo.reset() lets it try "
+        "again"
     )

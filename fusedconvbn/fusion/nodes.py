@@ -15,7 +15,8 @@ def value(node: Any) -> Any:
 
 
 def storage(node: Any) -> int | None:
-    """The identity of the memory in which a node's value lies. Views and results in place share it."""
+    """The identity of the memory in which a node's value lies. Views and results in place share
+    it."""
     t = _local(value(node))
     return t.untyped_storage()._cdata if isinstance(t, FakeTensor) else None
 

@@ -1,5 +1,5 @@
-"""Brings a captured graph into one form: no readers of a tensor that was overwritten since, no calls that
-do nothing, padding in numbers, and activations by their names."""
+"""Brings a captured graph into one form: no readers of a tensor that was overwritten since, no
+calls that do nothing, padding in numbers, and activations by their names."""
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,8 @@ _DROPOUTS = (
 
 
 def to_normal_form(graph: fx.Graph) -> None:
-    """Gives each value one node: whoever reads a tensor after a call has written to it in place reads
-    the result of that call, and calls that do nothing are removed."""
+    """Gives each value one node: whoever reads a tensor after a call has written to it in place
+    reads the result of that call, and calls that do nothing are removed."""
     order = {n: i for i, n in enumerate(graph.nodes)}
     for node in list(graph.nodes):
         if node.op not in ("call_function", "call_method"):
@@ -59,8 +59,8 @@ def _drops_nothing(node: fx.Node) -> bool:
 
 
 def _pad_same(graph: fx.Graph) -> None:
-    """Writes a convolution's padding by name in numbers. Where it differs on the two sides, F.pad comes
-    in front of the convolution."""
+    """Writes a convolution's padding by name in numbers. Where it differs on the two sides, F.pad
+    comes in front of the convolution."""
     for node in list(graph.nodes):
         dims = CONVOLUTIONS.get(node.target) if node.op == "call_function" else None
         names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")

@@ -1,8 +1,9 @@
 """Which inner maps of a model's chains are saved, and which are recomputed in backward.
 
-Every inner map is read in backward. One that is not saved is recomputed once, by the link that made it: that costs the time of
-one convolution, or of one pass over the map, and saves its bytes. So the maps are independent of each other, and the best plan
-under a budget is the solution of a 0/1 knapsack problem.
+Backward reads every inner map. A map that is not saved is recomputed once, by its link: that costs
+the time of one convolution, or of one pass over the map, and its bytes need not be saved. So the
+maps are independent of each other, and the fastest plan under a budget is the solution of a 0/1
+knapsack problem.
 """
 
 import re
@@ -14,38 +15,39 @@ import torch
 
 from ..chain import Conv, Norm
 
-# A saved byte is worth the time that moving so many takes: what makes "auto" give up memory that is nearly free.
+# "auto" saves a map only if recomputing it takes longer than moving so many times its bytes.
 _PRICE = 15.0
-AUTO_FRACTION = 0.53  # of the bytes that eager saves, which "auto" stays below
-_AUTO_FLOPS = 0.12  # of a step's, the most that "auto" adds for memory below that
+AUTO_FRACTION = 0.53  # of eager's bytes: the budget of "auto"
+_AUTO_FLOPS = 0.12  # of a step's FLOPs: the most that "auto" adds to save less than its budget
 
 
 @dataclass(frozen=True)
 class Device:
-    """What a device does, in round figures. (``calibrate=True`` measures instead.)
+    """The speed of a device, in round figures. (``calibrate=True`` measures instead.)
 
     Attributes:
         bandwidth: bytes that it reads or writes in a second.
-        flops: of its convolutions in a second, by the bytes of a value.
-        winograd: times as fast as others those are, in float, that csrc/cpu/winograd.h has.
-        launch: seconds that a kernel takes besides.
-        frugal: whether "auto" gives up what is nearly free to recompute where its budget does not ask for it.
+        flops: FLOPs of its convolutions in a second, by the bytes of a value.
+        winograd: how many times as fast a float convolution is by Winograd's algorithm.
+        launch: seconds that the launch of a kernel takes.
+        auto_saves_less: whether "auto" recomputes maps that are nearly free to recompute although
+            its budget has room for them.
     """
 
     bandwidth: float
     flops: Mapping[int, float]
     winograd: float = 1.0
     launch: float = 0.0
-    frugal: bool = False
+    auto_saves_less: bool = False
 
     @property
     def price_per_byte(self) -> float:
-        """Seconds that a saved byte is worth to "auto"."""
+        """The most seconds that "auto" spends on recomputing a byte instead of saving it."""
         return _PRICE / self.bandwidth
 
 
-CPU = Device(40e9, {2: 200e9, 4: 200e9, 8: 200e9}, winograd=1.8, frugal=True)
-# Somewhat less than half of what the tensor cores can do. Convolutions in float are TF32's, unless
+CPU = Device(40e9, {2: 200e9, 4: 200e9, 8: 200e9}, winograd=1.8, auto_saves_less=True)
+# Somewhat less than half of the tensor cores' peak. Convolutions in float use TF32, unless
 # torch.backends.cudnn.allow_tf32 is off.
 _HOPPER = {2: 450e12, 4: 225e12, 8: 30e12}
 H100 = Device(3.0e12, _HOPPER, launch=5e-6)
@@ -53,10 +55,11 @@ H200 = Device(4.3e12, _HOPPER, launch=5e-6)
 
 
 def device_figures(device: torch.device) -> Device:
-    """An H100's for every other GPU, as ratios are much the same, and for one that only stand-ins are on; an H200's for a larger one."""
+    """The figures of a CPU; of an H200 for a GPU with as much memory; of an H100 for any other GPU,
+    as the ratios are similar, and where all tensors are stand-ins, so that CUDA is not in use."""
     if device.type == "cpu":
         return CPU
-    # Asking must not be what begins the use of CUDA: a process with stand-ins alone can fork.
+    # The question must not initialise CUDA: a process that has only stand-ins can still fork.
     if device.type == "cuda" and torch.cuda.is_initialized():
         found = torch.cuda.get_device_properties(device)
         if "H200" in found.name or found.total_memory > 100e9:
@@ -65,7 +68,7 @@ def device_figures(device: torch.device) -> Device:
 
 
 class OutOfReach(ValueError):
-    """A budget below what a model saves with nothing but the inputs of its chains."""
+    """A budget below what a model saves with no inner map saved."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,7 @@ class InnerMap:
     Attributes:
         name: of the link whose result it is.
         nbytes: its size.
-        flops: of recomputing it.
-        seconds: the time of recomputing it.
+        flops, seconds: the cost of recomputing it.
     """
 
     name: str
@@ -85,13 +87,13 @@ class InnerMap:
     seconds: float
 
     def times(self, runs: int) -> "InnerMap":
-        """The same in a graph that runs so often."""
+        """The map in a graph that runs so often."""
         return InnerMap(self.name, self.nbytes * runs, self.flops * runs, self.seconds * runs)
 
 
 def flops_per_value(op: Conv | Norm, weight: Sequence[int]) -> float:
-    """Floating point operations for each value of a link's result: 0 for a batch norm. `weight` is the shape of a
-    convolution's."""
+    """Floating point operations for each value of a link's result: 0 for a batch norm. `weight` is
+    the shape of a convolution's weight."""
     if not isinstance(op, Conv):
         return 0.0
     per_group = weight[0] // op.groups if op.transposed else weight[1]
@@ -101,7 +103,8 @@ def flops_per_value(op: Conv | Norm, weight: Sequence[int]) -> float:
 def seconds_per_value(
     op: Conv | Norm, weight: Sequence[int], itemsize: int, device: Device
 ) -> float:
-    """Of recomputing the result of a convolution, or, by one pass, of a batch norm, beside the launch."""
+    """Seconds to recompute a value of the result of a convolution, or of a batch norm (one pass),
+    without the launch."""
     read, speed = 1.0, device.flops[itemsize]
     if isinstance(op, Conv):
         into, out = (
@@ -124,7 +127,7 @@ def parse_memory(memory: float | int | str) -> float | int | str:
     """``"auto"``, ``"min"``, a fraction as a float, bytes as an int.
 
     Raises:
-        ValueError, TypeError: it is none of them.
+        ValueError, TypeError: it is none of these.
     """
     rule = (
         'expected memory "auto", "min", a fraction of eager\'s bytes above 0, or a size like "6GiB"'
@@ -145,11 +148,12 @@ def parse_memory(memory: float | int | str) -> float | int | str:
 
 
 def knapsack(maps: Iterable[InnerMap], budget: int | None, price: float = 0.0) -> frozenset[str]:
-    """The names of the maps to save: those whose sizes add up to at most `budget` bytes and that cost the least time, where
-    a saved byte costs `price` seconds; of several such plans one of the fewest bytes.
+    """The names of the maps to save: at most `budget` bytes, such that recomputing the others, plus
+    `price` seconds for each saved byte, takes the least time. Of several such plans it is one of
+    the fewest bytes.
 
-    Exact where the sizes have a common divisor of at least the 2¹⁸th part of the budget (as the maps of one chain do);
-    otherwise exact for sizes rounded up to such parts.
+    Exact where the sizes have a common divisor of at least the 2¹⁸th part of the budget (as the
+    maps of one chain do); otherwise exact for sizes rounded up to such parts.
     """
     worth = [(m, m.seconds - price * m.nbytes) for m in maps]
     worth = [(m, gain) for m, gain in worth if gain > 0]
@@ -160,7 +164,8 @@ def knapsack(maps: Iterable[InnerMap], budget: int | None, price: float = 0.0) -
         return frozenset()
     unit = _unit([m.nbytes for m, _ in worth], budget)
     room = budget // unit
-    # gains[b]: the most that b units can save; one table row for each map says whether it is among them.
+    # gains[b]: the most time that b units of saved maps can gain. For each map a row says for which
+    # b it is among them.
     gains = torch.zeros(room + 1, dtype=torch.float64, device="cpu")
     taken = []
     for m, gain in worth:
@@ -172,7 +177,7 @@ def knapsack(maps: Iterable[InnerMap], budget: int | None, price: float = 0.0) -
         better = candidate > gains[size:]
         taken.append((size, better))
         gains[size:] = torch.where(better, candidate, gains[size:])
-    left = int((gains >= gains[-1]).nonzero()[0])  # the fewest units of the best plans
+    left = int((gains >= gains[-1]).nonzero()[0])  # the fewest units that gain the most
     saved = set()
     for (m, _), row in zip(reversed(worth), reversed(taken), strict=True):
         if row is not None and left >= row[0] and bool(row[1][left - row[0]]):
@@ -184,8 +189,9 @@ def knapsack(maps: Iterable[InnerMap], budget: int | None, price: float = 0.0) -
 def auto_plan(
     maps: Iterable[InnerMap], budget: int, price: float, step_flops: int
 ) -> frozenset[str]:
-    """The plan of "auto": recomputes what costs less time than its bytes are worth, the cheapest first, as long as that adds few
-    FLOPs to the `step_flops` of a step; more only where `budget` asks for it."""
+    """The maps that "auto" saves on a device with `auto_saves_less`. It recomputes maps that cost
+    less time than their bytes are worth, the cheapest first, until a share of the `step_flops` of a
+    step is added. Where that does not come down to `budget`, the knapsack decides."""
     maps = list(maps)
     saved = {m.name: m for m in maps}
     added = 0
@@ -207,11 +213,13 @@ class Plan:
     """Which of a model's inner maps are saved, in every capture of it.
 
     Attributes:
-        memory: what was asked for.
+        memory: the budget, as the user wrote it.
         saved: the names of the maps that are saved.
-        known: those that were decided about.
-        parts: the number of graphs where the model's breaks, else 0.
-        complete: whether the whole model was looked at, so that a map that is not known comes from a branch not taken then.
+        known: the names of the maps that were decided about.
+        spent: the bytes that the graphs save that were decided about.
+        parts: the number of graphs that the model breaks into, or 0 if it is one graph.
+        complete: whether the whole model was captured; a map that is not known then comes from a
+            branch that was not taken.
     """
 
     def __init__(self, memory: float | int | str) -> None:
@@ -219,16 +227,17 @@ class Plan:
         self.saved: set[str] = set()
         self.known: set[str] = set()
         self.complete = memory == "min"
-        self.parts = 0  # graphs that the model breaks into, if it does
-        self.spent = 0  # bytes, by the graphs that were decided about
+        self.parts = 0
+        self.spent = 0
 
     def decide(
         self, maps: Sequence[InnerMap], eager: int, least: int, step_flops: int, device: Device
     ) -> None:
-        """Decides about maps of graphs that save `eager` bytes as they were and `least` with none of them.
+        """Decides about the maps of graphs that save `eager` bytes unfused and `least` bytes with
+        no inner map saved.
 
         Raises:
-            OutOfReach: the budget is less than that.
+            OutOfReach: the budget is less than `least`.
         """
         saved = self._choice(maps, eager, least, step_flops, device)
         self.saved |= saved
@@ -243,21 +252,22 @@ class Plan:
             return frozenset()
         if memory == "auto":
             budget = max(int(AUTO_FRACTION * eager) - least, 0)
-            if device.frugal:
+            if device.auto_saves_less:
                 return auto_plan(maps, budget, device.price_per_byte, step_flops)
             return knapsack(maps, budget)
         budget = int(memory * eager) if isinstance(memory, float) else memory - self.spent
         if budget < least:
+            found = f"{memory!r}, which is {budget} bytes" if isinstance(memory, float) else memory
             raise OutOfReach(
-                f"fuse: expected memory of at least {least + self.spent} bytes ({least / max(eager, 1):.3f} of the {eager} "
-                f"bytes that eager saves for these inputs), the least that can be reached, got {memory!r}"
-                + (f", which is {budget} bytes" if isinstance(memory, float) else "")
+                f"fuse: expected memory of at least {least + self.spent} bytes "
+                f"({least / max(eager, 1):.3f} of the {eager} bytes that eager saves for these "
+                f"inputs), the least that is possible, got {found}"
             )
         return knapsack(maps, budget - least)
 
     def of(self, maps: Sequence[InnerMap], device: Device) -> set[str]:
-        """The names of the maps of a capture that are saved; one that is not known by its price alone, on every device: no
-        budget says how much must be given up."""
+        """The names of the maps of a capture that are saved. With "auto" the price alone decides
+        about a map that is not known, as no budget applies to it."""
         found = {m.name for m in maps if m.name in self.saved}
         if self.memory == "auto":
             unknown = [m for m in maps if m.name not in self.known]

@@ -1,8 +1,9 @@
-"""The mean over positions in fused models, with PyTorch's own numbers.
+"""Pools of fused models that save less, with PyTorch's own numbers.
 
-The gradient of a mean over positions is one value for all of them. PyTorch divides it by their number where it is a map already,
-and so makes one, which is then added to that of the map's other readers (squeeze-and-excitation): divided before it is
-expanded, no map is made.
+The gradient of a mean over positions is one value, expanded to all of them. PyTorch expands it
+first and then divides it by their number, which needs a new map. Divided first, the expanded
+gradient needs none; it is only added to the gradients of the map's other readers, as in
+squeeze-and-excitation.
 """
 
 from typing import Any
@@ -15,8 +16,9 @@ from .nodes import is_map, value
 
 
 def position_mean(input: Tensor, dims: list[int]) -> Tensor:
-    """``input.mean(dims, keepdim=True)``, to the bit, and so its gradient. Of half types it is that: their mean is taken in
-    float, and no gradient is cast before it is expanded."""
+    """``input.mean(dims, keepdim=True)`` and its gradient, both the same to the bit. For half
+    types, whose mean is taken in float, PyTorch's own mean runs: it casts the gradient only once it
+    is expanded."""
     if input.dtype == torch.float16 or input.dtype == torch.bfloat16:
         return input.mean(dims, keepdim=True)
     count = 1
@@ -32,7 +34,8 @@ _MAX_OPTIONS = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
 
 
 def rewrite_pooling(graph: fx.Graph) -> None:
-    """Puts `position_mean` and a `max_pool2d` that saves one byte for each value in the place of PyTorch's."""
+    """Replaces means over positions by `position_mean`, and max pools by one that saves one byte
+    for each value of its result."""
     for node in list(graph.nodes):
         if not node.args or not is_map(value(node.args[0])):
             continue
@@ -41,7 +44,7 @@ def rewrite_pooling(graph: fx.Graph) -> None:
             continue
         with graph.inserting_before(node):
             function, rest = position_mean, (dims,)
-            # PyTorch's max pool keeps its input and eight bytes for each value of its result.
+            # PyTorch's max pool saves its input and eight bytes for each value of its result.
             if dims is None:
                 function, rest = torch.ops.fusedconvbn.max_pool2d, options
             pooled = graph.call_function(function, (node.args[0], *rest))
@@ -51,7 +54,7 @@ def rewrite_pooling(graph: fx.Graph) -> None:
 
 
 def _given(node: fx.Node, *names: str) -> dict[str, Any]:
-    """The arguments behind the first, by name."""
+    """The arguments after the first, by name."""
     return dict(zip(names, node.args[1:], strict=False)) | node.kwargs
 
 
@@ -82,7 +85,8 @@ def _max_options(node: fx.Node) -> tuple[Any, ...] | None:
 
 
 def _as_list(value: object) -> list[int] | None:
-    """One value for both dimensions, or one for each; none for a stride that is the kernel's size."""
+    """Options of a pool as a list of one value for each of two dimensions; [] for None, with which
+    the stride is the kernel's size; None for anything else."""
     values = [value, value] if isinstance(value, int) else [] if value is None else value
     is_list = isinstance(values, (tuple, list)) and all(isinstance(v, int) for v in values)
     return list(values) if is_list and len(values) in (0, 1, 2) else None

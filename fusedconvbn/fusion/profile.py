@@ -1,4 +1,4 @@
-"""What a captured graph saves for backward, without computing it."""
+"""Measures what a captured graph saves for backward, without computing its values."""
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ class Profile:
 
     Attributes:
         saved: bytes that autograd saves for backward.
-        by_node: the part of them that was first saved while a node of the graph ran, by its name.
+        by_node: by the name of a node, the bytes that were first saved while it ran.
     """
 
     saved: int = 0
@@ -28,7 +28,7 @@ class Profile:
 
 
 class _Recorded(fx.Interpreter):
-    """Knows which node runs."""
+    """Runs a graph, and records which node is running."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
@@ -44,8 +44,8 @@ def device_of(tensors: Sequence[Any]) -> torch.device:
 
 
 def profile(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Profile:
-    """Runs a graph with stand-ins for its inputs, or, where it needs values, with copies of them. A number is what it was
-    when the graph was captured."""
+    """Runs a graph with stand-ins for its input tensors, or with copies of them where it needs
+    values. Symbolic numbers have the values of the capture."""
     fakes = [t.fake_mode for t in example_inputs if isinstance(t, FakeTensor)]
     mode = fakes[0] if fakes else FakeTensorMode(allow_non_fake_inputs=True)
 
@@ -71,17 +71,13 @@ def _run(
         found.by_node[interpreter.running] += nbytes
 
     def of_input(t: Any) -> Any:
-        return (
-            t.node.hint
-            if isinstance(t, torch.SymInt)
-            else of_tensor(t)
-            if isinstance(t, Tensor)
-            else t
-        )
+        if isinstance(t, torch.SymInt):
+            return t.node.hint
+        return of_tensor(t) if isinstance(t, Tensor) else t
 
     inputs = [of_input(t) for t in example_inputs]
     with saved_storages(device_of(inputs), saw) as storages:
-        # Held until the count is done: what is saved has to live.
+        # The result holds the saved tensors until they are counted.
         result = interpreter.run(*inputs)
         found.saved = sum(storages.values())
         del result

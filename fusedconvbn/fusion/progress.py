@@ -1,4 +1,4 @@
-"""A bar in the terminal for what takes seconds."""
+"""A progress bar in the terminal."""
 
 import sys
 import threading
@@ -12,23 +12,24 @@ _WIDTH = 24
 
 @contextmanager
 def progress(title: str, stages: int) -> Iterator[Callable[[str], None]]:
-    """Shows a bar once it has taken two seconds, if somebody looks. What it yields is told the name of each stage."""
+    """Shows a bar after two seconds, if stderr is a terminal. Yields a function to call with the
+    name of each stage when it begins."""
     if not sys.stderr.isatty():
         yield lambda stage: None
         return
     start, done = time.monotonic(), threading.Event()
-    reached = [0, ""]
+    current = [0, ""]
 
     def begin(stage: str) -> None:
-        reached[0] += 1
-        reached[1] = stage
+        current[0] += 1
+        current[1] = stage
 
     def draw() -> None:
         done.wait(_PATIENCE)
         while not done.wait(0.2):
-            full = _WIDTH * (reached[0] - 1) // stages
+            full = _WIDTH * (current[0] - 1) // stages
             bar = "█" * full + "░" * (_WIDTH - full)
-            sys.stderr.write(f"\r{title} {bar} {reached[1]} {time.monotonic() - start:.0f} s ")
+            sys.stderr.write(f"\r{title} {bar} {current[1]} {time.monotonic() - start:.0f} s ")
             sys.stderr.flush()
         if time.monotonic() - start > _PATIENCE:
             sys.stderr.write("\r\033[K")

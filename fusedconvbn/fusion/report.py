@@ -1,4 +1,4 @@
-"""What fusing a model does, layer by layer, and what other budgets would give."""
+"""Reports what fusing a model does to each chain, and what other budgets would cost."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class MapReport:
-    """An inner map: the call whose result it is, its bytes, whether it is kept, and, if it is not, the floating point
-    operations that remaking it adds to a step."""
+    """An inner map: the path of the call whose result it is, its bytes, whether it is saved
+    (`kept`), and, if it is not, the floating point operations that recomputing it adds to a
+    step."""
 
     path: str
     nbytes: int
@@ -28,7 +29,8 @@ class MapReport:
 
 @dataclass
 class ChainReport:
-    """A chain: its calls, the bytes that they save for backward unfused and that the chain saves."""
+    """A chain: its calls, the bytes that these save for backward unfused, and the bytes that it
+    saves."""
 
     name: str
     before: int
@@ -42,19 +44,20 @@ class Report:
 
     Attributes:
         chains: each chain, in order.
-        norms: batch norms that ran.
-        refused: name of one that is in no chain, or not in that of the convolution in front of it, and why.
-        untraceable: where the graph breaks, so that there are several or a part of the model is in none, and why.
-        pairs: batch norms right behind a convolution.
-        fused_pairs: those of them that are in one chain with it.
-        eager: bytes that the model saves for backward as it is.
+        norms: the number of batch norms that ran.
+        refused: by the name of a batch norm, why it is in no chain, or not in that of the
+            convolution in front of it.
+        untraceable: by the place of a graph break, its reason.
+        pairs: the number of batch norms right behind a convolution.
+        fused_pairs: of these in one chain with their convolution.
+        eager: bytes that the unfused model saves for backward.
         saved: bytes that the fused model saves.
-        least: the least that a plan can reach.
-        step_flops: floating point operations of the convolutions in a training step as it is.
-        added_flops: those that recomputing adds.
-        front: (bytes saved, added FLOPs, added seconds as the planner estimates them) of the plans for budgets from least to
-            most.
-        out_of_reach: why the plan is that of ``"min"``, where the budget that was asked for cannot be reached.
+        least: bytes that it saves with no inner map saved.
+        step_flops: floating point operations of the convolutions in an unfused training step.
+        added_flops: floating point operations that recomputing adds.
+        front: (bytes saved, added FLOPs, added seconds as the planner estimates them) of the
+            fastest plans for budgets from least to most.
+        out_of_reach: why the plan is that of ``"min"``, where the budget is too small.
     """
 
     model: str
@@ -73,7 +76,7 @@ class Report:
     out_of_reach: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as numbers, strings, lists and dicts, as for JSON."""
+        """The report as numbers, strings, lists and dicts, for JSON."""
         chains = [
             {**vars(chain), "maps": [dict(vars(m)) for m in chain.maps]} for chain in self.chains
         ]
@@ -95,16 +98,17 @@ class Report:
         for chain in self.chains:
             lines.append(row(chain.name, chain.before, chain.after))
             for m in chain.maps:
-                state = "kept" if m.kept else "remade"
+                state = "saved" if m.kept else "recomputed"
                 flops = f", {m.added_flops / 1e9:.2f} GFLOP" if m.added_flops else ""
                 lines.append(f"    {m.path}: {m.nbytes / MIB:.2f} MiB {state}{flops}")
         before = self.eager - sum(c.before for c in self.chains)
         after = self.saved - sum(c.after for c in self.chains)
         lines.append(row("elsewhere", before, after))
         lines.append(row("total", self.eager, self.saved))
+        share, least = (nbytes / max(self.eager, 1) for nbytes in (self.saved, self.least))
         lines.append(
-            f"{self.model}: {self.saved / max(self.eager, 1):.3f} of eager's {self.eager / MIB:.1f} MiB, at least "
-            f"{self.least / max(self.eager, 1):.3f}; {100 * self.added_share:.1f} % more convolution FLOPs in a step; "
+            f"{self.model}: {share:.3f} of eager's {self.eager / MIB:.1f} MiB, at least "
+            f"{least:.3f}; {100 * self.added_share:.1f} % more convolution FLOPs in a step; "
             f"{self.fused_pairs} of {self.pairs} pairs of convolution and batch norm fused"
         )
         if self.out_of_reach:
@@ -115,7 +119,7 @@ class Report:
 
     @property
     def added_share(self) -> float:
-        """The added FLOPs as a fraction of those of the convolutions in a step."""
+        """The added FLOPs as a fraction of the convolutions' FLOPs in an unfused step."""
         return self.added_flops / max(self.step_flops, 1)
 
     def plot(self, path: str | Path) -> None:
@@ -133,10 +137,10 @@ class Report:
             1, 2, figsize=(13, max(4, 0.22 * len(self.chains))), layout="constrained"
         )
         names = [c.name if len(c.name) <= 48 else c.name[:47] + "…" for c in self.chains]
-        places = range(len(names))
-        bars.barh([p - 0.2 for p in places], [c.before / MIB for c in self.chains], 0.4)
-        bars.barh([p + 0.2 for p in places], [c.after / MIB for c in self.chains], 0.4)
-        bars.set_yticks(places, names, fontsize=6)
+        rows = range(len(names))
+        bars.barh([row - 0.2 for row in rows], [c.before / MIB for c in self.chains], 0.4)
+        bars.barh([row + 0.2 for row in rows], [c.after / MIB for c in self.chains], 0.4)
+        bars.set_yticks(rows, names, fontsize=6)
         bars.invert_yaxis()
         bars.set_xlabel("MiB saved for backward")
         bars.legend(["eager", "fused"])
@@ -161,15 +165,16 @@ def explain(
     memory: float | int | str = "auto",
     calibrate: bool = False,
 ) -> Report:
-    """What :func:`fusedconvbn.fuse` does to a model, and why it leaves alone what it leaves alone.
+    """What :func:`fusedconvbn.fuse` would do to a model, and why it would leave some layers
+    unfused.
 
     Args:
-        model: not changed. A model that is fused already is fused anew with ``memory``.
-        example_inputs, memory, calibrate: as for :func:`fusedconvbn.fuse`; ``example_inputs`` must be there. Where a
-            budget is out of reach the report is that of ``"min"`` and says so.
+        model: not changed. A model that is already fused is planned anew, with ``memory``.
+        example_inputs, memory, calibrate: as for :func:`fusedconvbn.fuse`; ``example_inputs`` are
+            required. Where a budget is too small, the report is that of ``"min"`` and says so.
 
     Returns:
-        Report: can be printed, drawn with ``plot(path)``, and turned into a dict with ``to_dict()``.
+        Report: can be printed, drawn with ``plot(path)``, and converted with ``to_dict()``.
 
     Raises:
         ValueError, TypeError: as for :func:`fusedconvbn.fuse`.
@@ -239,7 +244,7 @@ def _front(found: "Findings", points: int = 32) -> list[tuple[int, int, float]]:
 
 
 def _title(match: Match) -> str:
-    """The calls of a chain, without what their names begin with alike."""
+    """The names of a chain's calls, with their common prefix written once."""
     paths = [link.name for link in match.links]
     common = paths[0].rsplit(".", 1)[0] + "." if "." in paths[0] else ""
     while common and not all(p.startswith(common) for p in paths):

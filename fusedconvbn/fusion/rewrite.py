@@ -1,4 +1,4 @@
-"""Puts calls of the operators in the place of the chains that were found in a graph."""
+"""Replaces the chains that were found in a graph by calls of the operator."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -13,11 +13,12 @@ from .match import Match
 
 
 def rewrite(graph: fx.Graph, matches: Sequence[Match]) -> list[tuple[fx.Node, Match]]:
-    """Puts a call of ``conv_bn_chain`` that saves no inner map in the place of each match, in the order in which they end.
-    Returns the calls with their matches, whose nodes are gone then."""
+    """Replaces each match, in the order in which they end, by a call of ``conv_bn_chain`` that
+    saves no inner map. Returns the calls with their matches, whose nodes are no longer in the
+    graph."""
     readers = Counter(part for m in matches if _reads_statistics(m) for part in m.input)
-    calls: dict[fx.Node, fx.Node] = {}  # by the ends of the chains
-    made = []
+    calls: dict[fx.Node, fx.Node] = {}  # by the last nodes of the chains
+    result = []
     statistics: dict[Any, fx.Node] = {}  # of parts of concatenations, for all chains that read them
     for match in matches:
         shared = _reads_statistics(match) and any(readers[part] > 1 for part in match.input)
@@ -34,11 +35,11 @@ def rewrite(graph: fx.Graph, matches: Sequence[Match]) -> list[tuple[fx.Node, Ma
         calls[match.end] = call
         for node in reversed(match.nodes):
             graph.erase_node(node)
-        made.append((call, match))
+        result.append((call, match))
     for node in reversed(list(graph.nodes)):
         if node.target in CAT and not node.users:
             graph.erase_node(node)
-    return made
+    return result
 
 
 def _reads_statistics(match: Match) -> bool:
@@ -49,7 +50,7 @@ def _reads_statistics(match: Match) -> bool:
 def _channel_stats(
     graph: fx.Graph, parts: list[fx.Node], group: str, known: dict[Any, fx.Node]
 ) -> fx.Node:
-    """Of a concatenation, those of each part being computed once."""
+    """The statistics of a concatenation; those of each part are computed once for all chains."""
     for part in parts:
         if (part, group) not in known:
             detached = graph.call_method("detach", (part,))

@@ -1,4 +1,5 @@
-"""A fused model for TorchScript: a module of the captured graphs, one for each mode, under the model's own names."""
+"""A fused model for TorchScript: a module of two captured graphs, for training and evaluation, with
+the model's own parameters and buffers."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,13 +16,13 @@ from .copies import copied, copy_of
 from .graph import Graph
 
 
-class Unwritable(Exception):
-    """A model's graphs cannot be written down for TorchScript; the original forward is scripted then."""
+class NotScriptable(Exception):
+    """TorchScript cannot express a model's graphs; the original forward is scripted instead."""
 
 
 def scriptable(model: Any) -> nn.Module:
-    """What ``torch.jit.script`` compiles in the place of a fused model: its graphs, or, where it was fused without example
-    inputs or its graph cannot be written down, the model as it was."""
+    """What ``torch.jit.script`` compiles for a fused model: its graphs; or the original model,
+    where it was fused without example inputs or TorchScript cannot express its graphs."""
     fusion = model._fusion
     if fusion.example is None:
         reason = "torch.jit.script finds its graph only if fuse was given example_inputs"
@@ -29,9 +30,9 @@ def scriptable(model: Any) -> nn.Module:
         try:
             with model._plain() as plain:
                 return _static(plain, fusion)
-        except Unwritable as error:
+        except NotScriptable as error:
             reason = f"torch.jit.script got its original forward, as {error}"
-    fusion.tell(reason)
+    fusion.warn_once(reason)
     with model._plain() as plain:
         original = plain.__class__.__new__(plain.__class__)
         original.__dict__.update(plain.__dict__)
@@ -41,7 +42,7 @@ def scriptable(model: Any) -> nn.Module:
 def _static(model: nn.Module, fusion: Any) -> nn.Module:
     args, kwargs = fusion.example
     if kwargs or not all(isinstance(t, Tensor) for t in args):
-        raise Unwritable("it takes tensors by position alone")
+        raise NotScriptable("it takes tensors by position alone")
     static = _bare(model)
     names = [f"input_{i}" for i in range(len(args))]
     source = [f"def forward(self, {', '.join(f'{name}: torch.Tensor' for name in names)}):"]
@@ -57,23 +58,25 @@ def _static(model: nn.Module, fusion: Any) -> nn.Module:
 
 
 def _bare(model: nn.Module) -> nn.Module:
-    """Modules of no class of their own, with the parameters and buffers of a model under the same names."""
-    made: dict[nn.Module, nn.Module] = {}
+    """Plain ``nn.Module`` objects with the parameters and buffers of a model under the same
+    names."""
+    bares: dict[nn.Module, nn.Module] = {}
     for module in model.modules():
-        bare = made[module] = nn.Module()
+        bare = bares[module] = nn.Module()
         bare._parameters, bare._buffers = dict(module._parameters), dict(module._buffers)
         bare._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
         bare.training = module.training
-    for module, bare in made.items():
-        bare._modules = {name: made.get(child) for name, child in module._modules.items()}
-    return made[model]
+    for module, bare in bares.items():
+        bare._modules = {name: bares.get(child) for name, child in module._modules.items()}
+    return bares[model]
 
 
 def _captured(
     model: nn.Module, fusion: Any, args: Sequence[Tensor], mode: bool, names: Sequence[str]
 ) -> tuple[fx.GraphModule, list[str], str]:
-    """The graph of a mode, what it is called with, and the model's result in terms of its outputs."""
-    # A copy, as what Python does in the forward is done to it.
+    """The graph of a mode, the expressions of its arguments, and the expression of the model's
+    result."""
+    # A copy, as side effects of the forward change it.
     other, _ = copied(model, (), copy_of, "torch.jit.script captures one")
     if other.training != mode:
         other.train(mode)
@@ -94,12 +97,12 @@ def _captured(
             for d in range(t.dim()):
                 torch._dynamo.maybe_mark_dynamic(t, d)
         result = captured(backend, whole=True)(other, "0", fusion.forward, tuple(inputs), {})
-    except torch._dynamo.exc.TorchDynamoException as error:  # a break, or the model's own error
+    except torch._dynamo.exc.TorchDynamoException as error:  # a graph break, or the model's error
         mode_name = "training" if mode else "evaluation"
         reason = str(error).splitlines()[0]
-        raise Unwritable(f"there is no one graph of it in {mode_name}: {reason}") from error
+        raise NotScriptable(f"there is no one graph of it in {mode_name}: {reason}") from error
     if len(found) != 1:
-        raise Unwritable("it computes nothing with tensors")
+        raise NotScriptable("it computes nothing with tensors")
     module, example_inputs = found[0]
     tensors = dict(zip(names, inputs, strict=True))
     tensors |= {
@@ -118,12 +121,13 @@ def _captured(
         if node.op == "placeholder" and isinstance(node.meta.get("example_value"), torch.SymInt):
             node.type = int
     _write_out_floats(graph.module.graph)
-    places = {id(t): f"out[{i}]" for i, t in enumerate(outputs)}
-    return fx.GraphModule({}, graph.module.graph), given, _written(result, places)
+    names_of = {id(t): f"out[{i}]" for i, t in enumerate(outputs)}
+    return fx.GraphModule({}, graph.module.graph), given, _written(result, names_of)
 
 
 def _write_out_floats(graph: fx.Graph) -> None:
-    """TorchScript knows no names for infinity and NaN."""
+    """Writes infinity and NaN as ``float("inf")`` and so on, as TorchScript has no names for
+    them."""
     for node in list(graph.nodes):
 
         def written(value: Any) -> Any:
@@ -142,7 +146,8 @@ def _given(
     placeholders: Sequence[fx.Node],
     example_inputs: Sequence[Any],
 ) -> str:
-    """What a placeholder of the graph is in the model's own terms: an input, a parameter, or a size of one."""
+    """The expression of a placeholder of the graph: an input of the model, a parameter, or a size
+    of one of these."""
     if isinstance(example, Tensor):
         for name, t in tensors.items():
             if t is example:
@@ -153,18 +158,18 @@ def _given(
                 for d, size in enumerate(other.meta["example_value"].shape):
                     if isinstance(size, torch.SymInt) and size.node.expr == example.node.expr:
                         return f"{_given(other, t, tensors, (), ())}.size({d})"
-    raise Unwritable(f"its graph reads {node.name}, which is neither an input nor a parameter")
+    raise NotScriptable(f"its graph reads {node.name}, which is neither an input nor a parameter")
 
 
-def _written(result: Any, places: Mapping[int, str]) -> str:
-    """An expression of the model's result."""
-    if id(result) in places:
-        return places[id(result)]
+def _written(result: Any, names_of: Mapping[int, str]) -> str:
+    """The expression of the model's result, given those of its tensors by their ids."""
+    if id(result) in names_of:
+        return names_of[id(result)]
     if isinstance(result, Mapping):
-        return "{" + ", ".join(f"{k!r}: {_written(v, places)}" for k, v in result.items()) + "}"
+        return "{" + ", ".join(f"{k!r}: {_written(v, names_of)}" for k, v in result.items()) + "}"
     if isinstance(result, (tuple, list)):
-        inner = ", ".join(_written(v, places) for v in result)
+        inner = ", ".join(_written(v, names_of) for v in result)
         return f"[{inner}]" if isinstance(result, list) else f"({inner},)"
     if result is None or isinstance(result, (bool, int, float, str)):
         return repr(result)
-    raise Unwritable(f"its result has a {type(result).__name__} in it")
+    raise NotScriptable(f"its result has a {type(result).__name__} in it")

@@ -28,25 +28,26 @@ class FusedConvBNSequential(nn.Sequential):
     r"""``nn.Sequential`` of convolutions, batch norms and activations that runs as one chain.
 
     The backward of each link, :math:`T_{i+1} = \mathrm{conv}(T_i)` or
-    :math:`T_{i+1} = \mathrm{act}(\mathrm{bn}(T_i))`, needs its input :math:`T_i`. Only some of the inner
-    :math:`T_i` are saved. Backward recomputes the others from the nearest saved one before them, with the
-    statistics of forward. Numbers, ``state_dict`` keys and running statistics are those of
-    ``nn.Sequential`` with the same modules.
+    :math:`T_{i+1} = \mathrm{act}(\mathrm{bn}(T_i))`, needs its input :math:`T_i`. Only some of the
+    inner :math:`T_i` are saved. Backward recomputes the others from the nearest saved one before
+    them, with the statistics of forward. Numbers, ``state_dict`` keys and running statistics are
+    those of ``nn.Sequential`` with the same modules.
 
     Args:
         modules: ``nn.Conv*``, ``nn.ConvTranspose*``, ``nn.BatchNorm*``, ``nn.SyncBatchNorm``, and
-            activations (``nn.PReLU`` included), each behind a batch norm; or one ``OrderedDict`` of them.
-            A convolution with a ``padding_mode`` other than zeros comes first.
+            activations (``nn.PReLU`` included), each behind a batch norm; or one ``OrderedDict`` of
+            them. A convolution with a ``padding_mode`` other than zeros comes first.
         memory: ``"auto"`` saves the maps that take long to recompute, ``"min"`` saves none.
 
     Shape:
-        ``forward(input, residual=None)``: the input is that of the first module, or a list of tensors whose
-        channels are concatenated; then only the parts are saved. The residual has the shape of the result.
-        It is added before the last activation, and needs a chain that ends in a batch norm.
+        ``forward(input, residual=None)``: the input is that of the first module, or a list of
+        tensors whose channels are concatenated; then only the parts are saved. The residual has the
+        shape of the result. It is added before the last activation, and needs a chain that ends in
+        a batch norm.
 
     Raises:
-        ValueError: the modules are not such a chain (the message names the module), or ``memory`` is not
-            one of the two.
+        ValueError: the modules are not such a chain (the message names the module), or ``memory``
+            is not one of the two.
 
     Example:
         >>> block = FusedConvBNSequential(
@@ -68,7 +69,8 @@ class FusedConvBNSequential(nn.Sequential):
         list(self._links())
 
     def _links(self) -> Iterator[tuple[str, nn.Module, str]]:
-        """The name of each convolution, batch norm and PReLU, the module, and the activation behind it."""
+        """The name of each convolution, batch norm and PReLU, the module, and the activation behind
+        it."""
         links: list[list[Any]] = []
         for name, module in self._modules.items():
             where = f"FusedConvBNSequential: expected module {name!r}"
@@ -100,8 +102,9 @@ class FusedConvBNSequential(nn.Sequential):
         return (tuple(link) for link in links)
 
     def _saved(self, ops: Sequence[Link], modules: Sequence[nn.Module]) -> list[int]:
-        """The indices of the inner maps that take longer to recompute than their bytes are worth. There is
-        no budget. The sizes are not known either, so the time of launches is not counted."""
+        """The indices of the inner maps that take longer to recompute than their bytes are worth.
+        There is no budget. The sizes are not known either, so the time of launches is not
+        counted."""
         weights = [module.weight for module in modules]
         device = next((w.device for w in weights if w is not None), torch.device("cpu"))
         figures = device_figures(device)

@@ -46,7 +46,7 @@ def test_the_report(tmp_path):
     assert after <= report.saved
 
     printed = str(report)
-    for words in ("layer1.0: conv1 → bn1 → conv2 → bn2", "kept", "remade", "20 of 20 pairs"):
+    for words in ("layer1.0: conv1 → bn1 → conv2 → bn2", "saved", "recomputed", "20 of 20 pairs"):
         assert words in printed
     # Less memory is never had for fewer operations.
     saved, flops, seconds = zip(*report.front, strict=True)
