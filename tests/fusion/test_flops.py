@@ -112,10 +112,10 @@ def test_every_plan(pattern):
     tensors = differentiable(packed, chain)
     for wanted in (tensors, tensors[:1], tensors[1:2], tensors[-1:]):
         theirs = counted(lambda w=wanted: grad(unfused_chain(input, chain), w))
-        for kept in [*plans(len(chain)), [len(chain)]]:
+        for saved in [*plans(len(chain)), [len(chain)]]:
 
-            def run(saved=kept, needs_grad=wanted):
-                grad(ops._chain_forward(packed.tensors, *packed.options, kept)[0], wanted)
+            def run(saved=saved, wanted=wanted):
+                grad(ops._chain_forward(packed.tensors, *packed.options, saved)[0], wanted)
 
             remade = assert_eager(counted(run), theirs)
             assert done(run) == sum(theirs.values()) + remade
@@ -132,13 +132,13 @@ def test_what_is_not_kept_is_remade(pattern):
         x = unfused_chain(input, chain[:i])
         (flops[i + 1],) = counted(lambda x=x, i=i: unfused_chain(x, chain[i : i + 1])).values()
     flops.pop(len(chain), None)
-    for kept in plans(len(chain)):
+    for saved in plans(len(chain)):
         ours = counted(
-            lambda saved=kept: grad(
-                ops._chain_forward(packed.tensors, *packed.options, kept)[0], packed.tensors
+            lambda saved=saved: grad(
+                ops._chain_forward(packed.tensors, *packed.options, saved)[0], packed.tensors
             )
         )
-        assert ours.get(RECOMPUTED, 0) == sum(f for i, f in flops.items() if i not in kept)
+        assert ours.get(RECOMPUTED, 0) == sum(f for i, f in flops.items() if i not in saved)
 
 
 @pytest.mark.parametrize("chain", ("cn", "ncn", "c", "pn"))
