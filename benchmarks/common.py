@@ -14,13 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import nn
 from tqdm import tqdm
 
 import fusedconvbn
-from fusedconvbn import reference, track_memory
+from fusedconvbn import track_memory
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -118,38 +116,6 @@ def summarise(times: dict[str, list[float]], baseline: str) -> dict[str, dict[st
             "steps": len(t),
         }
     return rows
-
-
-class Checkpointed(nn.Module):
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.block = block
-
-    def forward(self, x: Tensor | list[Tensor]) -> Tensor:
-        x = list(x) if isinstance(x, list) else x  # densenet's list grows until backward
-        return checkpoint(self.block, x, use_reentrant=False)
-
-
-class PythonConvBN(nn.Module):
-    """The tutorial's layer in Python, and around it what it lacks: padding, and a weight and a bias per channel."""
-
-    def __init__(
-        self,
-        weight: Tensor,
-        eps: float,
-        padding: tuple[int, int] = (0, 0),
-        bn: nn.BatchNorm2d | None = None,
-    ) -> None:
-        super().__init__()
-        self.conv_weight, self.eps, self.padding, self.bn = weight, eps, padding, bn
-
-    def forward(self, x: Tensor) -> Tensor:
-        if any(self.padding):
-            x = F.pad(x, [p for p in reversed(self.padding) for _ in range(2)])
-        out = reference.FusedConvBN2DFunction.apply(x, self.conv_weight, self.eps)
-        if self.bn is None:
-            return out
-        return torch.addcmul(self.bn.bias[:, None, None], out, self.bn.weight[:, None, None])
 
 
 def measure_memory(step: Step, net: nn.Module, device: torch.device) -> dict[str, int]:

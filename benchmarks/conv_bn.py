@@ -17,8 +17,6 @@ import torch.nn.functional as F
 from common import (
     FORMATS,
     ROOT,
-    Checkpointed,
-    PythonConvBN,
     Row,
     Step,
     argument_parser,
@@ -30,6 +28,7 @@ from common import (
     summarise,
     time_interleaved,
 )
+from rivals import Checkpointed, PythonConvBN
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

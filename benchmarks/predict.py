@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from common import RESULTS, Row, commit, save
-from models import definition
 from torch import Tensor, fx
+from workloads import definition
 
 from fusedconvbn.chain import Conv, Norm
 from fusedconvbn.fusion.calls import ADD, MUL, activation_of, conv_of, is_norm, parts_of

@@ -8,8 +8,8 @@ bfloat16 by autocast, channels last. Writes the tables where --output says, afte
 import argparse
 
 from common import argument_parser, begin
-from models import ON_CPU, ON_GPU, Workload
 from torch.profiler import ProfilerActivity, profile
+from workloads import ON_CPU, ON_GPU, Workload
 
 VARIANTS = ("eager", 1.0, "auto")
 LONGEST_TABLE = 45  # rows

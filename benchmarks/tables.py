@@ -15,14 +15,9 @@ from pathlib import Path
 from common import RESULTS, ROOT, Row
 from growth import MOST
 from kernels import AIM, LARGE, REQUIRED, slowest
-from models import (
-    COMPILED,
-    ON_CPU,
-    REQUIRED_COLUMNS,
-    faster_compiled,
-    required_rows,
-    required_rows_on_gpu,
-)
+from rivals import COMPILED
+from targets import REQUIRED_COLUMNS, faster_compiled, required_rows, required_rows_on_gpu
+from workloads import ON_CPU
 
 PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
 TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)

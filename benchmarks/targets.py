@@ -1,0 +1,127 @@
+"""How fast a step must be at how few saved bytes, and whether the measured rows reach that."""
+
+import math
+from dataclasses import dataclass
+
+from common import Row
+from rivals import COMPILED
+from workloads import Configuration
+
+
+@dataclass(frozen=True)
+class Target:
+    """A step's time, of eager's, that is to be reached with so many of its saved bytes; channels last, two threads."""
+
+    model: str
+    saved: float
+    most: float
+    aim: float
+    dtype: str = "float32"
+
+    @property
+    def configuration(self) -> str:
+        return str(Configuration(self.dtype, "channels last", 2))
+
+
+TARGETS = [
+    Target("resnet50", 0.52, 0.95, 0.88),
+    Target("resnet50", 0.36, 1.05, 0.98),
+    Target("resnet50", 1.00, 0.90, 0.82),
+    Target("resnet50", 0.40, 0.95, 0.80, "bfloat16"),
+    Target("mobilenet_v2", 0.35, 0.90, 0.75),
+    Target("densenet121", 0.25, 1.00, 0.85),
+    Target("efficientnet_b0", 0.26, 0.82, 0.72),
+]
+
+# On a GPU, bfloat16: time of eager's, at most and aimed at.
+REQUIRED_ON_GPU = {
+    ("resnet50", "fuse 1.0"): (0.85, 0.70),
+    ("resnet50", "fuse 0.55"): (0.95, 0.80),
+    ("resnet50", "fuse min"): (1.10, 0.95),
+    ("mobilenet_v2", "fuse auto"): (1.00, 0.80),
+    ("efficientnet_b0", "fuse auto"): (1.00, 0.80),
+    ("densenet121", "fuse auto"): (1.00, 0.80),
+}
+REQUIRED_COLUMNS = ["", "time, required", "aim", "reached", "torch.compile"]
+
+
+def reached(target: Target, rows: dict[str, Row]) -> Row | None:
+    """The fastest fused variant within the target's bytes."""
+    fused = [
+        row
+        for variant, row in rows.items()
+        if variant.startswith("fuse") and row["of_eager"]["saved"] <= target.saved + 0.0005
+    ]
+    return min(fused, key=lambda row: row["ratio"], default=None)
+
+
+def time_and_bytes(row: Row) -> str:
+    of = row["of_eager"]
+    return f"{row['ratio']:.3f} at {of['saved']:.2f} (peak {of['peak']:.2f})"
+
+
+def compiled_within(rows: dict[str, Row], saved: float) -> str:
+    """The fastest compiled variant of those that save no more."""
+    compiled = [row for variant, row in rows.items() if variant in COMPILED]
+    within = [row for row in compiled if row["of_eager"]["saved"] <= saved + 0.0005]
+    if not within:
+        return "nothing as small" if compiled else "not measured"
+    return time_and_bytes(min(within, key=lambda row: row["ratio"]))
+
+
+def required_rows(models: dict[str, dict[str, dict[str, Row]]]) -> list[list[str]]:
+    """What is required, reached, and compiled at most at that memory, of what has been measured."""
+    lines = []
+    for target in TARGETS:
+        rows = models.get(target.model, {}).get(target.configuration)
+        if not rows:
+            continue
+        best = reached(target, rows)
+        missed = "" if best and best["ratio"] <= target.most else " MISSED"
+        lines.append(
+            [
+                f"{target.model}, {target.dtype}, ≤ {target.saved:.2f} saved",
+                f"≤ {target.most:.2f}",
+                f"{target.aim:.2f}",
+                (time_and_bytes(best) if best else "out of reach") + missed,
+                compiled_within(rows, target.saved),
+            ]
+        )
+    return lines
+
+
+def required_rows_on_gpu(results: Row) -> list[list[str]]:
+    """The same of a GPU, where it is required of variants, and torch.compile is to be no faster at the memory that each of
+    them really takes."""
+    lines = []
+    for (model, variant), (most, aim) in REQUIRED_ON_GPU.items():
+        for configuration, rows in results["models"].get(model, {}).items():
+            if variant in rows and configuration.startswith("bfloat16"):
+                row = rows[variant]
+                missed = "" if row["ratio"] <= most else " MISSED"
+                lines.append(
+                    [
+                        f"{model}, {variant}, batch {results['batch']}",
+                        f"≤ {most:.2f}",
+                        f"{aim:.2f}",
+                        time_and_bytes(row) + missed,
+                        compiled_within(rows, row["of_eager"]["saved"]),
+                    ]
+                )
+    return lines
+
+
+def faster_compiled(rows: dict[str, Row]) -> list[tuple[str, str | None]]:
+    """Each compiled variant that is faster than every fused one with at most its bytes, and the fastest of those, if any."""
+    behind = []
+    for variant in (v for v in COMPILED if v in rows):
+        theirs = rows[variant]
+        others = [
+            (row["ratio"], name)
+            for name, row in rows.items()
+            if name.startswith("fuse") and row["of_eager"]["saved"] <= theirs["of_eager"]["saved"]
+        ]
+        ratio, name = min(others, default=(math.inf, None))
+        if ratio > theirs["ratio"]:
+            behind.append((variant, name))
+    return behind
