@@ -1,4 +1,4 @@
-"""What the benchmarks share: steps that take turns, their memory, tables, and facts about the machine."""
+"""What the benchmarks share: steps that take turns, their memory, tables, the machine's facts."""
 
 import argparse
 import json
@@ -156,7 +156,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def rates(device: torch.device) -> dict[str, float]:
-    """What the device can do at best: bytes read and written by a copy, and operations of a bfloat16 matrix product."""
+    """The bandwidth of a copy and the FLOP/s of a bfloat16 product: the device at its best."""
     nbytes, size = (2**31, 8192) if device.type == "cuda" else (2**24, 256)
     source = torch.empty(nbytes, dtype=torch.uint8, device=device).random_()
     a, b = torch.randn(2, size, size, dtype=torch.bfloat16, device=device)
@@ -171,8 +171,10 @@ def rates(device: torch.device) -> dict[str, float]:
 
 
 def commit() -> str:
-    """Of the code: results and pages, which the benchmarks write themselves, do not make it dirty. Where there is no git, that
-    of the bundle."""
+    """The commit of the code; without git, that of the bundle.
+
+    Results and pages do not count as changes: the benchmarks write them.
+    """
 
     def git(*arguments: str) -> str:
         run = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)

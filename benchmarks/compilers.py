@@ -1,10 +1,11 @@
-"""Chains beside and inside of a compiler: eager, `fuse`, `torch.compile`, and `torch.compile` of the fused model.
+"""`fuse` beside a compiler and inside of it: eager, fused, compiled, and fused and compiled.
 
-python benchmarks/compilers.py [--models NAME …] [--batch N] [--rounds N]
+    python benchmarks/compilers.py [--models NAME …] [--batch N] [--rounds N]
 
-For each model and dtype (bfloat16 under autocast), in one process and in turns: time of a training step, bytes saved for
-backward, and the seconds of the first step, which captures and compiles. Writes benchmarks/results/compilers-cpu.json and the
-table of docs/compile.md.
+For each model and dtype (bfloat16 under autocast): the time of a training step, the bytes saved for
+backward, and the seconds of the first step, which captures and compiles. The variants take turns in
+one process. Writes benchmarks/results/compilers-cpu.json; benchmarks/tables.py writes the table of
+docs/compile.md.
 """
 
 import copy
@@ -14,7 +15,6 @@ import time
 import torch
 from common import (
     FORMATS,
-    ROOT,
     Row,
     argument_parser,
     begin,
@@ -31,9 +31,7 @@ import fusedconvbn
 from fusedconvbn import _torchvision
 
 MODELS = ("resnet50", "efficientnet_b0", "mobilenet_v2")
-PAGE = ROOT / "docs" / "compile.md"
-BEGIN, END = "<!-- table: compilers -->", "<!-- end -->"
-COLUMNS = ["model", "dtype", "", "time", "saved", "first step, s"]
+COLUMNS = ["", "time", "saved", "first step, s"]
 
 
 def variants(model: nn.Module, images: torch.Tensor) -> dict[str, nn.Module]:
@@ -88,15 +86,9 @@ def table(results: Row) -> list[list[str]]:
                 if variant != "eager":
                     shares = (row["ratio"], row["saved"] / eager["saved"])
                     cells = [f"{share:.2f}" for share in shares]
-                    lines.append([name, dtype, variant, *cells, f"{row['first_seconds']:.0f}"])
+                    title = f"{name}, {dtype}, {variant}"
+                    lines.append([title, *cells, f"{row['first_seconds']:.0f}"])
     return lines
-
-
-def write(results: Row) -> None:
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *table(results)]
-    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    before, _, rest = PAGE.read_text().partition(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
 
 
 def main() -> None:
@@ -112,7 +104,6 @@ def main() -> None:
             results["models"][name][str(dtype).removeprefix("torch.")] = rows
             save(results, output_path(arguments))
     print_table("Beside and inside of a compiler, ratio to eager", COLUMNS, table(results))
-    write(results)
 
 
 if __name__ == "__main__":

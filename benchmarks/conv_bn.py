@@ -2,9 +2,9 @@
 
     python benchmarks/conv_bn.py [--device cuda] [--threads 1 2] [--part layers] [--quick]
 
-Every variant of a comparison does the same work on the same data. The variants take turns, step by step, and the ratio of
-their medians is what counts: on a shared machine the times themselves drift. Prints tables and writes
-benchmarks/results/conv_bn-cpu.json or gpu-conv_bn.json.
+All variants of a comparison do the same work on the same data. They take turns, step by step, and
+the ratio of their medians is what counts: on a shared machine the times themselves drift. Prints
+tables and writes benchmarks/results/conv_bn-cpu.json or gpu-conv_bn.json.
 """
 
 import copy
@@ -60,7 +60,8 @@ class Layer:
     frozen: bool = False
 
 
-# Of a bottleneck of ResNet-50; then, with SiLU and with a residual, a wide, a depthwise and a compute-bound one.
+# Three of a bottleneck of ResNet-50; then, with SiLU and with a residual, a layer whose result is
+# wide, a depthwise layer and one that is bound by arithmetic.
 LAYERS = {
     "64→256 1×1, 56²": Layer(64, 256, 1, 56),
     "64→64 3×3, 56²": Layer(64, 64, 3, 56),
@@ -93,7 +94,7 @@ def layer_steps(sizes: Layer, device: torch.device) -> dict[str, Step]:
         sizes.kernel,
         padding=sizes.kernel // 2,
         groups=sizes.groups,
-        bias=sizes.frozen,  # which has a shift to add: so has the convolution that it is compared with
+        bias=sizes.frozen,  # a folded batch norm is compared with a convolution that has a bias
         **options,
     ).to(memory_format=format)
     bn = nn.BatchNorm2d(sizes.channels_out, **options).train(not sizes.frozen)
@@ -131,7 +132,7 @@ def layer_steps(sizes: Layer, device: torch.device) -> dict[str, Step]:
 
 
 def networks(device: torch.device, format: torch.memory_format) -> dict[str, nn.Module]:
-    """The experiment's network: as it is, fused, and with the tutorial's layer, in Python and as ours."""
+    """The experiment's network: unfused, fused, with the tutorial's layer, ours and Python's."""
     unfused = mnist.Net("batchnorm")
     tutorial = mnist.Net("tutorial")
     nets = {"unfused": unfused, "fused": unfused.fused()}

@@ -1,14 +1,16 @@
-"""Whether `fuse` is right, and what it saves, on the models of libraries that people train from.
+"""Whether `fuse` is right, and what it saves, on the models of seven libraries.
 
-    make coverage COVERAGE=OPTIONS                   # makes the environment .venv-coverage, and runs this with --resume
+    make coverage COVERAGE=OPTIONS           # creates .venv-coverage and runs this with --resume
     python benchmarks/coverage.py [--only REGEX] [--resume] [--jobs N]
-    python benchmarks/coverage.py --eager            # without fuse: whether each model can be made, trained and counted
-    python benchmarks/coverage.py --table            # writes the page anew, of the results alone
+    python benchmarks/coverage.py --eager    # without fuse: only whether the models run
+    python benchmarks/coverage.py --table    # only writes the page, from the results
 
-Each model has a process and a time limit of its own, random weights and small inputs. It is fused at memory="auto" and "min" and
-trained for three steps of SGD in float64 beside eager, from the same state, with the same random numbers; losses, gradients,
-parameters, buffers and the output in evaluation mode are compared, and the bytes saved for backward. What a process found is added
-to build/coverage.jsonl at once; at the end all of it is written to benchmarks/results/coverage.json and docs/coverage.md.
+Each model has a process and a time limit of its own, random weights and small inputs. It is fused
+at memory="auto" and "min" and trained for three steps of SGD in float64 beside eager, from the same
+state and with the same random numbers. Losses, gradients, parameters, buffers and the output in
+evaluation mode are compared, and the bytes saved for backward. The row of a model is added to
+build/coverage.jsonl as soon as its process ends; at the end all rows are written to
+benchmarks/results/coverage.json and docs/coverage.md.
 """
 
 import argparse
@@ -24,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import warnings
 from collections import Counter
@@ -46,17 +49,17 @@ from fusedconvbn import _torchvision
 OUTPUT = RESULTS / "coverage.json"
 PAGE = ROOT / "docs" / "coverage.md"
 TOLERANCE = 1e-6  # of a tensor's largest value
-LITTLE = 0.6  # of eager's bytes at "auto", above which the page says why
+MUCH = 0.6  # of eager's bytes at "auto": above, the page says why
 STEPS = 3
 
 
 class PairCounter(TorchFunctionMode):
-    """Counts batch norms that read what a convolution returned, whatever fusedconvbn thinks of them."""
+    """Counts batch norms that read the result of a convolution, independently of `fuse`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.pairs = 0
-        self.maps: dict[int, Tensor] = {}  # alive, so that no other tensor gets the same id
+        self.maps: dict[int, Tensor] = {}  # kept alive, so that ids stay unique
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -70,7 +73,7 @@ class PairCounter(TorchFunctionMode):
 
 
 def call(model: nn.Module, inputs: Any) -> list[Tensor]:
-    """Every tensor of numbers in the output."""
+    """The floating-point tensors in the output."""
     if isinstance(inputs, dict):
         output = model(**inputs)
     else:
@@ -82,7 +85,7 @@ Trace = dict[str, dict[str, Tensor]]  # kind → name → value
 
 
 def trained(model: nn.Module, inputs: Any) -> Trace:
-    """What three steps of SGD leave behind. The gradient's norm is clipped, so that no model runs away from its start."""
+    """The trace of three steps of SGD, with clipped gradients, so that no model diverges."""
     found: Trace = {"loss": {}, "gradient": {}}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step in range(1, STEPS + 1):
@@ -107,17 +110,21 @@ def trained(model: nn.Module, inputs: Any) -> Trace:
 
 
 def difference(ours: Trace, eager: Trace) -> tuple[float, str]:
-    """The largest, and where. Of a tensor's largest value, but of no less than 1e-4 of the largest among its like: the gradient of a
-    bias in front of a batch norm is rounding and nothing else."""
+    """The largest difference, and where it is.
+
+    Relative to the tensor's largest value, or to 1e-4 of the largest value among tensors of the
+    same name where that is more: the gradient of a bias before a batch norm is only rounding.
+    """
     worst = (0.0, "")
     for kind, tensors in eager.items():
         if ours[kind].keys() != tensors.keys():
             names = sorted(ours[kind].keys() ^ tensors.keys())
-            return math.inf, f"{kind}: there in one of both only: {names[0]}"
+            return math.inf, f"{kind}: in one of the two only: {names[0]}"
         largest: dict[str, float] = {}
         for name, t in tensors.items():
             like = name.rpartition(".")[2]
-            largest[like] = max(largest.get(like, 0.0), t.double().abs().max().item() if t.numel() else 0.0)  # fmt: skip
+            own = t.double().abs().max().item() if t.numel() else 0.0
+            largest[like] = max(largest.get(like, 0.0), own)
         for name, t in tensors.items():
             other = ours[kind][name]
             if other.shape != t.shape or other.dtype != t.dtype:
@@ -134,7 +141,7 @@ def difference(ours: Trace, eager: Trace) -> tuple[float, str]:
 
 
 def nudged(model: nn.Module) -> nn.Module:
-    """A copy with other roundings: how far eager itself then is from eager tells what a difference means."""
+    """A copy whose weights differ in the last bit: its distance from eager is that of rounding."""
     model = copy.deepcopy(model)
     with torch.no_grad():
         for p in model.parameters():
@@ -151,7 +158,7 @@ def saved_bytes(model: nn.Module, inputs: Any) -> int:
 
 
 def without_paths(text: str) -> str:
-    """Without the folders of this machine."""
+    """The text without the folders of this machine."""
     return re.sub(r"/[^\s'\"]*/site-packages/", "", text).replace(f"{ROOT}/", "")
 
 
@@ -169,8 +176,8 @@ def our_warnings(row: Row) -> Iterator[None]:
 
 
 def stages(entry: Entry, row: Row, eager_only: bool) -> Iterator[str]:
-    """Fills the row; yields what comes next, so that whoever follows can say where it broke."""
-    yield "making the model"
+    """Fills the row. Yields the name of each stage before it begins, to say where a model broke."""
+    yield "creating the model"
     _torchvision.models()  # before a library imports torchvision itself
     torch.manual_seed(0)
     eager, inputs = entry.make(entry.name, entry.size)
@@ -182,7 +189,9 @@ def stages(entry: Entry, row: Row, eager_only: bool) -> Iterator[str]:
     row["pairs"] = counter.pairs
     counter.maps.clear()
     eager.double()
-    double = tree_map(lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t, inputs)  # fmt: skip
+    double = tree_map(
+        lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t, inputs
+    )
     fused: dict[str, nn.Module] = {}
     if not eager_only:
         yield "explain"
@@ -222,7 +231,7 @@ def stages(entry: Entry, row: Row, eager_only: bool) -> Iterator[str]:
 
 
 def work(key: str, path: Path, eager_only: bool) -> None:
-    """In a process of its own: writes the row after each stage, so that a crash leaves what came before."""
+    """Runs in a process of its own. Writes the row after each stage, as a crash may follow."""
     entry = next(e for e in entries() if e.key == key)
     row: Row = json.loads(path.read_text("utf-8"))
     stage, start = "", time.perf_counter()
@@ -252,7 +261,9 @@ def tried(entry: Entry, arguments: argparse.Namespace) -> Row:
         command += ["--eager"] if arguments.eager else []
         ended = ""
         try:
-            run = subprocess.run(command, timeout=arguments.limit, env=environment, capture_output=True, text=True)  # fmt: skip
+            run = subprocess.run(
+                command, timeout=arguments.limit, env=environment, capture_output=True, text=True
+            )
             if run.returncode:
                 last = run.stderr.strip().splitlines()[-1:]
                 ended = f"the process ended with {run.returncode}: {''.join(last)}"
@@ -274,7 +285,7 @@ def right(row: Row) -> bool:
 
 
 def is_rounding(row: Row) -> bool:
-    """Whether it differs by the order of magnitude by which eager does from itself, with weights that differ in their last bit."""
+    """Whether it differs from eager by no more than ten times what `nudged` does."""
     return "broke" not in row and not right(row) and error(row) <= 10 * row["rounding"]
 
 
@@ -288,7 +299,7 @@ def share(row: Row, memory: str) -> float | None:
 
 
 def misprediction(row: Row) -> float:
-    """The worst of both plans: how far the measured bytes are from the predicted ones, of these."""
+    """The largest relative error of the predicted bytes, of both plans."""
     plans = [row[m] for m in ("auto", "min") if "saved" in row.get(m, {})]
     return max((abs(p["saved"] / max(p["predicted"], 1) - 1) for p in plans), default=0.0)
 
@@ -310,7 +321,7 @@ def note(row: Row) -> str:
                 f"{differs} at {memory} by {row[memory]['error']:.0e}, {row[memory]['where']}; "
                 f"eager with other roundings by {row['rounding']:.0e}"
             )
-    if (share(row, "auto") or 0) > LITTLE:
+    if (share(row, "auto") or 0) > MUCH:
         reasons = [f"{n} × {text}" for text, n in itertools.islice(row["refused"].items(), 2)]
         reasons += [
             f"not traced: {t}" for t in itertools.islice(filter(None, row["untraceable"]), 1)
@@ -324,19 +335,35 @@ def note(row: Row) -> str:
     return ". ".join(parts)
 
 
+INTRODUCTION = (
+    "`fuse` on models that people train, with random weights, beside eager for "
+    f"{STEPS} steps in float64. `make coverage` writes this page; "
+    "[coverage.json](../benchmarks/results/coverage.json) has more. A model is right if its "
+    "losses, gradients, parameters, buffers and evaluation output are all within "
+    f"{TOLERANCE:.0e} of eager's. If one is not, eager is trained again from weights that differ "
+    "in their last bit: the difference between the two eager runs is that of rounding. A pair is "
+    "a call of a batch norm on the result of a convolution. "
+    f"Batch {BATCH}, mostly images of {SIZE}². Bytes saved for backward are shares of eager's."
+)
+VERDICTS = ("right", "off by rounding", "not done in time", "wrong or broken")
+
+
+def title(row: Row) -> str:
+    return f"{row['library']} {row['model']}"
+
+
 def page(results: Row) -> str:
     rows = sorted(results["models"], key=lambda r: (r["library"], r["model"].lower()))
     measured = [r for r in rows if share(r, "min") is not None]
     pairs, fused = (sum(r.get(key, 0) for r in rows) for key in ("pairs", "fused"))
     verdicts = [sum(map(verdict, rows)) for verdict in (right, is_rounding, is_late)]
     verdicts.append(len(rows) - sum(verdicts))
+    largest = max((error(r) for r in rows if right(r)), default=0.0)
     summary = {
         "models tried": f"{len(rows)}, of {len({r['library'] for r in rows})} libraries",
         "with pairs": str(sum(r.get("pairs", 0) > 0 for r in rows)),
-        "right / as far off as eager with other roundings / not done in time / wrong or broken": " / ".join(
-            map(str, verdicts)
-        ),
-        "largest difference of a right one": f"{max((error(r) for r in rows if right(r)), default=0.0):.0e}",
+        " / ".join(VERDICTS): " / ".join(map(str, verdicts)),
+        "largest difference of a right one": f"{largest:.0e}",
         "pairs that ran": str(pairs),
         "pairs fused": f"{fused} ({fused / max(pairs, 1):.1%})",
     }
@@ -345,21 +372,23 @@ def page(results: Row) -> str:
             median = statistics.median(share(r, memory) for r in measured)
             summary[f"saved at `{memory}`, median, of eager's bytes"] = f"{median:.2f}"
         worst, slow = max(measured, key=misprediction), max(measured, key=slowest)
-        summary["worst error of predicted bytes"] = f"{misprediction(worst):.1%} ({worst['library']} {worst['model']})"  # fmt: skip
-        summary["slowest `fuse`"] = f"{slowest(slow):.1f} s ({slow['library']} {slow['model']})"
+        summary["worst error of predicted bytes"] = f"{misprediction(worst):.1%} ({title(worst)})"
+        summary["slowest `fuse`"] = f"{slowest(slow):.1f} s ({title(slow)})"
+    commits = ", ".join(sorted({r["commit"] for r in rows}))
     lines = [
         "# Coverage",
         "",
-        f"`fuse` tried on models that people train, with random weights, beside eager for {STEPS} steps in float64 (`make coverage`, which "
-        "writes this page; [coverage.json](../benchmarks/results/coverage.json) has more): right is a model whose losses, gradients, "
-        f"parameters, buffers and evaluation output all are within {TOLERANCE:.0e} of eager's. Where one is not, eager is trained again from weights that differ in their last bit: how far it then is from itself tells what the difference means. A pair is a call of a batch norm on what a "
-        f"convolution returned. Batch {BATCH}, mostly images of {SIZE}²; bytes saved for backward are of eager's.",
+        textwrap.fill(INTRODUCTION, 100),
         "",
         "| | |",
         "|---|---|",
         *(f"| {key} | {value} |" for key, value in summary.items()),
         "",
-        f"Torch {results['machine']['torch']}, commit {', '.join(sorted({r['commit'] for r in rows}))}. A note says why where `auto` is above {LITTLE}, and what is wrong.",
+        textwrap.fill(
+            f"Torch {results['machine']['torch']}, commit {commits}. The note of a model says what "
+            f"is wrong, and, where `auto` is above {MUCH}, why.",
+            100,
+        ),
         "",
         "| library | model | pairs | fused | saved, auto | saved, min | seconds to fuse | note |",
         "|---|---|---:|---:|---:|---:|---:|---|",
@@ -375,15 +404,16 @@ def page(results: Row) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--only", type=re.compile, default="", metavar="REGEX", help='of "LIBRARY NAME"')  # fmt: skip
-    parser.add_argument("--resume", action="store_true", help="keep what build/coverage.jsonl has")
-    parser.add_argument("--retry", action="store_true", help="with --resume: again what broke or differs")  # fmt: skip
-    parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
-    parser.add_argument("--limit", type=int, default=900, help="seconds for a model")
-    parser.add_argument("--eager", action="store_true", help="only see whether the models run")
-    parser.add_argument("--table", action="store_true", help="only write the page, of the results")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument("--output", type=Path, default=OUTPUT, help="the page lies beside it if it is not the default")  # fmt: skip
+    add = parser.add_argument
+    add("--only", type=re.compile, default="", metavar="REGEX", help='of "LIBRARY NAME"')
+    add("--resume", action="store_true", help="keep the rows that build/coverage.jsonl has")
+    add("--retry", action="store_true", help="with --resume: try again what broke or differs")
+    add("--jobs", type=int, default=1, help="processes at a time")
+    add("--limit", type=int, default=900, help="seconds for a model")
+    add("--eager", action="store_true", help="only see whether the models run")
+    add("--table", action="store_true", help="only write the page, from the results")
+    add("--worker", help=argparse.SUPPRESS)
+    add("--output", type=Path, default=OUTPUT, help="another file gets the page beside it")
     arguments = parser.parse_args()
     if arguments.worker:
         return work(arguments.worker, arguments.output, arguments.eager)
@@ -392,7 +422,7 @@ def main() -> None:
         results = json.loads(arguments.output.read_text("utf-8"))
         return write(results, arguments.output)
     lines = ROOT / "build" / ("coverage-eager.jsonl" if arguments.eager else "coverage.jsonl")
-    rows = kept(lines, chosen, arguments)
+    rows = earlier_rows(lines, chosen, arguments)
     results = {"machine": machine(torch.device("cpu")), "models": []}
     commit = results["machine"].pop("commit")
     waiting = [e for e in chosen if e.key not in rows]
@@ -411,8 +441,8 @@ def main() -> None:
         write(results, arguments.output)
 
 
-def kept(lines: Path, chosen: list[Entry], arguments: argparse.Namespace) -> dict[str, Row]:
-    """The rows of before: of models that are not chosen, and with --resume of all that were tried."""
+def earlier_rows(lines: Path, chosen: list[Entry], arguments: argparse.Namespace) -> dict[str, Row]:
+    """The rows of models that are not chosen; with --resume of all models tried before."""
     lines.parent.mkdir(exist_ok=True)
     text = lines.read_text("utf-8") if lines.exists() else ""
     rows = {f"{r['library']} {r['model']}": r for r in map(json.loads, text.splitlines())}

@@ -1,9 +1,10 @@
-"""How time and memory grow with the batch, the image and the depth; and what one call of conv_bn takes beside its work.
+"""How time and memory grow with batch, image and depth, and the overhead of one call of conv_bn.
 
     python benchmarks/growth.py [--device cuda] [--threads 2] [--quick]
 
-Eager and `fuse` take turns in one process, float32, channels last. Prints tables and writes benchmarks/results/growth-cpu.json or
-gpu-growth.json, which benchmarks/tables.py draws. Needs torchvision.
+Eager and `fuse` take turns in one process, float32, channels last. Prints tables and writes
+benchmarks/results/growth-cpu.json or gpu-growth.json, which benchmarks/tables.py draws. Needs
+torchvision.
 """
 
 import math
@@ -28,13 +29,13 @@ from torch import Tensor, nn
 import fusedconvbn
 from fusedconvbn import FusedConvBN2d, _torchvision, conv_bn
 
-# What grows: the values, and (model, batch, size) for each.
+# For each curve: the values of what grows, and (model, batch, size) for each value.
 CURVES: dict[str, dict[int, tuple[str, int, int]]] = {
     "batch": {n: ("resnet18", n, 112) for n in (1, 2, 4, 8, 16, 32, 64)},
     "size": {n: ("resnet18", 2, n) for n in (64, 128, 192, 256, 384, 512)},
     "depth": {n: (f"resnet{n}", 4, 112) for n in (18, 34, 50, 101, 152)},
 }
-MOST = 1.3  # a call of conv_bn, of the two eager ones; asked of the CPU alone
+MOST = 1.3  # the time of a conv_bn call, of the two eager calls; required on the CPU only
 CALLS = 100  # in a round: one alone is too short for the clock
 
 

@@ -2,11 +2,15 @@
 
     python benchmarks/kernels.py [--device cuda] [--mebibytes 256]
 
-On a GPU there are maps of 2 GiB, in every layout and type, where the launches around a kernel do not count, and those of a ResNet-50 at
-batch 128, where they do. There every variant is a CUDA graph that is replayed, of as many maps as do not fit the cache. Bytes are those that must be moved:
-channel_stats reads a map, channel_apply_ reads one and writes one, channel_grad_stats reads two, channel_grad_apply_ reads two and
-writes one; a batch norm does in forward what the first two do, in backward what the others do; the copy reads and writes. All
-take turns in one process. Writes benchmarks/results/kernels-cpu.json or gpu-kernels.json after each map.
+Bytes are those that must be moved: channel_stats reads a map, channel_apply_ reads one and writes
+one, channel_grad_stats reads two, channel_grad_apply_ reads two and writes one. PyTorch's batch
+norm moves in forward what the first two move, in backward what the other two move. The copy reads a
+map and writes one. All variants take turns in one process.
+
+A GPU gets maps of 2 GiB in every layout and type, whose time hides the launches, and the maps of a
+ResNet-50 at batch 128, whose time does not. There each variant is a CUDA graph over as many maps as
+exceed the cache, and is replayed. Writes benchmarks/results/kernels-cpu.json or gpu-kernels.json
+after each map.
 """
 
 import math
@@ -28,7 +32,7 @@ from common import (
 
 from fusedconvbn.chain import Norm, pack
 
-REQUIRED, AIM = 0.75, 0.9  # of the copy's bandwidth, on a GPU, on maps of at least so many bytes
+REQUIRED, AIM = 0.75, 0.9  # of the copy's bandwidth, on a GPU, for maps of LARGE bytes or more
 LARGE = 256 << 20
 OF_RESNET50 = (
     (64, 56),
@@ -42,7 +46,10 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def steps_and_maps(y: torch.Tensor) -> dict[str, tuple[Step, int]]:
-    """Each variant, and how many maps it moves. The gradient's second kernel runs behind the first: see `measure`."""
+    """Each variant, and how many maps it moves.
+
+    channel_grad_apply_ runs after channel_grad_stats here; `measure` subtracts the time of that.
+    """
     channels = y.size(1)
     gamma, beta = torch.rand(2, channels, device=y.device)
     statistics = torch.ops.fusedconvbn._channel_stats(y, "")
@@ -53,8 +60,8 @@ def steps_and_maps(y: torch.Tensor) -> dict[str, tuple[Step, int]]:
     _, mean, inverse_std, reserved, which = torch._batch_norm_impl_index(y, *norm)
     backward_of_norm = (which, y, dout, gamma, None, None, mean, inverse_std, True, 1e-5)
 
-    def backward(wanted: list[int]) -> Step:
-        arguments = (training.tensors, [], [statistics], *training.options, [], wanted)
+    def backward(needs_grad: list[int]) -> Step:
+        arguments = (training.tensors, [], [statistics], *training.options, [], needs_grad)
         return lambda: torch.ops.fusedconvbn._chain_backward(dout, *arguments)
 
     return {
@@ -77,7 +84,7 @@ def steps_and_maps(y: torch.Tensor) -> dict[str, tuple[Step, int]]:
 
 
 def one_after_another(steps: Sequence[Step], device: torch.device) -> Step:
-    """On a GPU as a graph, so that the time is the device's own."""
+    """All steps as one; on a GPU as a CUDA graph, so that the time is the device's alone."""
 
     def run() -> None:
         for step in steps:
@@ -163,7 +170,7 @@ def main() -> None:
 
 
 def slowest(rows: dict[str, dict[str, float]]) -> tuple[str, dict[str, float]]:
-    """Of our kernels the one with the least bandwidth."""
+    """The one of our kernels that has the least bandwidth."""
     ours = {name: row for name, row in rows.items() if name.startswith("channel_")}
     return min(ours.items(), key=lambda item: item[1]["of_copy"])
 

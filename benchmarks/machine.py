@@ -1,4 +1,4 @@
-"""Says as JSON what machine this is, and what it can do at best.
+"""Writes as JSON what machine this is, and its bandwidth and FLOP/s at best.
 
 python benchmarks/machine.py [--device cuda] --output machine.json
 """

@@ -1,19 +1,24 @@
-"""Whole models: fused at several budgets, as they are, with checkpoints, compiled, and without what is fused (the floor).
+"""Bytes and time of a training step of whole models: eager, fused at several budgets, and rivals.
 
-    python benchmarks/models.py [--models resnet50 ...] [--only "float32, channels last, 2 threads"] [--resume]
-    python benchmarks/models.py --device cuda --models resnet50 --only "bfloat16, channels last" --batch 128 --seconds 90
-    python benchmarks/models.py --check       # memory and added FLOPs against what is promised, without times
-    python benchmarks/models.py --count       # what fuse finds in many models, and the bytes it predicts
+    python benchmarks/models.py [--models resnet50 ...] [--only CONFIGURATION] [--resume]
+    python benchmarks/models.py --device cuda --models resnet50 --batch 128 --seconds 90
+    python benchmarks/models.py --check    # whether the promises hold (promises.py); takes no times
+    python benchmarks/models.py --count    # what fuse finds in many models (counts.py)
 
-A step is forward, sum and backward on random images. The variants of a model take turns in one process, of which there are a few:
-where the memory of a process happens to lie makes 10 % and more, for all of its life. A compiled variant has a process of its own,
-where it takes turns with eager; of each memory budget of the compiler there is a fused variant that saves no more. Every ratio is to
-eager in the same processes. Prints tables and writes benchmarks/results/models-cpu.json or gpu-models.json after each measurement; --resume adds what
-is missing there, and each row says of which commit it is. benchmarks/tables.py makes tables and plots of it. Needs torchvision. The tutorial's layer knows no stride and no
-groups: the Python reference has it where a pair has neither, and eager's elsewhere.
+A CONFIGURATION is a text such as "float32, channels last, 2 threads". A step is forward, sum and
+backward on random images. The variants of a model take turns in one process, and several processes
+are pooled: where the memory of a process lies changes its times by 10 % and more, for all of its
+life. Each compiled variant takes turns with eager in a process of its own. For each memory budget
+of the compiler there is a fused variant that saves no more. Every ratio is to eager in the same
+processes. The Python reference has the tutorial's layer for pairs without stride and groups, which
+that layer does not support, and PyTorch's layers for the others.
 
-With --seconds a model is measured in this process alone: eager and the fused variants, then one compiled variant after another
-until so many seconds are over; what does not fit is left out. --variants names those that are wanted.
+Prints tables and writes benchmarks/results/models-cpu.json or gpu-models.json after each
+measurement. Each row names its commit. --resume adds what the file lacks. benchmarks/tables.py
+makes tables and plots of the file. Needs torchvision.
+
+With --seconds a model is measured in this process alone: eager and the fused variants, then one
+compiled variant after another while time is left. --variants names those to measure.
 """
 
 import argparse
@@ -24,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from common import Row, argument_parser, begin, output_path, print_table, save, summarise
@@ -36,13 +41,13 @@ from tqdm import tqdm
 from workloads import MODELS, ON_CPU, ON_GPU, Budget, Configuration, Workload, ratios
 
 QUICK: list[Budget] = [1.0, "auto", 0.55, "min"]  # in a minute and a half on a GPU
-PROCESSES = 3  # which share the rounds; one, of this many rounds, where rivals are left out
-ROUNDS_ELSEWHERE = 5
-TOGETHER = "together"  # the variant that is all of them but the compiled ones
+PROCESSES = 3  # which share the rounds; without rivals there is one process
+ROUNDS_WITHOUT_RIVALS = 5
+TOGETHER = "together"  # a --variant: all of them but the compiled ones
 
 
 def pooled(runs: list[dict[str, Row]]) -> dict[str, Row]:
-    """What processes have measured as one, with ratios to eager's."""
+    """The rows of several processes as one, with ratios to eager's."""
     times = {name: [s for run in runs for s in run[name].pop("seconds")] for name in runs[0]}
     first = runs[0]
     return {
@@ -52,13 +57,13 @@ def pooled(runs: list[dict[str, Row]]) -> dict[str, Row]:
 
 
 def budgets(name: str, configuration: Configuration, beside: list[float]) -> list[Budget]:
-    """In every layout and number of threads those that something is required of in one, and those `beside` a rival."""
-    wanted = {t.saved for t in TARGETS if (t.model, t.dtype) == (name, configuration.dtype)}
-    return ["auto", "min", 1.0, *sorted({*wanted, *beside} - {1.0}, reverse=True)]
+    """The budgets to measure: those with a target in some configuration, and those `beside`."""
+    targets = {t.saved for t in TARGETS if (t.model, t.dtype) == (name, configuration.dtype)}
+    return ["auto", "min", 1.0, *sorted({*targets, *beside} - {1.0}, reverse=True)]
 
 
 def shares_of_compiled(rows: dict[str, Row]) -> list[float]:
-    """What was saved under each memory budget of the compiler, rounded down."""
+    """The share of eager's bytes that each budget of the compiler saved, rounded down."""
     saved = [rows[v]["of_eager"]["saved"] for v in COMPILED if COMPILED[v] < 1 and v in rows]
     return [math.floor(100 * share) / 100 for share in saved]
 
@@ -78,21 +83,23 @@ def measure(name: str, configuration: Configuration, arguments: argparse.Namespa
         if net := inplace_abn(load.model):
             nets["In-Place ABN"] = net
         nets["floor: convolutions alone"] = floor(load.model)
-    shared, elsewhere = (
-        math.ceil(arguments.rounds / PROCESSES),
-        min(arguments.rounds, ROUNDS_ELSEWHERE),
-    )
-    rows = load.rows(nets, shared if configuration.rivals else elsewhere)
+    if configuration.rivals:
+        rounds = math.ceil(arguments.rounds / PROCESSES)
+    else:
+        rounds = min(arguments.rounds, ROUNDS_WITHOUT_RIVALS)
+    rows = load.rows(nets, rounds)
     for variant, row in facts.items():
         rows[variant] |= row
     return rows
 
 
 def measure_here(
-    name: str, configuration: Configuration, arguments: argparse.Namespace, have: Sequence[str]
+    name: str, configuration: Configuration, arguments: argparse.Namespace, have: dict[str, Row]
 ) -> Iterator[dict[str, Row]]:
-    """Rows of the variants that are wanted and that we do not `have` yet, in parts, until the seconds are over. Each part has
-    turns of eager's; the first has its row too."""
+    """The rows of --variants that we do not `have`, in parts, until --seconds are over.
+
+    Eager takes turns with every part; the first part has eager's row too.
+    """
     deadline = time.perf_counter() + arguments.seconds
 
     def missing(variant: str) -> bool:
@@ -111,7 +118,7 @@ def measure_here(
 
 
 def measure_variant(name: str, configuration: Configuration, arguments: argparse.Namespace) -> Row:
-    """In a process of its own: a compiled variant in turns with eager, or all others."""
+    """Runs in a process of its own: a compiled variant in turns with eager, or all others."""
     if arguments.variant == TOGETHER:
         return measure(name, configuration, arguments)
     load, variant = Workload.of(name, arguments, configuration), arguments.variant
@@ -120,7 +127,7 @@ def measure_variant(name: str, configuration: Configuration, arguments: argparse
 
 
 def in_process(name: str, configuration: Configuration, variant: str, *options: str) -> Row | None:
-    """What `measure_variant` returns there."""
+    """What `measure_variant` returns in a new process, or None where it fails."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "rows.json"
         chosen = ["--models", name, "--only", str(configuration), "--variant", variant]
@@ -159,26 +166,14 @@ def show(title: str, rows: dict[str, Row]) -> None:
         lines.append([variant, *cells, *[""] * (9 - len(cells))])
     eager = rows["eager"]
     saved, peak = (eager[key] / 2**20 for key in ("saved", "peak"))
-    print_table(
-        f"{title}, of eager's {saved:.0f} MiB saved, {peak:.0f} MiB peak, {eager['milliseconds']:.0f} ms",
-        [
-            "",
-            "saved",
-            "forward",
-            "peak",
-            "time",
-            "spread",
-            "faults",
-            "conv FLOPs",
-            "fuse",
-            "pairs",
-        ],
-        lines,
-    )
+    whole = f"{saved:.0f} MiB saved, {peak:.0f} MiB peak, {eager['milliseconds']:.0f} ms"
+    columns = ["", "saved", "forward", "peak", "time", "spread", "faults"]
+    columns += ["conv FLOPs", "fuse", "pairs"]
+    print_table(f"{title}, of eager's {whole}", columns, lines)
 
 
 def resumed(results: Row, path: Path) -> dict[str, dict[str, dict[str, Row]]]:
-    """The models in `path`, each row with the commit that it is of; an error where they were measured in another way."""
+    """The models in `path`, each row with its commit; an error if measured differently."""
     old = json.loads(path.read_text("utf-8"))
     keys = ("batch", "size", "rounds", "cudnn_benchmark")
     machine = ("device", "cores", "capability", "torch", "compiler")
@@ -193,35 +188,50 @@ def resumed(results: Row, path: Path) -> dict[str, dict[str, dict[str, Row]]]:
     return old["models"]
 
 
-def main() -> None:
+def arguments_given() -> argparse.Namespace:
     parser = argument_parser(__doc__, rounds=9)
-    parser.add_argument(
-        "--models", nargs="+", default=MODELS, help="names that torchvision knows, or timm:NAME"
-    )
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--size", type=int, default=224, help="of an image")
+    add = parser.add_argument
+    add("--models", nargs="+", default=MODELS, help="names that torchvision knows, or timm:NAME")
+    add("--batch", type=int, default=8)
+    add("--size", type=int, default=224, help="of an image")
     names = [str(c) for c in (*ON_CPU, *ON_GPU)]
-    parser.add_argument(
-        "--only", nargs="+", choices=names, metavar="CONFIGURATION", help="default: all"
-    )
-    parser.add_argument(
-        "--no-compile", dest="compile", action="store_false", help="leave torch.compile out"
-    )
-    parser.add_argument(
-        "--seconds",
-        type=float,
-        help="for a model, all in this process; what does not fit is left out",
-    )
+    add("--only", nargs="+", choices=names, metavar="CONFIGURATION", help="default: all")
+    add("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
+    add("--seconds", type=float, help="for each model, all in this process; see above")
     names = [f"fuse {memory}" for memory in QUICK] + list(COMPILED)
-    parser.add_argument("--variants", nargs="+", choices=names, help="with --seconds; default: all")
-    parser.add_argument("--variant", help=argparse.SUPPRESS)
-    parser.add_argument("--beside", nargs="*", type=float, default=[], help="more budgets")
-    parser.add_argument("--resume", action="store_true", help="keep what --output has")
-    parser.add_argument("--check", action="store_true", help="only see whether promises are kept")
-    parser.add_argument(
-        "--count", action="store_true", help="only say what is found in many models"
-    )
+    add("--variants", nargs="+", choices=names, help="with --seconds; default: all")
+    add("--variant", help=argparse.SUPPRESS)
+    add("--beside", nargs="*", type=float, default=[], help="more budgets")
+    add("--resume", action="store_true", help="keep the rows that --output has")
+    add("--check", action="store_true", help="only say whether the promises hold")
+    add("--count", action="store_true", help="only say what is found in many models")
     arguments = parser.parse_args()
+    arguments.configurations = [
+        configuration
+        for configuration in (ON_GPU if arguments.device.type == "cuda" else ON_CPU)
+        if arguments.only is None or str(configuration) in arguments.only
+    ]
+    if not arguments.configurations:
+        parser.error("--only: no such configuration on this device")
+    return arguments
+
+
+def missing_rows(
+    name: str, configuration: Configuration, arguments: argparse.Namespace, have: dict[str, Row]
+) -> Iterator[dict[str, Row]]:
+    """The rows that we do not `have`, in parts: first each compiled variant, then all others."""
+    measured: dict[str, Row] = {}
+    for variant in COMPILED if configuration.rivals and arguments.compile else ():
+        if variant not in have and (row := measure_compiled(name, configuration, variant)):
+            measured[variant] = row
+            yield {variant: row}
+    if "eager" not in have:
+        beside = shares_of_compiled({**have, **measured}) + arguments.beside
+        yield measure_together(name, configuration, beside)
+
+
+def main() -> None:
+    arguments = arguments_given()
     if arguments.count:
         return count(arguments.batch, arguments.size)
     if arguments.check:
@@ -232,39 +242,26 @@ def main() -> None:
         **{key: getattr(arguments, key) for key in ("batch", "size", "rounds")},
         "models": {},
     }
-    commit = results["machine"].pop("commit")  # each row's own: they can be of several
+    commit = results["machine"].pop("commit")  # goes into each row: rows can differ in it
     output = output_path(arguments)
-    configurations = [
-        configuration
-        for configuration in (ON_GPU if arguments.device.type == "cuda" else ON_CPU)
-        if arguments.only is None or str(configuration) in arguments.only
-    ]
-    if not configurations:
-        parser.error("--only: none of these is for this device")
     if arguments.variant:
-        return save(measure_variant(*arguments.models, *configurations, arguments), output)
+        load = (*arguments.models, *arguments.configurations)  # one of each
+        return save(measure_variant(*load, arguments), output)
     if arguments.resume and output.exists():
         results["models"] = resumed(results, output)
-    for configuration, name in itertools.product(configurations, arguments.models):
-        key = str(configuration)
-        rows = results["models"].setdefault(name, {}).setdefault(key, {})
-        if arguments.seconds is not None:
-            for found in measure_here(name, configuration, arguments, list(rows)):
-                rows |= {variant: {**row, "commit": commit} for variant, row in found.items()}
-                save(results, output)
-                show(f"{name}, {key}", rows)
-            continue
-        for variant in COMPILED if configuration.rivals and arguments.compile else ():
-            if variant not in rows and (row := measure_compiled(name, configuration, variant)):
-                rows[variant] = {**row, "commit": commit}
-                save(results, output)
-        if "eager" not in rows:
-            beside = shares_of_compiled(rows) + arguments.beside
-            measured = measure_together(name, configuration, beside)
-            rows |= {variant: {**row, "commit": commit} for variant, row in measured.items()}
+    here = arguments.seconds is not None
+    for configuration, name in itertools.product(arguments.configurations, arguments.models):
+        rows = results["models"].setdefault(name, {}).setdefault(str(configuration), {})
+        parts = (measure_here if here else missing_rows)(name, configuration, arguments, dict(rows))
+        for part in parts:
+            rows |= {variant: {**row, "commit": commit} for variant, row in part.items()}
             save(results, output)
         if "eager" in rows:
-            show(f"{name}, {key}", rows)
+            show(f"{name}, {configuration}", rows)
     if lines := required_rows(results["models"]):
         print_table("Required, of eager's time", REQUIRED_COLUMNS, lines)
     print(f"\n{output}")
+
+
+if __name__ == "__main__":
+    main()

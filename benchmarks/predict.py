@@ -1,12 +1,16 @@
-"""What a step of whole models should take on a GPU that is not there, as they are and fused, in bfloat16, channels last.
+"""Predicts the step of whole models on a GPU, eager and fused, in bfloat16, channels last.
 
-    python benchmarks/predict.py [--models resnet50 ...] [--batch 128] [--memory 1.0 auto min] [--device H100]
+    python benchmarks/predict.py [--models resnet50 ...] [--batch 128] [--memory 1.0 auto min]
+        [--device H100]
 
-A model on paper, not a measurement: nothing is computed, on any device. A step is captured on the CPU, with stand-ins and CPU's autocast,
-and its kernels are counted, eager's and ours by the same rule: a kernel takes the longer of its FLOPs and its bytes, at the figures that
-fuse plans with (fusedconvbn/fusion/plan.py), and a launch. No cache keeps anything, no kernel is slower than the memory, no two
-overlap, and the host is always ahead. Ours are those of docs/design.md, with one kernel each way for a max pool. The loss and
-the optimizer are left out. Prints a table and writes benchmarks/results/predicted-cuda.json. Needs torchvision.
+This is a prediction, not a measurement: nothing is computed, on any device. A step is captured on
+the CPU, with stand-ins for tensors and the CPU's autocast, and its kernels are counted. One rule
+holds for eager's kernels and ours: a kernel takes a launch and the longer of its FLOPs and its
+bytes, at the rates that `fuse` plans with (fusedconvbn/fusion/plan.py). It is assumed that no cache
+holds anything, that no kernel is slower than the memory, that no two overlap, and that the host is
+always ahead. Our kernels are those of docs/design.md; a max pool is one kernel each way. The loss
+and the optimizer are left out. Prints a table and writes benchmarks/results/predicted-cuda.json.
+Needs torchvision.
 """
 
 import argparse
@@ -50,7 +54,7 @@ SMALL = Kernel(0)  # arithmetic on vectors
 Kernels = Iterator[Kernel]
 
 
-# ------------------------------------------------------------------------------------------- a call as it is
+# ------------------------------------------------------------------ a call outside of chains
 
 
 def convolution(op: Conv, x: Tensor, y: Tensor) -> Kernel:
@@ -59,7 +63,7 @@ def convolution(op: Conv, x: Tensor, y: Tensor) -> Kernel:
 
 
 def product(flops: float, x: Tensor, weight: Tensor, y: Tensor) -> Kernel:
-    """A convolution or a matrix product, or one of its two gradients, which read and write as much."""
+    """A convolution, a matrix product, or a gradient of either: each reads and writes as much."""
     return Kernel((x.numel() + weight.numel() + y.numel()) * y.element_size(), flops)
 
 
@@ -81,7 +85,7 @@ def product_step(forward: Kernel, x: Tensor, weight: Any, bias: Any, y: Tensor) 
 
 
 def call_step(node: fx.Node) -> Kernels:
-    """A step of a call that is in no chain."""
+    """The kernels of a step for a call that is in no chain."""
     x, y = (value(n) for n in (node.args[0] if node.args else None, node))
     if node.op not in ("call_function", "call_method") or node.target in FREE:
         return
@@ -118,7 +122,7 @@ def call_step(node: fx.Node) -> Kernels:
         yield from multiplication_step([value(n) for n in node.args], y)
     else:
         raise NotImplementedError(  # a guess would be a figure that nobody counted
-            f"it is not known what kernels {node.format_node()} has"
+            f"the kernels of {node.format_node()} are not known"
         )
 
 
@@ -132,46 +136,49 @@ def multiplication_step(factors: Sequence[Tensor], y: Tensor) -> Kernels:
 
 
 def additions(graph: fx.Graph) -> Kernels:
-    """Of the gradients of maps that several calls read."""
+    """The additions of gradients of maps that several calls read."""
     for node in graph.nodes:
         if node.op != "placeholder" and isinstance(value(node), Tensor):
             readers = [n for n in node.users if getattr(value(n), "requires_grad", False)]
             yield from [Kernel(3 * nbytes_of(value(node)))] * (len(readers) - 1)
 
 
-# ------------------------------------------------------------------------------------------------- a chain
+# ------------------------------------------------------------------ a chain
 
 
 def chain_step(match: Match, saved: set[str]) -> Kernels:
-    """A step of a chain (csrc/execution.cpp)."""
+    """The kernels of a step for a chain (csrc/chain)."""
     whole = len(match.input) == 1
     nbytes = sum(nbytes_of(value(part)) for part in match.input)
-    made = [] if match.gate is None else [Kernel(2 * nbytes)]  # of each link, with statistics
-    if made:
+    forward = [] if match.gate is None else [Kernel(2 * nbytes)]  # the map of each link
+    if forward:
         yield from (Kernel(2 * nbytes), SMALL, Kernel(2 * nbytes))  # its gradients
     for i, link in enumerate(match.links):
-        made.append(made_by(link))
+        forward.append(forward_of(link))
         x, y = value(link.input), value(link.result)
         if isinstance(link.op, Conv):
             # Backward casts the weight again, which is not saved; a bias cancels.
             yield from (*cast(x, y), *(3 * cast(value(link.op.weight), y)))
-            yield from gradients(made[-1], x)
+            yield from gradients(forward[-1], x)
         else:
             yield from norm_step(link.op, nbytes_of(y), known=i == 0 and not whole)
     if any(isinstance(link.op, Norm) for link in match.links):
         yield SMALL  # running statistics
     if not whole:
         yield Kernel(2 * nbytes)
-    yield from made
+    yield from forward
     first = 1 + (match.gate is not None)
     available = {first + i for i, link in enumerate(match.inner()) if link.name in saved}
     convs = [False] * (first - 1) + [isinstance(link.op, Conv) for link in match.links]
-    for place in run_again(convs, available, whole):
-        yield Kernel(2 * nbytes) if place is None else made[place]
+    for index in recomputed(convs, available, whole):
+        yield Kernel(2 * nbytes) if index is None else forward[index]
 
 
 def norm_step(op: Norm, s: int, known: bool) -> Kernels:
-    """What a batch norm's step has besides the pass that makes its result; `known`: its statistics were taken elsewhere."""
+    """The kernels of a batch norm's step, except the one that computes its result.
+
+    `known`: its statistics are computed elsewhere.
+    """
     if not known:
         yield from (Kernel(s), SMALL)
     joined = op.residual is not None and op.activation != "none"
@@ -180,15 +187,15 @@ def norm_step(op: Norm, s: int, known: bool) -> Kernels:
         yield Kernel(2 * s)  # a copy of the gradient, for the residual
 
 
-def made_by(link: Link) -> Kernel:
+def forward_of(link: Link) -> Kernel:
     x, y = value(link.input), value(link.result)
     if isinstance(link.op, Conv):
         return convolution(link.op, x, y)
     return Kernel((2 + (getattr(link.op, "residual", None) is not None)) * nbytes_of(y))
 
 
-def run_again(convs: Sequence[bool], available: set[int], whole: bool) -> Iterator[int | None]:
-    """The links that backward runs again, and None for a concatenation: `Execution::backward` without the tensors."""
+def recomputed(convs: Sequence[bool], available: set[int], whole: bool) -> Iterator[int | None]:
+    """The links that backward recomputes, None for a concatenation: csrc/chain without tensors."""
     available = available | {0} if whole else set(available)
     for i in reversed(range(len(convs))):
         if i in available:
@@ -202,7 +209,7 @@ def run_again(convs: Sequence[bool], available: set[int], whole: bool) -> Iterat
             available.discard(0)
 
 
-# ------------------------------------------------------------------------------------------------- models
+# ------------------------------------------------------------------ models
 
 
 def step_of(graph: fx.Graph, chains: dict[fx.Node, Match], saved: set[str]) -> list[Kernel]:
@@ -270,10 +277,9 @@ def main() -> None:
             if variant != "eager":
                 time, saved = (row[key] / first[key] for key in ("milliseconds", "saved"))
                 of, all = row["maps"]
-                print(
-                    f"| {variant} | {saved:.2f} | {of} of {all} | {100 * row['added_flops']:.1f} % | "
-                    f"{row['milliseconds']:.1f} ({time:.2f}) |"
-                )
+                added = f"{100 * row['added_flops']:.1f} %"
+                milliseconds = f"{row['milliseconds']:.1f} ({time:.2f})"
+                print(f"| {variant} | {saved:.2f} | {of} of {all} | {added} | {milliseconds} |")
     facts = {"device": arguments.device, "batch": arguments.batch, "commit": commit()}
     facts["figures"] = asdict(DEVICES[arguments.device])
     save({**facts, "models": results}, arguments.output)

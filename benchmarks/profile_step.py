@@ -1,8 +1,9 @@
-"""Where the time of a training step goes: the profiler's table of one step of eager and of two fused variants.
+"""Where the time of a training step goes: the profiler's table for eager and two fused variants.
 
-    python benchmarks/profile_step.py [--device cuda] [--models resnet50] [--batch 128] [--output profile.txt]
+    python benchmarks/profile_step.py [--device cuda] [--models resnet50] [--batch 128]
+        [--output profile.txt]
 
-bfloat16 by autocast, channels last. Writes the tables where --output says, after each variant.
+bfloat16 by autocast, channels last. Writes the tables to --output after each variant.
 """
 
 import argparse

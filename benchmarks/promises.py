@@ -1,4 +1,7 @@
-"""The bytes and the added FLOPs that are promised of whole models: `benchmarks/models.py --check`."""
+"""What is promised about the bytes and the FLOPs of whole models.
+
+Run by `benchmarks/models.py --check`.
+"""
 
 import argparse
 
@@ -6,7 +9,8 @@ from common import print_table
 from tqdm import tqdm
 from workloads import ON_CPU, Workload, ratios
 
-# At most, of eager's: live at the end of forward, peak; and added convolution FLOPs. Batch 8, 224², channels_last, float32.
+# Shares of eager's, at most: bytes live at the end of forward, peak, and added convolution FLOPs.
+# Batch 8 at 224², channels last, float32.
 PROMISED = {
     ("resnet50", "auto"): (0.53, 0.62, 0.11),
     ("resnet50", "min"): (0.36, 0.48, 0.34),
@@ -19,8 +23,8 @@ FUSE_SECONDS = {"resnet50": 5.0}
 
 
 def check(arguments: argparse.Namespace) -> bool:
-    """Whether everything promised about the chosen models is kept; prints it side by side."""
-    lines, kept = [], True
+    """Whether every promise about the chosen models holds; prints promised and measured values."""
+    lines, holds = [], True
     for name in tqdm([m for m in arguments.models if any(m == p for p, _ in PROMISED)]):
         load = Workload.of(name, arguments, ON_CPU[0])
         eager = load.memory(load.model)
@@ -37,8 +41,8 @@ def check(arguments: argparse.Namespace) -> bool:
             if name in FUSE_SECONDS:
                 found["seconds to fuse"] = (FUSE_SECONDS[name], facts["fuse_seconds"])
             for what, (most, value) in found.items():
-                kept &= value <= most
+                holds &= value <= most
                 verdict = "" if value <= most else "MISSED"
                 lines.append([f"{name} {memory}: {what}", f"{most:.2f}", f"{value:.3f}", verdict])
     print_table("Promised, of eager's", ["", "at most", "reached", ""], lines)
-    return kept
+    return holds

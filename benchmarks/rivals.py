@@ -1,4 +1,4 @@
-"""What `fuse` is measured against: checkpoints, the compiler, In-Place ABN, the tutorial's layer."""
+"""What `fuse` is measured against: checkpoints, torch.compile, In-Place ABN, the tutorial."""
 
 import copy
 import itertools
@@ -27,7 +27,7 @@ class Checkpointed(nn.Module):
 
 
 class PythonConvBN(nn.Module):
-    """The tutorial's layer in Python, and around it what it lacks: padding, and a weight and a bias per channel."""
+    """The tutorial's layer in Python, with what it lacks: padding and an affine norm."""
 
     def __init__(
         self,
@@ -49,8 +49,11 @@ class PythonConvBN(nn.Module):
 
 
 def checkpointed(model: nn.Module) -> tuple[nn.Module, list[str]]:
-    """A copy with a checkpoint around each block, and the blocks' paths: what stands right in a Sequential of the model
-    (ResNet's layerN[i], features[i] of others) or in one of DenseNet's dense blocks, and has a batch norm inside."""
+    """A copy with a checkpoint around each block, and the paths of the blocks.
+
+    A block has a batch norm inside and is a child of one of the model's Sequentials (layerN[i] of
+    ResNet, features[i] of others) or of one of DenseNet's dense blocks.
+    """
     model = copy.deepcopy(model)
     stages = {p: m for p, m in model.named_children() if isinstance(m, nn.Sequential)}
     stages |= {p: m for p, m in model.named_modules() if isinstance(m, nn.ModuleDict)}
@@ -65,7 +68,7 @@ def checkpointed(model: nn.Module) -> tuple[nn.Module, list[str]]:
 
 
 def compiled(model: nn.Module, budget: float) -> nn.Module:
-    """With a backend of its own, so that another budget's code for the same model is not taken."""
+    """Compiled by a backend of its own: Dynamo must not reuse the code of another budget."""
     from torch._functorch import config
     from torch._inductor.compile_fx import compile_fx
 
@@ -77,7 +80,7 @@ def compiled(model: nn.Module, budget: float) -> nn.Module:
 
 
 def floor(model: nn.Module) -> nn.Module:
-    """A copy without batch norm and activations: what no fusion can be faster than with the same convolutions."""
+    """A copy without batch norm and activations: the least time with PyTorch's convolutions."""
     model = copy.deepcopy(model)
     for module in list(model.modules()):
         for name, child in module.named_children():
@@ -87,7 +90,7 @@ def floor(model: nn.Module) -> nn.Module:
 
 
 def python_reference(model: nn.Module) -> tuple[nn.Module, int]:
-    """A copy with the tutorial's layer in the place of each pair that it can do, and how many those are."""
+    """A copy with the tutorial's layer for each pair that it supports, and the number of pairs."""
     model = copy.deepcopy(model)
     replaced = 0
     for module in list(model.modules()):
@@ -107,8 +110,10 @@ def python_reference(model: nn.Module) -> tuple[nn.Module, int]:
 
 
 def inplace_abn(model: nn.Module) -> nn.Module | None:
-    """A copy with In-Place ABN where a batch norm and a leaky ReLU, which stands for ReLU, follow each other; None where the
-    package is missing."""
+    """A copy with In-Place ABN for each batch norm followed by an activation.
+
+    In-Place ABN uses a leaky ReLU. None where the package is missing.
+    """
     try:
         from inplace_abn import InPlaceABN
     except ImportError:

@@ -1,8 +1,9 @@
-"""Writes the tables of README.md and docs/performance.md, and the plots, from the JSON files in benchmarks/results.
+"""Writes the tables of README.md and docs, and the plots, from the files in benchmarks/results.
 
     python benchmarks/tables.py [--check]
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`. --check writes nothing, and fails where a page differs.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`. --check writes nothing, and fails
+where a page differs from the results.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import compilers
 from common import RESULTS, ROOT, Row
 from growth import MOST
 from kernels import AIM, LARGE, REQUIRED, slowest
@@ -19,14 +21,15 @@ from rivals import COMPILED
 from targets import REQUIRED_COLUMNS, faster_compiled, required_rows, required_rows_on_gpu
 from workloads import ON_CPU
 
-PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 FULL = "float32, channels last, 2 threads"
+# The order of the rows; variants that are not here come after "fuse 1.0".
 SHOWN = ["fuse auto", "fuse min", "fuse 1.0", "checkpoint", "Python reference", *COMPILED]
 SHOWN += ["In-Place ABN", "floor: convolutions alone"]
 WITH_RIVALS = {str(configuration) for configuration in ON_CPU if configuration.rivals}
 NOT_MEASURED = "Not measured.\n"
-STAGES = ("smoke", "tests", "memcheck", "racecheck")  # of tests/gpu/run.sh, that pass or fail
+STAGES = ("smoke", "tests", "memcheck", "racecheck")  # of tests/gpu/run.sh: they pass or fail
 
 
 def load(name: str) -> Row:
@@ -48,7 +51,7 @@ def label(variant: str) -> str:
 
 
 def network_table() -> str:
-    """The experiment's network and its rivals, of unfused."""
+    """The experiment's network and its rivals, as ratios to the unfused network."""
     results = load("conv_bn-cpu")
     shown = {
         "fused": "**fused**",
@@ -70,7 +73,7 @@ def network_table() -> str:
 
 
 def layers_table() -> str:
-    """Layers with ReLU, of unfused."""
+    """Layers with ReLU, as ratios to the unfused layers."""
     layers = load("conv_bn-cpu")["layers"]
     variants = ("fused", "checkpoint")
     names = [name for name in next(iter(layers.values())) if name.endswith("²")]
@@ -82,7 +85,7 @@ def layers_table() -> str:
 
 
 def avx2_table() -> str:
-    """Layers with other ends, in two types."""
+    """Layers with SiLU and with a residual, in two types."""
     layers = load("layers-cpu-avx2")["layers"]["2 threads"]
     ends = [f"{tail}{dtype}" for dtype in ("", ", bfloat16") for tail in ("SiLU", "add, ReLU")]
     names = [name.removesuffix(", SiLU") for name in layers if name.endswith(", SiLU")]
@@ -91,7 +94,7 @@ def avx2_table() -> str:
 
 
 def model_rows(model: str, variants: dict[str, Row]) -> list[list[str]]:
-    """All variants of a model, and eager's own figures below."""
+    """All variants of a model, and below them eager's own figures."""
     rows = []
     for variant in sorted(variants, key=lambda v: SHOWN.index(v) if v in SHOWN else 2.5):
         if variant != "eager":
@@ -130,7 +133,7 @@ def gpu_models() -> list[Path]:
 
 
 def gpu_models_table() -> str:
-    """The same on a GPU, of every file: batches, with cuDNN's trials and without."""
+    """The same on a GPU: for each batch, with and without cuDNN's benchmark mode."""
     rows = []
     for path in gpu_models():
         results = load(path.stem)
@@ -143,10 +146,10 @@ def gpu_models_table() -> str:
 
 
 def gpu_table() -> str:
-    """What tests/gpu/run.sh has found: which GPU, what passed, and what is required of speed; with the picture."""
+    """What tests/gpu/run.sh found: the GPU, what passed, speeds beside their targets; a picture."""
     summary, kernels = load("gpu-summary"), load("gpu-kernels")
     machine = summary.get("machine")
-    if not machine:  # what setup finds
+    if not machine:  # the setup stage failed
         return NOT_MEASURED
     facts = f"{machine['device']}, torch {machine['torch']}, commit {machine['commit']}"
     rates = f"copy {machine['copy GB/s']} GB/s, bf16 product {machine['bf16 TFLOP/s']} TFLOP/s"
@@ -183,12 +186,13 @@ def kernels_table(name: str = "kernels-cpu") -> str:
 
 
 KERNEL = re.compile(
-    r"\w+?_(?P<walk>contiguous|channels_last)<(?P<name>\w+)<(?P<type>BFloat16|float)(?P<of>.*)>, (?P<V>[48])>"
+    r"\w+?_(?P<walk>contiguous|channels_last)"
+    r"<(?P<name>\w+)<(?P<type>BFloat16|float)(?P<of>.*)>, (?P<V>[48])>"
 )
 
 
 def cuda_kernels_table() -> str:
-    """Of the CUDA kernels for ReLU, on whole vectors, for an H100."""
+    """The CUDA kernels for ReLU on whole vectors, compiled for an H100."""
     rows = []
     for kernel in load("cuda-kernels").get("9.0", []):
         found = KERNEL.fullmatch(kernel["name"])
@@ -214,7 +218,7 @@ def cuda_kernels_table() -> str:
 
 
 def predicted_table() -> str:
-    """Of eager's step, as benchmarks/predict.py counts it."""
+    """The step as benchmarks/predict.py counts it, beside eager's."""
     rows = []
     for name, variants in load("predicted-cuda").get("models", {}).items():
         eager = variants["eager"]
@@ -252,13 +256,12 @@ def summary_table() -> str:
         for variant in (v for v in ("fuse auto", "fuse min") if v in variants):
             eager = variants["eager"]
             row = variants[variant]
-            cells = [
-                f"{eager[key] / 2**20:.0f} → {row[key] / 2**20:.0f} MiB ({row['of_eager'][key]:.2f})"
-                for key in ("saved", "peak")
-            ]
-            ratio = row["ratio"]
-            before = f"{eager['milliseconds']:.0f} → {row['milliseconds']:.0f} ms"
-            rows.append([f"{model}, {label(variant)}", *cells, f"{before} ({ratio:.2f})"])
+            cells = []
+            for key in ("saved", "peak"):
+                before, after = (r[key] / 2**20 for r in (eager, row))
+                cells.append(f"{before:.0f} → {after:.0f} MiB ({row['of_eager'][key]:.2f})")
+            times = f"{eager['milliseconds']:.0f} → {row['milliseconds']:.0f} ms"
+            rows.append([f"{model}, {label(variant)}", *cells, f"{times} ({row['ratio']:.2f})"])
     return markdown(["", "saved for backward", "peak", "time"], rows)
 
 
@@ -267,7 +270,7 @@ def targets_table() -> str:
 
 
 def behind_table() -> str:
-    """Where torch.compile is faster at the same or smaller memory; and where that is not known."""
+    """Where torch.compile is faster with the same or fewer bytes; and where that is not known."""
     rows, unknown = [], []
     for model, configurations in load("models-cpu")["models"].items():
         for configuration, variants in configurations.items():
@@ -287,7 +290,7 @@ def behind_table() -> str:
 
 
 def configurations_table() -> str:
-    """auto and everything kept in the other layouts, dtypes and numbers of threads."""
+    """ "auto" and 1.0 in all layouts, dtypes and numbers of threads."""
     models = load("models-cpu")["models"]
     names = list(dict.fromkeys(c for model in models.values() for c in model))
     rows = []
@@ -298,7 +301,7 @@ def configurations_table() -> str:
             pair = [variants.get(f"fuse {memory}") for memory in ("auto", 1.0)]
             cells.append(" / ".join(f"{row['ratio']:.2f}" for row in pair if row) or "—")
         rows.append([name, *cells])
-    return markdown(["time, auto / all kept", *models], rows)
+    return markdown(['time, `"auto"` / `1.0`', *models], rows)
 
 
 def overhead_table() -> str:
@@ -313,6 +316,11 @@ def overhead_table() -> str:
         for variant, row in variants.items()
     ]
     return markdown(["one call on 1×8×8×8", "µs", "of eager"], rows)
+
+
+def compilers_table() -> str:
+    """`fuse` and torch.compile, apart and together."""
+    return markdown(compilers.COLUMNS, compilers.table(load("compilers-cpu")))
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -331,6 +339,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "behind-compile": behind_table,
     "configurations": configurations_table,
     "overhead": overhead_table,
+    "compilers": compilers_table,
 }
 
 
@@ -339,7 +348,7 @@ def filled(page: str) -> str:
 
 
 def plot_models(results: Path, configuration: str) -> None:
-    """Time against saved bytes of each variant, both of eager's, in a picture beside the results."""
+    """Draws time against saved bytes of each variant, as shares of eager's."""
     from matplotlib import pyplot
 
     found = load(results.stem)["models"]

@@ -10,7 +10,10 @@ from workloads import Configuration
 
 @dataclass(frozen=True)
 class Target:
-    """A step's time, of eager's, that is to be reached with so many of its saved bytes; channels last, two threads."""
+    """The time that a step may take when it saves at most `saved`; both are shares of eager's.
+
+    Channels last, two threads.
+    """
 
     model: str
     saved: float
@@ -33,7 +36,7 @@ TARGETS = [
     Target("efficientnet_b0", 0.26, 0.82, 0.72),
 ]
 
-# On a GPU, bfloat16: time of eager's, at most and aimed at.
+# On a GPU, in bfloat16: the time that is allowed and the time aimed at, as shares of eager's.
 REQUIRED_ON_GPU = {
     ("resnet50", "fuse 1.0"): (0.85, 0.70),
     ("resnet50", "fuse 0.55"): (0.95, 0.80),
@@ -61,7 +64,7 @@ def time_and_bytes(row: Row) -> str:
 
 
 def compiled_within(rows: dict[str, Row], saved: float) -> str:
-    """The fastest compiled variant of those that save no more."""
+    """The fastest compiled variant that saves at most `saved`."""
     compiled = [row for variant, row in rows.items() if variant in COMPILED]
     within = [row for row in compiled if row["of_eager"]["saved"] <= saved + 0.0005]
     if not within:
@@ -70,7 +73,7 @@ def compiled_within(rows: dict[str, Row], saved: float) -> str:
 
 
 def required_rows(models: dict[str, dict[str, dict[str, Row]]]) -> list[list[str]]:
-    """What is required, reached, and compiled at most at that memory, of what has been measured."""
+    """For each target: what is required, what fuse reaches, what the compiler reaches."""
     lines = []
     for target in TARGETS:
         rows = models.get(target.model, {}).get(target.configuration)
@@ -91,8 +94,10 @@ def required_rows(models: dict[str, dict[str, dict[str, Row]]]) -> list[list[str
 
 
 def required_rows_on_gpu(results: Row) -> list[list[str]]:
-    """The same of a GPU, where it is required of variants, and torch.compile is to be no faster at the memory that each of
-    them really takes."""
+    """The same on a GPU, where a variant has a target.
+
+    torch.compile is compared at the bytes that the variant saves.
+    """
     lines = []
     for (model, variant), (most, aim) in REQUIRED_ON_GPU.items():
         for configuration, rows in results["models"].get(model, {}).items():
@@ -112,7 +117,10 @@ def required_rows_on_gpu(results: Row) -> list[list[str]]:
 
 
 def faster_compiled(rows: dict[str, Row]) -> list[tuple[str, str | None]]:
-    """Each compiled variant that is faster than every fused one with at most its bytes, and the fastest of those, if any."""
+    """Each compiled variant that is faster than all fused variants which save no more than it.
+
+    With the fastest of those fused variants, or None where there is none.
+    """
     behind = []
     for variant in (v for v in COMPILED if v in rows):
         theirs = rows[variant]

@@ -24,10 +24,10 @@ MODELS = ["resnet50", "resnet18", "mobilenet_v2", "densenet121", "efficientnet_b
 
 @dataclass(frozen=True)
 class Configuration:
-    dtype: str  # bfloat16: autocast
+    dtype: str  # "bfloat16" means autocast
     format: str
     threads: int | None  # None on a GPU
-    rivals: bool = False  # whether all of them are measured, or only eager and fused
+    rivals: bool = False  # whether the rivals are measured too, or only eager and fused
 
     def __str__(self) -> str:
         threads = [] if self.threads is None else [f"{self.threads} threads"]
@@ -46,19 +46,22 @@ ON_CPU = [
 
 
 def definition(name: str) -> nn.Module:
-    """torchvision's, or timm's of timm:NAME, which is not installed for this."""
+    """A torchvision model with random weights; of timm:NAME timm's, which must be installed."""
     models = _torchvision.models()
     library, _, own = name.rpartition(":")
-    return (
-        importlib.import_module(library).create_model(own)
-        if library
-        else models.get_model(name, weights=None)
-    )
+    if library:
+        return importlib.import_module(library).create_model(own)
+    options: Row = {}
+    if name in ("googlenet", "inception_v3"):
+        options = {"init_weights": False}
+    if name.startswith(("deeplabv3_", "fcn_")):
+        options = {"weights_backbone": None, "aux_loss": True}
+    return models.get_model(name, weights=None, **options)
 
 
 @dataclass
 class Workload:
-    """A model as it is and the images of a step."""
+    """The unfused model, and the images of a step."""
 
     name: str
     model: nn.Module
@@ -95,7 +98,7 @@ class Workload:
         return measure_memory(self.step(net), net, self.images.device)
 
     def fused(self, memory: Budget) -> tuple[nn.Module, Row]:
-        """The fused model, and what fusing took and did."""
+        """The fused model, how long fusing took, and what it found."""
         with self.autocast():
             start = time.perf_counter()
             net = fusedconvbn.fuse(self.model, self.images, memory=memory)
@@ -108,17 +111,17 @@ class Workload:
         }
 
     def all_fused(self, memories: Sequence[Budget]) -> tuple[dict[str, nn.Module], dict[str, Row]]:
-        """The fused model at each budget that can be reached, and what is known of each."""
+        """The fused model at each budget that can be reached, and what `fused` says of each."""
         nets, facts = {}, {}
         for memory in memories:
             try:
                 nets[f"fuse {memory}"], facts[f"fuse {memory}"] = self.fused(memory)
-            except ValueError as error:  # less than what can be reached
+            except ValueError as error:  # the budget is out of reach
                 tqdm.write(f"{self.name}: left out: {error}")
         return nets, facts
 
     def rows(self, nets: dict[str, nn.Module], rounds: int) -> dict[str, Row]:
-        """Memory, page faults and the seconds of each round."""
+        """Memory, page faults and the seconds of each round, for each net."""
         steps = {name: self.step(net) for name, net in nets.items()}
         memory = {
             name: {**self.memory(net), "faults": page_faults(steps[name])}
