@@ -45,7 +45,7 @@ def test_examples_run(page, tmp_path):
 
 def test_every_page_about_a_feature_has_an_example():
     without = {name for name, code in PAGES.items() if not code.strip()}
-    assert without <= {"coverage", "design", "performance"}
+    assert without <= {"coverage", "cuda", "design", "experiments", "measurements", "performance"}
 
 
 def test_blocks_are_found():
@@ -55,7 +55,7 @@ def test_blocks_are_found():
 
 
 def test_tables_are_those_of_the_results():
-    """README's and docs/performance.md's; `python benchmarks/tables.py` writes them."""
+    """Those of README.md and docs; `python benchmarks/tables.py` writes them."""
     command = [sys.executable, DOCS.parent / "benchmarks" / "tables.py", "--check"]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
