@@ -25,8 +25,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 FORMATS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
 Row = dict[str, Any]
 Step = Callable[[], None]
-LONGEST = 12.0  # seconds after which a comparison ends, if it has five rounds
-STEPS = 10  # between two events: one alone is timed together with the wait for the device
+LONGEST = 12.0  # seconds after which a comparison of at least five rounds ends
+STEPS = 10  # between two events on a GPU: a single step would include the wait for the device
 
 
 def argument_parser(description: str, rounds: int) -> argparse.ArgumentParser:
@@ -43,7 +43,7 @@ def argument_parser(description: str, rounds: int) -> argparse.ArgumentParser:
 
 
 def begin(arguments: argparse.Namespace) -> Row:
-    """Applies the options that all scripts have; the results' first entries, printed."""
+    """Applies the options of all scripts; prints and returns the first entries of the results."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     torch.backends.cudnn.benchmark = arguments.cudnn_benchmark
     facts = machine(arguments.device)
@@ -64,7 +64,7 @@ def save(results: Row, path: Path) -> None:
 
 
 def seconds(step: Step, device: torch.device) -> float:
-    """Of one step; on a GPU the mean of a few that follow each other."""
+    """Seconds of one step; on a GPU the mean of STEPS steps."""
     if device.type == "cuda":
         stream = torch.cuda.current_stream(device)
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -87,11 +87,11 @@ def time_interleaved(
     label: str,
     longest: float = LONGEST,
 ) -> dict[str, list[float]]:
-    """Seconds of each step of each variant; which one begins a round moves on."""
+    """Seconds of each step of each variant. Another variant begins each round."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
     deadline = math.inf
-    warm_up = 1 if device.type == "cuda" else 2  # rounds; on a GPU one has ten steps
+    warm_up = 1 if device.type == "cuda" else 2  # rounds; on a GPU a round has STEPS steps
     for i in tqdm(range(rounds + warm_up), desc=label, leave=False):
         if i == warm_up:
             deadline = time.perf_counter() + longest

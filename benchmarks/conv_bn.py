@@ -132,7 +132,7 @@ def layer_steps(sizes: Layer, device: torch.device) -> dict[str, Step]:
 
 
 def networks(device: torch.device, format: torch.memory_format) -> dict[str, nn.Module]:
-    """The experiment's network: unfused, fused, with the tutorial's layer, ours and Python's."""
+    """The experiment's network: unfused, fused, and with the tutorial's layer, ours or Python's."""
     unfused = mnist.Net("batchnorm")
     tutorial = mnist.Net("tutorial")
     nets = {"unfused": unfused, "fused": unfused.fused()}

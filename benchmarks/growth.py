@@ -61,7 +61,7 @@ def point(name: str, batch: int, size: int, device: torch.device, rounds: int) -
 
 
 def calls(device: torch.device) -> dict[str, dict[str, Callable[[], Any]]]:
-    """One call on a 1×8×8×8 input, unfused and fused: of the functions and of the modules."""
+    """One call on a 1×8×8×8 input, unfused and fused, of the functions and of the modules."""
     options = {"device": device}
     x, weight = torch.randn(1, 8, 8, 8, **options), torch.randn(8, 8, 3, 3, **options)
     gamma, beta = torch.ones(8, **options), torch.zeros(8, **options)

@@ -41,7 +41,7 @@ OF_RESNET50 = (
     (1024, 14),
     (2048, 7),
 )  # channels and size, at batch 128
-BEYOND_THE_CACHE = 256 << 20  # bytes of the maps that take turns
+BEYOND_THE_CACHE = 256 << 20  # bytes of all maps of a CUDA graph
 DTYPES = (torch.float32, torch.bfloat16)
 
 

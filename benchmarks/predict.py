@@ -121,7 +121,7 @@ def call_step(node: fx.Node) -> Kernels:
     elif node.target in MUL:
         yield from multiplication_step([value(n) for n in node.args], y)
     else:
-        raise NotImplementedError(  # a guess would be a figure that nobody counted
+        raise NotImplementedError(  # a guess is no prediction
             f"the kernels of {node.format_node()} are not known"
         )
 

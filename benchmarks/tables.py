@@ -290,7 +290,7 @@ def behind_table() -> str:
 
 
 def configurations_table() -> str:
-    """ "auto" and 1.0 in all layouts, dtypes and numbers of threads."""
+    """The budgets "auto" and 1.0 in all layouts, dtypes and numbers of threads."""
     models = load("models-cpu")["models"]
     names = list(dict.fromkeys(c for model in models.values() for c in model))
     rows = []
