@@ -197,7 +197,7 @@ def arguments_given() -> argparse.Namespace:
     names = [str(c) for c in (*ON_CPU, *ON_GPU)]
     add("--only", nargs="+", choices=names, metavar="CONFIGURATION", help="default: all")
     add("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
-    add("--seconds", type=float, help="for each model, all in this process; see above")
+    add("--seconds", type=float, help="for each model, all in this process")
     names = [f"fuse {memory}" for memory in QUICK] + list(COMPILED)
     add("--variants", nargs="+", choices=names, help="with --seconds; default: all")
     add("--variant", help=argparse.SUPPRESS)
