@@ -256,7 +256,9 @@ def main() -> None:
         for part in parts:
             rows |= {variant: {**row, "commit": commit} for variant, row in part.items()}
             save(results, output)
-        if "eager" in rows:
+            if here:  # time may be over before the next part
+                show(f"{name}, {configuration}", rows)
+        if "eager" in rows and not here:
             show(f"{name}, {configuration}", rows)
     if lines := required_rows(results["models"]):
         print_table("Required, of eager's time", REQUIRED_COLUMNS, lines)
