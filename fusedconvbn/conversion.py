@@ -45,7 +45,7 @@ _FORWARD_HOOKS = (
 )
 
 
-def fold(module: nn.Module) -> nn.Module:
+def fold(module: nn.Module, keep_signature: bool = False) -> nn.Module:
     r"""The network that ``module.eval()`` computes, with each fused layer folded into one plain
     convolution.
 
@@ -59,14 +59,16 @@ def fold(module: nn.Module) -> nn.Module:
 
     Args:
         module: a fused layer, or a model with fused layers anywhere. It is not changed.
+        keep_signature: for a model that calls a layer with a residual, or a transposed one with an
+            ``output_size``, neither of which ``nn.Sequential`` takes.
 
     Returns:
-        For a layer without activation an ``nn.Conv*`` or ``nn.ConvTranspose*`` with a bias; for one
-        with an activation an ``nn.Sequential`` of such a ``conv`` and the ``activation``, which
-        takes a residual as the layer did. For a model a copy with such an ``nn.Sequential`` in
-        place of each fused layer; it has an ``nn.Identity`` where there is no activation, as the
-        model may call the layer with a residual. Forward hooks stay; a layer that is used several
-        times is folded once. All modules are in eval mode.
+        A module of ``torch.nn`` for a layer, a copy with such modules in place of its fused layers
+        for a model: an ``nn.Conv*`` or ``nn.ConvTranspose*`` with a bias or, where the layer has an
+        activation, an ``nn.Sequential`` of this ``conv`` and the ``activation``. Nothing of
+        fusedconvbn is needed to load or run it. With `keep_signature` it is a subclass of
+        ``nn.Sequential`` from this package, also where there is no activation. Forward hooks stay;
+        a layer that is used several times is folded once. All modules are in eval mode.
 
     Raises:
         ValueError: a layer has no running statistics, or a ``forward`` of its own; the message
@@ -94,7 +96,7 @@ def fold(module: nn.Module) -> nn.Module:
         compute_parameters((layer.conv, layer.bn))
     # deepcopy takes an object's copy from its memo, where it is there.
     memo: dict[int, Any] = {id(t): t for t in (*original.parameters(), *original.buffers())}
-    memo.update({id(layer): _folded(layer, alone=layer is original) for layer in layers})
+    memo.update({id(layer): _folded(layer, keep_signature) for layer in layers})
     result = copy.deepcopy(original, memo)
     for layer in layers:
         for name in _FORWARD_HOOKS:
@@ -103,7 +105,7 @@ def fold(module: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def _folded(layer: _ConvBN, alone: bool) -> nn.Module:
+def _folded(layer: _ConvBN, keep_signature: bool) -> nn.Module:
     old, bn = layer.conv, layer.bn
     padding = old.padding
     # Padding in numbers where that is possible: not every optimiser reads names.
@@ -121,33 +123,27 @@ def _folded(layer: _ConvBN, alone: bool) -> nn.Module:
         **({"output_padding": old.output_padding} if old.transposed else {}),
         device="meta",
     )
-    weight = old.weight.detach()
-    wide = torch.promote_types(
-        bn.running_var.dtype, torch.promote_types(weight.dtype, torch.float32)
+    weight, bias = torch.ops.fusedconvbn._fold(
+        old.weight,
+        old.bias,
+        bn.weight,
+        bn.bias,
+        bn.running_mean,
+        bn.running_var,
+        bn.eps,
+        old.transposed,
+        old.groups,
     )
-    scale = (bn.running_var.to(wide) + bn.eps).rsqrt()
-    if bn.weight is not None:
-        scale = scale * bn.weight
-    shift = -bn.running_mean.to(wide)
-    if old.bias is not None:
-        shift = shift + old.bias
-    shift = shift * scale
-    if bn.bias is not None:
-        shift = shift + bn.bias
-    # The output channels: dimension 0, or, transposed, (groups, dimension 1).
-    per_channel = [1] * (weight.dim() - 2)
-    if old.transposed:
-        by_group = weight.to(wide).unflatten(0, (old.groups, -1))
-        scaled = (by_group * scale.reshape(old.groups, 1, -1, *per_channel)).flatten(0, 1)
-    else:
-        scaled = weight.to(wide) * scale.reshape(-1, 1, *per_channel)
+    dtype = old.weight.dtype
     # Of all parameters, since a parametrized weight is not among them.
     trained = any(p.requires_grad for p in old.parameters())
-    conv.weight = nn.Parameter(scaled.to(weight.dtype), trained)
-    conv.bias = nn.Parameter(shift.to(weight.dtype), trained)
-    if alone and layer.activation == "none":
+    conv.weight = nn.Parameter(weight.to(dtype), trained)
+    conv.bias = nn.Parameter(bias.to(dtype), trained)
+    if not keep_signature and layer.activation == "none":
         return conv.eval()
-    kind = ConvTransposeActivation if old.transposed else ConvActivation
+    kind: type[nn.Sequential] = nn.Sequential
+    if keep_signature:
+        kind = ConvTransposeActivation if old.transposed else ConvActivation
     activation = activation_module(layer.activation)
     return kind(OrderedDict(conv=conv, activation=activation)).eval()
 

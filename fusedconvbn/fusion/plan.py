@@ -119,8 +119,9 @@ def seconds_per_value(
 
 
 def _is_winograd(op: Conv, weight: Sequence[int]) -> bool:
-    plain = not op.transposed and op.groups == 1 and {*op.stride, *op.dilation} == {1}
-    return plain and tuple(weight[2:]) == (3, 3) and weight[0] % 32 == weight[1] % 32 == 0
+    return torch.ops.fusedconvbn._winograd_takes(
+        weight, op.stride, op.dilation, op.transposed, op.groups
+    )
 
 
 def parse_memory(memory: float | int | str) -> float | int | str:

@@ -3,6 +3,8 @@
 import copy
 import io
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -78,8 +80,9 @@ def test_activations_and_residuals(activation, name, residual):
     layer, x = build(name, activation)
     model = nn.ModuleList([layer])  # in a model, as its code may pass a residual
     before = pickle.dumps(model)
-    folded = fold(model)[0]
+    folded = fold(model, keep_signature=residual)[0]
     assert plain(folded)
+    assert residual or all(type(m).__module__.startswith("torch.nn.") for m in folded.modules())
     out = layer.eval()(x)
     more = {"residual": torch.randn_like(out)} if residual else {}
     assert_close(folded(x, **more), layer(x, **more))
@@ -91,9 +94,10 @@ def test_output_size_of_a_transposed_layer():
     layer = random_statistics(FusedConvTransposeBN2d(3, 4, 3, stride=2, activation="relu")).eval()
     x = torch.randn(2, 3, 4, 5)
     for size in ([9, 11], [10, 12]):
-        assert_close(fold(layer)(x, size), layer(x, size))
+        folded = fold(layer, keep_signature=True)
+        assert_close(folded(x, size), layer(x, size))
         residual = torch.randn(2, 4, *size)
-        assert_close(fold(layer)(x, size, residual), layer(x, size, residual))
+        assert_close(folded(x, size, residual), layer(x, size, residual))
 
 
 @pytest.mark.parametrize("name", ("2d", "transposed 2d"))
@@ -141,7 +145,7 @@ class Nested(nn.Module):
 
 def test_a_nested_model():
     model = random_statistics(Nested())
-    folded = fold(model)
+    folded = fold(model, keep_signature=True)
     assert plain(folded)
     assert folded.first is folded.again is folded.order[0]
     assert folded.tied.conv.weight is not folded.first.conv.weight
@@ -158,10 +162,30 @@ def test_a_nested_model():
 
 
 def test_state_dict_goes_from_one_folded_model_to_another():
-    one, other = fold(random_statistics(Activations())), fold(Activations())
+    one, other = (
+        fold(model, keep_signature=True)
+        for model in (random_statistics(Activations()), Activations())
+    )
     x = torch.randn(2, 4, 7, 6)
     other.load_state_dict(one.state_dict())
     assert_close(other(x), one(x), rtol=0, atol=0)
+
+
+def test_a_plain_result_is_loaded_without_this_package(tmp_path):
+    model = random_statistics(nn.Sequential(FusedConvBN2d(3, 4, 3, activation="silu")))
+    x = torch.randn(2, 3, 5, 6)
+    torch.save((fold(model), x, model.eval()(x)), tmp_path / "folded.pt")
+    code = (
+        "import sys, torch; folded, x, y = torch.load(sys.argv[1], weights_only=False); "
+        "torch.testing.assert_close(folded(x), y); assert 'fusedconvbn' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "folded.pt")], check=True)
+
+
+def test_a_residual_needs_the_signature():
+    layer, x = build("2d", "relu")
+    with pytest.raises(TypeError, match="residual"):
+        fold(layer)(x, residual=x)
 
 
 def test_a_model_without_fused_layers_is_copied():

@@ -128,7 +128,7 @@ def test_onnx(folded):
     """Every activation, with and without a residual, and a transposed layer, for any batch size."""
     model = Activations().eval()
     x, other = torch.randn(3, 4, 7, 6), torch.randn(5, 4, 7, 6)
-    exported = fusedconvbn.fold(model) if folded else model
+    exported = fusedconvbn.fold(model, keep_signature=True) if folded else model
     program = torch.onnx.export(
         exported, (x,), dynamo=True, dynamic_shapes={"x": {0: "batch"}}, verbose=False
     )
@@ -159,7 +159,7 @@ def test_the_older_onnx_exporter_takes_a_folded_model(tmp_path):
     path = tmp_path / "model.onnx"
     with pytest.raises(torch.onnx.errors.UnsupportedOperatorError, match="fusedconvbn::conv_bn"):
         torch.onnx.export(model, (x,), path, dynamo=False)
-    torch.onnx.export(fusedconvbn.fold(model), (x,), path, dynamo=False)
+    torch.onnx.export(fusedconvbn.fold(model, keep_signature=True), (x,), path, dynamo=False)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     (name,) = [i.name for i in session.get_inputs()]
     assert_close(torch.from_numpy(session.run(None, {name: x.numpy()})[0]), model(x).detach())

@@ -237,6 +237,20 @@ def test_modules_and_names(module, name):
         assert torch.equal(activation_module(name)(x), copy.deepcopy(module)(x.clone()))
 
 
+def test_one_list_of_names():
+    """The table of csrc/kernels/activation.h, in its order, which numbers them in a packed chain."""
+    assert torch.ops.fusedconvbn._activations() == list(ACTIVATIONS)
+    for name, activation in ACTIVATIONS.items():
+        if activation.parameter:
+            x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+            usual, written = (
+                FusedConvBN2d(3, 4, 1, activation=a).double().requires_grad_(False)
+                for a in (name, activation.spelled(activation.default))
+            )
+            written.load_state_dict(usual.state_dict())
+            torch.testing.assert_close(usual(x), written(x), rtol=0, atol=0)
+
+
 def test_every_name_has_its_module():
     for name in ACTIVATIONS:
         assert activation_name(name) == name

@@ -1181,7 +1181,11 @@ def test_malformed_chains_raise(call, data):
             out, maps, statistics = ops._chain_forward(**arguments)
             maps += [out] if len(links) in call.kept else []
             wanted = [0, *range(call.parts, len(packed.tensors))]
-            arguments |= {"dout": torch.ones_like(out), "saved_maps": maps, "statistics": statistics}
+            arguments |= {
+                "dout": torch.ones_like(out),
+                "saved_maps": maps,
+                "statistics": statistics,
+            }
             arguments |= {"wanted": wanted}
             change(sorted(arguments))
             remember({n: described(v) for n, v in arguments.items()})

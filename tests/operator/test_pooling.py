@@ -172,7 +172,7 @@ def test_where_the_values_were_found(case, format, device):
 
 
 def test_a_window_too_large_for_a_byte():
-    with pytest.raises(ValueError, match=r"at most 256 places, got \[16, 17"):
+    with pytest.raises(ValueError, match=r"at most 256 values, got \[16, 17"):
         torch.ops.fusedconvbn._max_pool2d(torch.zeros(1, 1, 30, 30), [16, 17, 1, 1, 8, 8, 1, 1, 0])
     for wrong in ([3, 3], [3, 3, 0, 1, 0, 0, 1, 1, 0]):
         with pytest.raises(ValueError, match="the kernel, stride, padding and dilation"):
