@@ -14,7 +14,8 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def lay(t: Tensor, layout: str) -> Tensor:
-    """The values of `t` in another memory order; "expanded" repeats its first entry in place of all."""
+    """The values of `t` in another memory order; "expanded" repeats its first entry in place of
+    all."""
     if t.dim() == 0:
         return t
     if layout == "channels_last":
@@ -73,8 +74,8 @@ class Case:
         device: str = "cpu",
         requires_grad: bool = True,
     ) -> dict[str, Tensor]:
-        """input, weight and what else the case has, drawn in float64 whatever `dtype` is. Parameters of the norm
-        are float32 for half types."""
+        """input, weight and what else the case has, drawn in float64 whatever `dtype` is.
+        Parameters of the norm are float32 for half types."""
         narrow = dtype in (torch.bfloat16, torch.float16)
         vector_dtype = torch.float32 if narrow else dtype
         generator = torch.Generator().manual_seed(

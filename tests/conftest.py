@@ -34,8 +34,9 @@ def _leave_a_broken_gpu() -> None:
 
 @pytest.fixture(autouse=True)
 def seed():
-    """Every test draws the same numbers and leaves the generator and the number of threads as they were. cuDNN's
-    convolutions are exact float32. A test that leaves CUDA alone does not start it."""
+    """Every test draws the same numbers and leaves the generator and the number of threads as they
+    were. cuDNN's convolutions are exact float32. A test that leaves CUDA alone does not start
+    it."""
     threads = torch.get_num_threads()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with (

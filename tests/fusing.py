@@ -1,4 +1,5 @@
-"""What the tests of whole models share: blocks, and the comparison of a fused model with the same one unfused."""
+"""What the tests of whole models share: blocks, and the comparison of a fused model with the same
+one unfused."""
 
 import copy
 import random
@@ -123,7 +124,8 @@ def same(
     tolerance: float = 1e-9,
     **options: Any,
 ) -> nn.Module:
-    """Fuses a copy and compares a step in float64, and what it saves for backward. Returns the fused one.
+    """Fuses a copy and compares a step in float64, and what it saves for backward. Returns the
+    fused one.
 
     Args:
         made: the model.

@@ -14,8 +14,8 @@ def draw(*shape):
 
 
 def links(pattern, channels=3):
-    """`pattern` has a letter for each link: c, d (depthwise), t (transposed), p (wide and 1×1), n, f (frozen norm), g (gate),
-    r (prelu) or s (with one slope)."""
+    """`pattern` has a letter for each link: c, d (depthwise), t (transposed), p (wide and 1×1), n,
+    f (frozen norm), g (gate), r (prelu) or s (with one slope)."""
     made = []
     for letter in pattern:
         if letter == "g":

@@ -14,7 +14,8 @@ ACTIVATIONS = (
 
 
 class Network(nn.Module):
-    """A residual tail with ReLU and a cumulative average, a frozen batch norm, and a transposed layer."""
+    """A residual tail with ReLU and a cumulative average, a frozen batch norm, and a transposed
+    layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +38,8 @@ class Network(nn.Module):
 
 
 class Activations(nn.Module):
-    """A layer of each activation, every second one with a residual; transposed, and with a padding of its own."""
+    """A layer of each activation, every second one with a residual; transposed, and with a padding
+    of its own."""
 
     def __init__(self) -> None:
         super().__init__()

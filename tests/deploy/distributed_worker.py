@@ -1,7 +1,8 @@
 """Processes for test_distributed.py, and the checks that run in them.
 
-Every process draws the joined batch, takes its own samples from it, and compares with the plain modules that it runs on
-the joined batch itself. So nothing but the layers under test talks to other processes, save where a sum is taken.
+Every process draws the joined batch, takes its own samples from it, and compares with the plain
+modules that it runs on the joined batch itself. So nothing but the layers under test talks to other
+processes, save where a sum is taken.
 """
 
 import contextlib
@@ -33,12 +34,12 @@ SAMPLES = {  # of each process
 }
 exact = {"rtol": 1e-10, "atol": 1e-10}
 
-# ------------------------------------------------------------------------------------------ processes
+# ---------------------------------------------------------------------------------------- processes
 
 
 class Processes:
-    """`world_size` gloo processes on the loopback interface that run one check after another. They are started anew
-    after a failure: a process that failed leaves the others waiting for it."""
+    """`world_size` gloo processes on the loopback interface that run one check after another. They
+    are started anew after a failure: a process that failed leaves the others waiting for it."""
 
     def __init__(self, world_size: int, folder: Path) -> None:
         self.world_size, self.folder, self.starts = world_size, folder, 0
@@ -105,7 +106,7 @@ def serve(rank: int, world_size: int, rendezvous: Path, connection: Connection) 
                 connection.send(f"process {rank}: {traceback.format_exc()}")
 
 
-# --------------------------------------------------------------------------------------------- layers
+# ------------------------------------------------------------------------------------------- layers
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,8 @@ def own_leaf(
 
 def summed(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> list[Tensor]:
     """Over the processes."""
-    # Gloo adds up memory as it lies, and a gradient from an empty channels-last batch lies in the contiguous order.
+    # Gloo adds up memory as it lies, and a gradient from an empty channels-last batch lies in the
+    # contiguous order.
     tensors = [t.detach().clone(memory_format=torch.contiguous_format) for t in tensors]
     for t in tensors:
         dist.all_reduce(t, group=group)
@@ -299,7 +301,8 @@ def check_groups() -> None:
 
 
 def check_group_of_some() -> None:
-    """All processes but the first; that one has nothing to do with it, and its own layer is not synchronised."""
+    """All processes but the first; that one has nothing to do with it, and its own layer is not
+    synchronised."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     group = dist.new_group(list(range(1, world_size)))
     layer = LAYERS["2d bias"]
@@ -313,7 +316,8 @@ def check_group_of_some() -> None:
 
 
 def check_large_mean() -> None:
-    """|mean| = 10⁴·std in float32: one-pass float32 sums would be off by more than the variance itself."""
+    """|mean| = 10⁴·std in float32: one-pass float32 sums would be off by more than the variance
+    itself."""
     rank, samples = dist.get_rank(), SAMPLES[dist.get_world_size()]["uneven"]
     fused = FusedConvBN2d(3, 3, 1, groups=3, momentum=1.0, activation="relu")
     nn.init.ones_(fused.conv.weight)
@@ -332,7 +336,7 @@ def check_large_mean() -> None:
     torch.testing.assert_close(out.double(), expected.split(samples)[rank], rtol=1e-3, atol=2e-3)
 
 
-# ---------------------------------------------------------------------------------------- collectives
+# -------------------------------------------------------------------------------------- collectives
 
 
 @contextlib.contextmanager
@@ -363,11 +367,12 @@ def check_collectives() -> None:
     assert evaluation == []
 
 
-# --------------------------------------------------------------------------------------- whole models
+# ------------------------------------------------------------------------------------- whole models
 
 
 class Dense(nn.Module):
-    """Growing concatenations, whose parts' statistics several chains share, and a block with a residual."""
+    """Growing concatenations, whose parts' statistics several chains share, and a block with a
+    residual."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -397,7 +402,8 @@ def check_fused_model(split: str, memory: str) -> None:
         ours = fused(own)
     with collectives() as backward:
         ours.sin().sum().backward()
-    # Statistics of a part are found once, those of what is remade never again: 4 parts and 2 inner maps.
+    # Statistics of a part are found once, those of what is remade never again: 4 parts and 2 inner
+    # maps.
     assert forward == 6 * ["c10d::allreduce_"]
     assert backward == 5 * ["c10d::allreduce_"]
     theirs = unfused(joined)
@@ -434,7 +440,7 @@ def check_batch_norm_in_no_chain() -> None:
         torch.testing.assert_close(ours, theirs, **exact)
 
 
-# ---------------------------------------------------------------------------------- compilers, errors
+# -------------------------------------------------------------------------------- compilers, errors
 
 
 def check_compiled(split: str) -> None:
@@ -491,8 +497,8 @@ def check_errors() -> None:
     with pytest.raises(ValueError, match="arithmetic"):
         fusedconvbn.conv_bn(*arguments, process_group="0", arithmetic="tutorial")
     torch.testing.assert_close(fused.state_dict(), before, rtol=0, atol=0)
-    # Documented refusals (docs/distributed.md): the formulas for these hold for one process's batch, and would be silently
-    # wrong for the joined one.
+    # Documented refusals (docs/distributed.md): the formulas for these hold for one process's
+    # batch, and would be silently wrong for the joined one.
     with pytest.raises(NotImplementedError, match="synchronised"):
         torch.autograd.grad(fused(x).sum(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match="synchronised"):
@@ -515,7 +521,7 @@ def check_recompute_check() -> None:
         fusedconvbn.check_recompute(False)
 
 
-# ----------------------------------------------------------------------------------------- DDP, FSDP2
+# --------------------------------------------------------------------------------------- DDP, FSDP2
 
 
 class Net(nn.Module):
@@ -548,8 +554,9 @@ def nets(dtype: torch.dtype = torch.float64) -> tuple[Net, Net]:
 
 
 class Batches:
-    """Three joined batches; `loss` is the mean over one of them, from all samples or, times the number of processes, from
-    those of this process: what the average of gradients over the processes makes of it is the same."""
+    """Three joined batches; `loss` is the mean over one of them, from all samples or, times the
+    number of processes, from those of this process: what the average of gradients over the
+    processes makes of it is the same."""
 
     def __init__(self, samples: Sequence[int]) -> None:
         self.samples, self.total = list(samples), sum(samples)
@@ -621,7 +628,8 @@ def check_ddp_synchronised(static_graph: bool) -> None:
 
 
 def check_ddp_autocast() -> None:
-    """bf16 autocast under DDP, synchronised: gradients near those of float64 on the joined batch, equal everywhere."""
+    """bf16 autocast under DDP, synchronised: gradients near those of float64 on the joined batch,
+    equal everywhere."""
     fused, wide = nets()
     fused = fused.float()
     model = DistributedDataParallel(nn.SyncBatchNorm.convert_sync_batchnorm(fused))
@@ -642,7 +650,8 @@ def check_ddp_autocast() -> None:
 
 
 def check_fsdp(synchronised: bool, whole: bool) -> None:
-    """Parameters sharded by layer, or all of the network's as one, against the network on one process."""
+    """Parameters sharded by layer, or all of the network's as one, against the network on one
+    process."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -670,7 +679,7 @@ def check_fsdp(synchronised: bool, whole: bool) -> None:
     assert fused.stem.conv.weight.to_local().numel() < unfused.stem.conv.weight.numel()
 
 
-# ------------------------------------------------------------------------------- DTensor, fused models
+# ---------------------------------------------------------------------------- DTensor, fused models
 
 
 class Residual(nn.Module):
@@ -722,7 +731,8 @@ def check_fsdp_fused_model(inner: bool) -> None:
 
 
 def check_dtensor(after: str) -> None:
-    """Replicated ones, where what comes after distributes its result, so that the gradient comes in parts."""
+    """Replicated ones, where what comes after distributes its result, so that the gradient comes in
+    parts."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import (
         DTensor,

@@ -1,4 +1,5 @@
-"""torch.compile of fused layers against the same layers run eagerly: values, graphs, compilations and bytes."""
+"""torch.compile of fused layers against the same layers run eagerly: values, graphs, compilations
+and bytes."""
 
 import copy
 from collections import Counter
@@ -78,7 +79,8 @@ def test_steps_of_training_and_evaluation(backend, dynamic, dtype, format):
 
 
 def saved_as_in_eager(compiled, eager, x):
-    """A compiled step keeps no more for backward than an eager one: maps, but for vectors and folded weights."""
+    """A compiled step keeps no more for backward than an eager one: maps, but for vectors and
+    folded weights."""
     reports = []
     for function in (eager, compiled):
         function(x).sum().backward()

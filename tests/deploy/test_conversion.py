@@ -124,7 +124,8 @@ def test_keeps_the_memory_format(name):
 
 
 class Nested(nn.Module):
-    """A layer in two places, one of them a Python list; a weight that two layers share; layers in containers."""
+    """A layer in two places, one of them a Python list; a weight that two layers share; layers in
+    containers."""
 
     def __init__(self):
         super().__init__()

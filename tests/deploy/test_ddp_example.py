@@ -1,4 +1,5 @@
-"""examples/ddp_resnet18.py: a fused network trained by two processes, and its checkpoint in the plain one."""
+"""examples/ddp_resnet18.py: a fused network trained by two processes, and its checkpoint in the
+plain one."""
 
 import re
 import subprocess

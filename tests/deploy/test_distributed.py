@@ -1,5 +1,5 @@
-"""Several processes: synchronised batch statistics, DDP and FSDP2, on gloo over the loopback interface. The checks are those
-of distributed_worker.py."""
+"""Several processes: synchronised batch statistics, DDP and FSDP2, on gloo over the loopback
+interface. The checks are those of distributed_worker.py."""
 
 import copy
 import subprocess
@@ -122,7 +122,7 @@ def test_dtensor_is_imported_by_who_wants_it():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-# ---------------------------------------------------------------------------------------- one process
+# -------------------------------------------------------------------------------------- one process
 
 
 def test_conversion_and_back():

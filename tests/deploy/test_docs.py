@@ -1,5 +1,5 @@
-"""The Python examples in docs/ run as they stand: the blocks of a page from top to bottom, as one script in a process of its
-own. A block below a line `<!-- not run -->` is left out."""
+"""The Python examples in docs/ run as they stand: the blocks of a page from top to bottom, as one
+script in a process of its own. A block below a line `<!-- not run -->` is left out."""
 
 import os
 import re
@@ -14,7 +14,8 @@ FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```\s*$", re.MULTILINE | re.DOTALL)
 
 
 def script(text: str) -> str:
-    """The Python of a page, each line at its place in the page, so that an error names the page's own line."""
+    """The Python of a page, each line at its place in the page, so that an error names the page's
+    own line."""
     lines = [""] * text.count("\n")
     for block in FENCE.finditer(text):
         before = text[: block.start()].rstrip("\n").rpartition("\n")[2].strip()
@@ -49,7 +50,8 @@ def test_every_page_about_a_feature_has_an_example():
 
 
 def test_blocks_are_found():
-    page = "a\n```python\nx = 1\n```\n```sh\nls\n```\n<!-- not run -->\n```python\ny\n```\n\n```python title\nz = x\n```\n"
+    page = "a\n```python\nx = 1\n```\n```sh\nls\n```\n"
+    page += "<!-- not run -->\n```python\ny\n```\n\n```python title\nz = x\n```\n"
     found = {n: line for n, line in enumerate(script(page).splitlines(), 1) if line}
     assert found == {3: "x = 1", 14: "z = x"}
 

@@ -1,5 +1,5 @@
-"""torch.export, AOTInductor and ONNX: the exported model runs, agrees, and has nothing in it that needs this package
-where it need not."""
+"""torch.export, AOTInductor and ONNX: the exported model runs, agrees, and has nothing in it that
+needs this package where it need not."""
 
 import copy
 import re
@@ -36,7 +36,8 @@ def export(model, x, dynamic):
 @pytest.mark.parametrize("dynamic", (False, True), ids=("static", "dynamic"))
 @pytest.mark.parametrize("decomposed", (False, True), ids=("composite", "decomposed"))
 def test_exported_training(dynamic, decomposed):
-    """Two steps of the exported program: results, running statistics and, before decomposition, gradients."""
+    """Two steps of the exported program: results, running statistics and, before decomposition,
+    gradients."""
     model = Network().double()
     x = torch.randn(4, 3, 7, 6, dtype=torch.float64)
     program = export(copy.deepcopy(model), x, dynamic)
@@ -89,7 +90,8 @@ torch.testing.assert_close(torch._inductor.aoti_load_package("model.pt2")(x), ex
 
 
 def test_aot_inductor_package(tmp_path):
-    """Ahead of time compiled, a model for evaluation runs without the package: no operator of it is left."""
+    """Ahead of time compiled, a model for evaluation runs without the package: no operator of it is
+    left."""
     model = Network().eval()
     x = torch.randn(4, 3, 7, 6)
     path = torch._inductor.aoti_compile_and_package(

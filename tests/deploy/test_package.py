@@ -1,4 +1,5 @@
-"""What is installed: the two compiled parts, the metadata, and what is said when they do not fit."""
+"""What is installed: the two compiled parts, the metadata, and what is said when they do not
+fit."""
 
 import importlib.metadata
 import json
@@ -37,7 +38,8 @@ def test_the_build_facts_need_no_torch(tmp_path):
     """They are what can speak when the operators do not load."""
     (library,) = PACKAGE.glob("_C*.so")
     shutil.copy(library, tmp_path)
-    code = "import sys, json, _C; assert 'torch' not in sys.modules; print(json.dumps(_C.build_info()))"
+    code = "import sys, json, _C; assert 'torch' not in sys.modules; "
+    code += "print(json.dumps(_C.build_info()))"
     result = python("-c", code, cwd=tmp_path, check=True)
     assert json.loads(result.stdout)["torch"] == torch.__version__
 
@@ -66,10 +68,8 @@ def test_another_torch_is_named(tmp_path):
     for library in package.glob("_C*.so"):
         library.unlink()
     result = python("-c", "import fusedconvbn", cwd=tmp_path)
-    assert (
-        f"ImportError: fusedconvbn was built against torch 2.3.1, found torch {torch.__version__}; run `pip install"
-        in result.stderr
-    )
+    expected = "ImportError: fusedconvbn was built against torch 2.3.1, found torch "
+    assert f"{expected}{torch.__version__}; run `pip install" in result.stderr
 
 
 def test_a_library_that_does_not_load_is_explained(tmp_path):
@@ -115,7 +115,8 @@ def test_cpu_kernels_compile_for_aarch64(source, tmp_path):
 
 @pytest.mark.parametrize("fits", (False, True))
 def test_models_of_torchvision_beside_its_own_operators_and_without(fits):
-    """Where its library fits this torch it has registered its operators, which cannot be done twice."""
+    """Where its library fits this torch it has registered its operators, which cannot be done
+    twice."""
     code = """
 import torch
 from torch.library import Library

@@ -1,5 +1,5 @@
-"""`FlopCounterMode` counts a chain: forward and gradients as eager's convolutions, and apart from them what backward makes
-again."""
+"""`FlopCounterMode` counts a chain: forward and gradients as eager's convolutions, and apart from
+them what backward makes again."""
 
 import copy
 import subprocess
@@ -57,7 +57,8 @@ def assert_eager(ours, theirs):
 
 
 def done(run):
-    """FLOPs of all convolutions and matrix products that the profiler sees: what was run, whatever was planned."""
+    """FLOPs of all convolutions and matrix products that the profiler sees: what was run, whatever
+    was planned."""
     with profile(record_shapes=True) as profiler:
         run()
     total = 0
@@ -106,7 +107,8 @@ def test_a_layer(name):
 
 @pytest.mark.parametrize("pattern", (*PATTERNS, "npn", "pn", "cnpnd"))
 def test_every_plan(pattern):
-    """What is counted is what the profiler saw run. Where only some gradients are asked for, too."""
+    """What is counted is what the profiler saw run. Where only some gradients are asked for,
+    too."""
     chain, input = links(pattern), draw(2, 3, 4, 3)
     packed = pack(input, chain)
     tensors = differentiable(packed, chain)
@@ -232,7 +234,8 @@ import torch, {first}
 assert "torch.utils.flop_counter" not in sys.modules or "{first}" != "fusedconvbn"
 import fusedconvbn, torch.utils.flop_counter as counter
 assert torch.ops.fusedconvbn._chain_forward in counter.flop_registry
-assert counter.__spec__.loader is counter.__loader__ and counter.__loader__.get_source(counter.__name__)
+assert counter.__spec__.loader is counter.__loader__
+assert counter.__loader__.get_source(counter.__name__)
 for name in [n for n in sys.modules if n.startswith("fusedconvbn")]:
     del sys.modules[name]
 import fusedconvbn

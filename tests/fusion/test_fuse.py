@@ -462,7 +462,7 @@ def test_a_product_that_is_no_gate():
         same(model(forward, **pair()), image(*shape).expand(3, 8, 7, 6), image(), memory="min")
 
 
-# ------------------------------------------------------------------------------------------- inputs and graphs
+# -------------------------------------------------------------------------------- inputs and graphs
 
 
 def body(self, x):

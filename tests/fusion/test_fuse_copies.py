@@ -260,7 +260,7 @@ def test_the_same_plan_for_any_batch_and_mode():
     assert fused._fusion.plan.saved == plan
 
 
-# -------------------------------------------------------------------------------------- other ways to run it
+# ----------------------------------------------------------------------------- other ways to run it
 
 
 def test_transforms():
@@ -359,7 +359,7 @@ def test_export(strict):
     assert not any("fusedconvbn" in t for t in targets)
 
 
-# ----------------------------------------------------------------------------------------------- TorchScript
+# -------------------------------------------------------------------------------------- TorchScript
 
 
 class Scripted(nn.Module):
@@ -440,7 +440,7 @@ def test_a_script_of_what_has_no_graph_is_that_of_the_original():
     torch.testing.assert_close(scripted(x), made(x))
 
 
-# ------------------------------------------------------------------------------------------ torch.compile
+# ------------------------------------------------------------------------------------ torch.compile
 
 
 def trains_like(call, model, made, x):
@@ -507,7 +507,7 @@ def test_the_backends_options():
         torch.compile(made, backend="fusedconvbn", options={"memory": "1KB"})(x)
 
 
-# -------------------------------------------------------------------------------------------------- errors
+# ------------------------------------------------------------------------------------------- errors
 
 
 def test_fuse_leaves_no_trace_when_it_fails():

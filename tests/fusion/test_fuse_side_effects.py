@@ -132,7 +132,8 @@ def test_a_train_of_ones_own_is_not_called():
 
 
 def test_a_batch_norm_that_also_runs_alone():
-    """PyTorch's saves running_mean and running_var for backward, so that they must not get a new version."""
+    """PyTorch's saves running_mean and running_var for backward, so that they must not get a new
+    version."""
 
     def forward(self, x, alone=False):
         return self.bn(x) * 2 if alone else F.relu(self.bn(self.conv(x)))

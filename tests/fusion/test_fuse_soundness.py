@@ -1,4 +1,5 @@
-"""fuse(model): whatever Python does in a forward happens at every call, and what changes is seen."""
+"""fuse(model): whatever Python does in a forward happens at every call, and what changes is
+seen."""
 
 import argparse
 import contextlib
@@ -143,7 +144,7 @@ def test_forwards_that_people_write(name, train):
     )
 
 
-# -------------------------------------------------------------------------------------------- what changes
+# ------------------------------------------------------------------------------------- what changes
 
 
 class Mode(enum.Enum):
@@ -295,7 +296,7 @@ def test_batch_sizes_in_turn():
         assert saved(fused, x) < 0.5 * saved(made, x)
 
 
-# --------------------------------------------------------------------------------------- Python in a forward
+# ------------------------------------------------------------------------------ Python in a forward
 
 
 def test_side_effects_happen_at_every_call_and_not_in_fuse():
@@ -430,7 +431,7 @@ def test_errors_are_the_models_own():
         fuse(made)(image())
 
 
-# ------------------------------------------------------------------------------------------------- falling back
+# ------------------------------------------------------------------------------------- falling back
 
 
 def test_a_model_that_runs_unfused_says_so_once():

@@ -13,8 +13,9 @@ import fusedconvbn
 
 
 def train(model, x, steps=5):
-    """Losses of a few steps, and the gradients of the first; dropout and stochastic depth draw the same numbers in every
-    call. The steps are small, since training on a handful of values a channel amplifies rounding a millionfold."""
+    """Losses of a few steps, and the gradients of the first; dropout and stochastic depth draw the
+    same numbers in every call. The steps are small, since training on a handful of values a channel
+    amplifies rounding a millionfold."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-5, momentum=0.9)
     losses, gradients = [], {}
     for step in range(steps):

@@ -110,7 +110,7 @@ def test_memory_is_read(given, expected):
     assert parse_memory(given) == expected
 
 
-# ------------------------------------------------------------------------------------------------ devices
+# ------------------------------------------------------------------------------------------ devices
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_what_is_not_known_is_saved_if_it_is_worth_its_bytes(device):
     assert Plan("auto").of(maps, device) == {"dear"}
 
 
-# -------------------------------------------------------------------------------------------- calibration
+# -------------------------------------------------------------------------------------- calibration
 
 
 def test_a_gpu_is_timed_by_its_own_events(monkeypatch):

@@ -1,9 +1,10 @@
-"""The setup stage of run.sh: finds a build of the package that runs here, or makes one, and says what machine this is.
+"""The setup stage of run.sh: finds a build of the package that runs here, or makes one, and says
+what machine this is.
 
     python tests/gpu/prepare.py WORK DEVICE
 
-Leaves in WORK: site/fusedconvbn, these sources with the compiled parts, unless the installed package is used;
-libkernels.so, the kernels alone for this GPU; and machine.json.
+Leaves in WORK: site/fusedconvbn, these sources with the compiled parts, unless the installed
+package is used; libkernels.so, the kernels alone for this GPU; and machine.json.
 """
 
 import contextlib

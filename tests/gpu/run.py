@@ -1,7 +1,7 @@
 """Runs the stages of stages.py, each within a time of its own; see run.sh.
 
-A stage that fails, or is stopped, does not stop the next. What it prints goes to OUT/log.txt, how it ended to
-OUT/gpu-summary.json and into the table that is printed last.
+A stage that fails, or is stopped, does not stop the next. What it prints goes to OUT/log.txt, how
+it ended to OUT/gpu-summary.json and into the table that is printed last.
 """
 
 import argparse

@@ -80,7 +80,8 @@ REHEARSAL = Sizes(
 
 
 def pytest(*arguments: str | Path, xml: Path | None = None, seconds: int = 60) -> Command:
-    # Eight processes that each start a thread, or a compiler, for every core are slower than with a few.
+    # Eight processes that each start a thread, or a compiler, for every core are slower than with a
+    # few.
     command: Command = ["env", "OMP_NUM_THREADS=2", "TORCHINDUCTOR_COMPILE_THREADS=4"]
     command += [sys.executable, "-m", "pytest", "-c", ROOT / "pyproject.toml"]
     command += ["--rootdir", ROOT, "-p", "no:cacheprovider", "-v", "--tb=short", "--maxfail=400"]
@@ -93,8 +94,8 @@ def pytest(*arguments: str | Path, xml: Path | None = None, seconds: int = 60) -
 
 
 def stages_of(out: Path, work: Path, rehearsal: bool) -> list[list[Stage]]:
-    """What runs one after another, setup first, and last what is missed least if there is no time. The stages of one list, none
-    of which is timed, run at the same time."""
+    """What runs one after another, setup first, and last what is missed least if there is no time.
+    The stages of one list, none of which is timed, run at the same time."""
     sizes = REHEARSAL if rehearsal else ON_GPU
     processes = ("-n", "2" if rehearsal else "8") if importlib.util.find_spec("xdist") else ()
     fused = ("fuse 1.0", "fuse auto", "fuse 0.55", "fuse min")

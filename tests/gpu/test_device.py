@@ -1,4 +1,5 @@
-"""What only a GPU shows: streams, graphs, indices above 2³¹. The tests with a `device` argument run there too."""
+"""What only a GPU shows: streams, graphs, indices above 2³¹. The tests with a `device` argument run
+there too."""
 
 import copy
 

@@ -1,4 +1,5 @@
-"""tests/gpu/run.sh: its runner with stages that fail and hang, its quick part on the CPU, and the tables made of results."""
+"""tests/gpu/run.sh: its runner with stages that fail and hang, its quick part on the CPU, and the
+tables made of results."""
 
 import json
 import os

@@ -1,5 +1,5 @@
-"""Data-parallel training with synchronised statistics: NCCL, in as many processes as there are GPUs, two at most; gloo in
-two processes on the CPU."""
+"""Data-parallel training with synchronised statistics: NCCL, in as many processes as there are
+GPUs, two at most; gloo in two processes on the CPU."""
 
 import copy
 import datetime

@@ -1,5 +1,6 @@
-"""What users do on a GPU, against float64: networks and their parts, in every type, under autocast, within a memory budget. All
-of it also runs on the CPU, so that the tests themselves are known to be right."""
+"""What users do on a GPU, against float64: networks and their parts, in every type, under autocast,
+within a memory budget. All of it also runs on the CPU, so that the tests themselves are known to be
+right."""
 
 import copy
 
@@ -26,9 +27,10 @@ def error(values, truth):
 
 
 def assert_as_good(ours, theirs, truth, dtype, record):
-    """Results, gradients and statistics as `trained` gives them. In float64 they are eager's. Below, rounding is amplified by
-    the network, in both alike: what counts is not to be worse than eager in the same type. For gradients one ReLU
-    whose input is rounded to the other side of 0 is 2 %, and may be in either."""
+    """Results, gradients and statistics as `trained` gives them. In float64 they are eager's.
+    Below, rounding is amplified by the network, in both alike: what counts is not to be worse than
+    eager in the same type. For gradients one ReLU whose input is rounded to the other side of 0 is
+    2 %, and may be in either."""
     names = ("results", "gradients", "gradients of vectors", "statistics")
     for name, *values in zip(names, ours, theirs, truth, strict=False):
         found, others = (error(v, values[2]) for v in values[:2])
@@ -45,8 +47,8 @@ def without_chance(model):
 
 
 def trained(net, images, dtype):
-    """The result of a step under autocast, the gradients, those of vectors (γ, β and biases, which do not show in the norm of
-    all), the running statistics."""
+    """The result of a step under autocast, the gradients, those of vectors (γ, β and biases, which
+    do not show in the norm of all), the running statistics."""
     net.zero_grad()
     lowered = dtype in (torch.bfloat16, torch.float16)
     with torch.autocast(images.device.type, dtype if lowered else None, enabled=lowered):
@@ -58,7 +60,7 @@ def trained(net, images, dtype):
     return [out], gradients, [g for g in gradients if g.dim() == 1], statistics
 
 
-# ------------------------------------------------------------------------------------------------ parts
+# -------------------------------------------------------------------------------------------- parts
 
 
 SHAPES = {
@@ -93,7 +95,8 @@ def test_maps_of_many_parts(name, dtype, format, device):
 
 
 class Excited(nn.Module):
-    """A stem with a max pool, and a squeeze-and-excitation block: pools, a gate, a depthwise convolution, a residual."""
+    """A stem with a max pool, and a squeeze-and-excitation block: pools, a gate, a depthwise
+    convolution, a residual."""
 
     def __init__(self):
         super().__init__()
@@ -133,7 +136,7 @@ def test_gates_and_pools(dtype, format, memory, device, record_property):
     assert_as_good(ours, theirs, truth, dtype, record_property)
 
 
-# --------------------------------------------------------------------------------------------- networks
+# ----------------------------------------------------------------------------------------- networks
 
 
 NETWORKS = ("resnet18", "efficientnet_b0", "densenet121")
@@ -190,7 +193,8 @@ def test_bytes_of_a_fused_network(name, device):
 
 @pytest.mark.parametrize("name", ("resnet18", "efficientnet_b0"))
 def test_trains_as_eager(name, device):
-    """A few steps in float32, with an optimizer. Larger ones would amplify roundings, eager's as ours."""
+    """A few steps in float32, with an optimizer. Larger ones would amplify roundings, eager's as
+    ours."""
     model, images = network(name, device)
     fused = fuse(copy.deepcopy(model), images)
     losses = []

@@ -1,4 +1,5 @@
-"""What a CUDA build of torch tells on a machine without a GPU: types, shapes and saved bytes, from stand-ins for CUDA tensors."""
+"""What a CUDA build of torch tells on a machine without a GPU: types, shapes and saved bytes, from
+stand-ins for CUDA tensors."""
 
 import pytest
 import torch

@@ -1,11 +1,14 @@
 """Everything that compiles the CUDA sources; none of it needs a GPU.
 
-    python tests/kernels/build_cuda.py check           # the kernels and their wrappers, with the headers of any torch; fails at a spill
-    python tests/kernels/build_cuda.py resources       # the same, with registers, stack, spills and loads in flight of every kernel
-    python tests/kernels/build_cuda.py install         # the package into the environment of this Python; FORCE_CUDA=0: without them
-    python tests/kernels/build_cuda.py bundle FOLDER   # what tests/gpu/run.sh carries to another machine, for one architecture
+    python tests/kernels/build_cuda.py check           # compiles the kernels and their wrappers
+    python tests/kernels/build_cuda.py resources       # the same, and lists every kernel
+    python tests/kernels/build_cuda.py install         # the package, into this environment
+    python tests/kernels/build_cuda.py bundle FOLDER   # what tests/gpu/run.sh carries along
 
-With them `install` and `bundle` need a CUDA build of torch. TORCH_CUDA_ARCH_LIST chooses other architectures, CUDA_HOME the toolkit.
+`check` takes the headers of any torch, and fails where a kernel spills. `resources` writes down
+registers, stack, spills and loads in flight. `install` (but with FORCE_CUDA=0, which leaves the
+kernels out) and `bundle`, for one architecture, need a CUDA build of torch. TORCH_CUDA_ARCH_LIST
+chooses other architectures, CUDA_HOME the toolkit.
 """
 
 import importlib.util
@@ -32,7 +35,7 @@ TORCH_HEADERS = Path(torch.__file__).parent / "include"
 
 
 def find_toolkit() -> Path | None:
-    """The folder with bin/nvcc and include/cuda_runtime.h; the nvcc on PATH may only be a wrapper."""
+    """The folder with bin/nvcc and include/cuda_runtime.h; nvcc on PATH may be a wrapper."""
     nvcc = shutil.which("nvcc")
     candidates = [
         os.environ.get("CUDA_HOME"),
@@ -58,7 +61,8 @@ def architecture_flags(architectures: Sequence[str]) -> list[str]:
 
 
 def build_kernels(output: Path, architecture: str | None) -> None:
-    """The kernels alone, behind C functions: for the GPUs of an `architecture`, or None for the CPU, through cuda_shim."""
+    """The kernels alone, behind C functions: for the GPUs of an `architecture`, or, with None, for
+    the CPU, through cuda_shim."""
     command: list[str | Path] = ["-std=c++20", "-shared", "-o", output, "-isystem", TORCH_HEADERS]
     if architecture is None:
         build_through_shim([*command, "-x", "c++", *KERNELS])
@@ -78,7 +82,8 @@ def build_through_shim(arguments: Sequence[str | Path]) -> None:
 
 
 def build_device(output: Path) -> None:
-    """The device of tests/kernels/cuda_shim/device.cpp, with all CUDA sources, on the operators of the package that is installed."""
+    """The device of tests/kernels/cuda_shim/device.cpp with all CUDA sources, for the operators of
+    the installed package."""
     package = importlib.util.find_spec("fusedconvbn")
     assert package is not None and package.origin is not None
     sources = sorted([*ROOT.glob("csrc/cuda/*.cpp"), *ROOT.glob("csrc/cuda/*.cu")])
@@ -91,7 +96,7 @@ def build_device(output: Path) -> None:
 
 
 def build_package(target: Path, objects: Path, architectures: str) -> None:
-    """The package with CUDA kernels as `target`/fusedconvbn; nothing is written among the sources."""
+    """The package with CUDA kernels as `target`/fusedconvbn; writes nothing among the sources."""
     subprocess.run(
         [
             *(sys.executable, "setup.py", "--quiet", "build"),
@@ -138,7 +143,7 @@ def install() -> None:
 
 
 def bundle(folder: Path) -> None:
-    """`_ops.so`, which any Python loads; `_C.py`, the build's facts for any Python; libkernels.so."""
+    """_ops.so, which any Python loads; _C.py, the build's facts for any Python; libkernels.so."""
     architecture = os.environ.get("TORCH_CUDA_ARCH_LIST", CARRIED)
     built = folder.with_name(folder.name + "-build")
     build_package(built / "lib", built, architecture)

@@ -1,4 +1,5 @@
-"""What nvcc makes of the CUDA kernels, read from its report and from the machine code: registers, spills, and loads in flight."""
+"""What nvcc makes of the CUDA kernels, read from its report and from the machine code: registers,
+spills, and loads in flight."""
 
 import json
 import re
@@ -11,8 +12,9 @@ from pathlib import Path
 
 THREADS_OF_A_MULTIPROCESSOR = 1024  # 4 blocks of 256, which the launch bounds ask for
 REPORT = re.compile(
-    r"Function properties for (?P<name>\S+)\n\s+(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
-    r"(?P<loads>\d+) bytes spill loads\n.*?Used (?P<registers>\d+) registers"
+    r"Function properties for (?P<name>\S+)\n\s+(?P<stack>\d+) bytes stack frame, "
+    r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads\n"
+    r".*?Used (?P<registers>\d+) registers"
 )
 LOAD = re.compile(r"\bLDG\.E(?:\.\w+)*? (?P<register>R\d+),")
 WIDTH = re.compile(r"\.[US]?(8|16|64|128)\b")
@@ -25,7 +27,8 @@ class Kernel:
     Attributes:
         name: without namespaces, as `reduce_channels_last<Stats<BFloat16>, 8>`.
         stack, spilled: bytes.
-        in_flight, width: the most loads that a thread has under way before it needs one of them, and the bytes of each.
+        in_flight, width: the most loads that a thread has under way before it needs one of them,
+            and the bytes of each.
     """
 
     name: str
@@ -41,7 +44,8 @@ class Kernel:
         return "Activation" not in self.name
 
     def __str__(self) -> str:
-        said = f"{self.name}: {self.registers} registers, {self.stack} bytes of stack, {self.spilled} spilled"
+        said = f"{self.name}: {self.registers} registers, {self.stack} bytes of stack, "
+        said += f"{self.spilled} spilled"
         return said + (f", {self.in_flight} loads of {self.width} bytes" if self.width else "")
 
     @property
@@ -75,7 +79,8 @@ class Resources:
 
 
 def resources(reports: str, architecture: str, machine_code: str = "") -> Resources:
-    """Of one architecture, from what `nvcc --resource-usage` said, and from the output of `cuobjdump -sass`."""
+    """Of one architecture, from what `nvcc --resource-usage` said, and from the output of
+    `cuobjdump -sass`."""
     found = list(REPORT.finditer(reports))
     names = _readable([m["name"] for m in found])
     loads = dict(loads_in_flight(machine_code))
@@ -99,7 +104,8 @@ def _readable(names: list[str]) -> list[str]:
 
 
 def loads_in_flight(machine_code: str) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Of each function the most loads of global memory, by their bytes, that are issued before a register of one is read."""
+    """Of each function the most loads of global memory, by their bytes, that are issued before a
+    register of one is read."""
     for part in machine_code.split("Function : ")[1:]:
         name, _, body = part.partition("\n")
         most: tuple[int, int] = (0, 0)

@@ -1,4 +1,5 @@
-"""The memory that CPU maps are kept in: who gets it, who gives it back, and that it is given back to the system."""
+"""The memory that CPU maps are kept in: who gets it, who gives it back, and that it is given back
+to the system."""
 
 import gc
 import os

@@ -13,7 +13,8 @@ from fusedconvbn.chain import Conv, pack
 
 CAPABLE = torch.backends.cpu.get_cpu_capability() != "DEFAULT"
 
-# batch, channels, filters, height, width, padding: at least 64 tiles of 2×2 outputs for each of two threads
+# batch, channels, filters, height, width, padding: at least 64 tiles of 2×2 outputs for each of
+# two threads
 WINOGRAD = {
     "as wide as high": (4, 32, 64, 16, 16, (1, 1)),
     "odd sizes": (5, 64, 32, 13, 17, (1, 1)),
@@ -62,8 +63,8 @@ def test_winograd(case, inputs, weight_format):
     with profile() as profiler:
         ours = run(case, x, weight, dout)
     assert not any("aten::convolution" in event.name for event in profiler.events())
-    # Forward and the input's gradient are nearer to the truth than oneDNN's on the whole; the weight's gradient, which
-    # oneDNN adds up in many parts, is as near as those are.
+    # The result and the input's gradient are nearer to the truth than oneDNN's on the whole. The
+    # weight's gradient, which oneDNN adds up in many parts, is as near as oneDNN's.
     floor = 2 * torch.finfo(torch.float32).eps
     others = aten(case, x, weight, dout)
     for name, our, other, true in zip(
@@ -157,7 +158,8 @@ def test_other_convolutions_are_left_to_aten(change):
     torch.testing.assert_close(out, expected, rtol=0, atol=0)
 
 
-# Runs in a process of its own: oneDNN reads its environment once, and what it writes past its memory ends the process late.
+# Runs in a process of its own: oneDNN reads its environment once, and a write past its memory ends
+# the process late.
 ENDS_THE_PROCESS = """
 import torch
 from fusedconvbn import conv_bn
@@ -173,7 +175,8 @@ def check(dtype, x, weight, bias=None, **options):
         a, w = (t.to(kind).requires_grad_() for t in leaves)
         vector = torch.float32 if kind != torch.float64 else kind
         c = w.size(1) if options.get("transposed") else w.size(0)
-        running = {"running_mean": torch.zeros(c, dtype=vector), "running_var": torch.ones(c, dtype=vector)}
+        running = {"running_mean": torch.zeros(c), "running_var": torch.ones(c)}
+        running = {name: t.to(vector) for name, t in running.items()}
         b = None if bias is None else bias.to(kind).requires_grad_()
         out = conv_bn(a, w, b, **running, **options)
         dout = torch.sin(torch.arange(out.numel()) + 1.0).view(out.shape).to(kind)
@@ -195,14 +198,16 @@ for dtype in (torch.float16, torch.bfloat16, torch.float32):
             check(dtype, x[..., :-1, :-2], w, torch.randn(8), stride=[2, 3])
             small = torch.randn(4, 8, size // 2, size // 2)
             check(dtype, small, w, stride=2, output_padding=1, transposed=True, activation="silu")
-            check(dtype, small, w, stride=[2, 1], dilation=[1, 3], output_padding=[0, 2], transposed=True)
+            options = dict(stride=[2, 1], dilation=[1, 3], output_padding=[0, 2])
+            check(dtype, small, w, transposed=True, **options)
     blind = dict(stride=2, padding=[0, 3, 3], dilation=2)
     for _ in range(5):
         x, w = torch.randn(5, 16, 5, 5, 1), torch.randn(2, 16, 1, 1, 1)
         for activation in ("none", "silu"):
             check(dtype, x, w, torch.randn(2), training=False, activation=activation, **blind)
             check(dtype, x, w, training=False, activation=activation, **blind)
-    check(dtype, torch.randn(2, 16, 9, 1), torch.randn(4, 16, 3, 2), training=False, stride=2, padding=[6, 7], dilation=6)
+    options = dict(stride=2, padding=[6, 7], dilation=6)
+    check(dtype, torch.randn(2, 16, 9, 1), torch.randn(4, 16, 3, 2), training=False, **options)
 """
 
 

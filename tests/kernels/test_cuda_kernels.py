@@ -1,5 +1,5 @@
-"""The CUDA kernels without PyTorch's CUDA, against float64 and against the CPU kernels: on the CPU through tests/kernels/cuda_shim, and
-on a GPU where there is one, also under compute-sanitizer."""
+"""The CUDA kernels without PyTorch's CUDA, against float64 and against the CPU kernels: on the CPU
+through tests/kernels/cuda_shim, and on a GPU where there is one, also under compute-sanitizer."""
 
 import ctypes
 import itertools
@@ -24,8 +24,9 @@ from fusedconvbn.chain import pack
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-# channels_last, samples, outer, channels, inner. Vectors hold 2, 4 or 8 values, a block has 256 threads, and a part is cut
-# off when each of them has four vectors. Contiguous, samples with vectors of their own are channels.
+# channels_last, samples, outer, channels, inner. Vectors hold 2, 4 or 8 values, a block has 256
+# threads, and a part is cut off when each of them has four vectors. Contiguous, samples with
+# vectors of their own are channels.
 MAPS = {
     "one value": (False, 1, 1, 1, 2),
     "tails": (False, 1, 3, 5, 49),
@@ -60,7 +61,8 @@ MAPS = {
 
 
 class Library:
-    """The kernels of a library on tensors of the CPU, which each call copies into memory of the device's own and back."""
+    """The kernels of a library on tensors of the CPU, which each call copies into memory of the
+    device's own and back."""
 
     def __init__(self, path):
         self.library = ctypes.CDLL(str(path))
@@ -70,7 +72,8 @@ class Library:
         return torch.empty(self.library.scratch_bytes(map), dtype=torch.uint8)
 
     def call(self, name, *arguments):
-        """Of the arguments the tensors, and lists of tensors or None, are the device's; C sees the others as they are."""
+        """Of the arguments the tensors, and lists of tensors or None, are the device's; C sees the
+        others as they are."""
         copies = {}  # tensor, its block, where it is in there
 
         def there(t):
@@ -248,7 +251,8 @@ def _sums(values):
 
 
 def _check_all(kernels, y, dout, dtype, activation):
-    """All four kernels against their formulas in float64; the maps are written in place too, as the chain does."""
+    """All four kernels against their formulas in float64; the maps are written in place too, as the
+    chain does."""
     act = activation_module(activation)
     wide = y.double()
     acc = torch.finfo(kernels.acc).eps
@@ -291,7 +295,8 @@ def _check_all(kernels, y, dout, dtype, activation):
             expected = expected + slope * (wide - mean) + offset
         for target in ("fresh", "y", "dout"):
             maps = {"y": y.clone(), "dout": dout.clone(), "fresh": torch.full_like(y, 7)}
-            # The aligned and the misaligned address go with the tensor, so clones are put where the original was.
+            # The aligned and the misaligned address go with the tensor, so clones are put where the
+            # original was.
             maps = {name: _same_alignment(t, y) for name, t in maps.items()}
             kernels.grad_apply_(maps[target], maps["dout"], maps["y"], norm, given, activation)
             torch.testing.assert_close(maps[target].double(), expected, rtol=exact, atol=3 * exact)
@@ -440,7 +445,8 @@ def test_same_as_the_cpu_kernels(library, channels_last, dtype):
 )
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32))
 def test_vectors(library, dtype, absent, arithmetic):
-    """What becomes of a norm's vectors, those that are absent, constant channels and empty processes."""
+    """What becomes of a norm's vectors, those that are absent, constant channels and empty
+    processes."""
     torch.manual_seed(0)
     shape = (True, 1, 7, 24, 1)
     kernels = Kernels(library, shape, dtype)
@@ -549,7 +555,8 @@ POOLS = {
 @pytest.mark.parametrize("name", POOLS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_max_pool(library, dtype, name, ceil_mode, channels_last):
-    """PyTorch's values and places to the bit, with ties, NaN and windows of -inf; its gradient to the last rounding."""
+    """PyTorch's values and places to the bit, with ties, NaN and windows of -inf; its gradient to
+    the last rounding."""
     torch.manual_seed(0)
     shape, *options = POOLS[name]
     format = torch.channels_last if channels_last else torch.contiguous_format
@@ -585,7 +592,8 @@ def test_max_pool(library, dtype, name, ceil_mode, channels_last):
 @pytest.mark.gpu
 @pytest.mark.parametrize("tool", ("memcheck", "racecheck"))
 def test_compute_sanitizer(tool):
-    """The tests above on a GPU, without PyTorch's CUDA, which would take minutes to load under the tool."""
+    """The tests above on a GPU, without PyTorch's CUDA, which would take minutes to load under the
+    tool."""
     beside = (find_toolkit() or Path()) / "bin" / "compute-sanitizer"
     sanitizer = shutil.which("compute-sanitizer") or shutil.which(beside)
     if not torch.cuda.is_available() or sanitizer is None:

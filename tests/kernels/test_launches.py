@@ -1,4 +1,5 @@
-"""What runs on CUDA, on a device that is neither the CPU nor a GPU: tests/kernels/cuda_shim/device.cpp, which writes down every launch."""
+"""What runs on CUDA, on a device that is neither the CPU nor a GPU:
+tests/kernels/cuda_shim/device.cpp, which writes down every launch."""
 
 import re
 from collections import Counter
@@ -23,8 +24,8 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 @pytest.fixture(scope="module")
 def standin(tmp_path_factory):
-    """The device. It stays for as long as the process lives, and PyTorch takes it for the accelerator: conftest.py has these
-    tests run last."""
+    """The device. It stays for as long as the process lives, and PyTorch takes it for the
+    accelerator: conftest.py has these tests run last."""
     if torch.cuda.is_available():
         pytest.skip("a process has one accelerator")
     path = tmp_path_factory.mktemp("standin") / "libdevice.so"
@@ -42,7 +43,8 @@ def standin(tmp_path_factory):
 
 
 def count_launches(function):
-    """How often each kernel is launched while `function` runs. One of ours goes by the type of its first parameter."""
+    """How often each kernel is launched while `function` runs. One of ours goes by the type of its
+    first parameter."""
     launched = torch.ops.fusedconvbn_standin.launched
     launched()
     function()
@@ -189,8 +191,8 @@ PAIR = {
 @pytest.mark.parametrize("residual", (False, True), ids=("", "residual"))
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_launches_of_a_pair(standin, layout, residual):
-    """A convolution, its batch norm with running statistics and ReLU, in training. Under autocast the weight is cast each way, and
-    its gradient."""
+    """A convolution, its batch norm with running statistics and ReLU, in training. Under autocast
+    the weight is cast each way, and its gradient."""
     dtype, format = LAYOUTS[layout]
     x = _map(2, 8, 6, 5, dtype=dtype, format=format)
     added = _map(2, 16, 6, 5, dtype=dtype, format=format) if residual else None

@@ -33,7 +33,8 @@ EPS = 1e-5
 
 @dataclass(frozen=True)
 class Source:
-    """What act' is computed from: u alone, u + residual or, where it shows the slope, the result."""
+    """What act' is computed from: u alone, u + residual or, where it shows the slope, the
+    result."""
 
     arithmetic: str
     residual: bool = False
@@ -180,9 +181,7 @@ def test_every_source_of_a_slope(activation, source, dtype):
         expected, dout = expect(source, activation, drawn, dout)
         for format, owned, recomputed in itertools.product(FORMATS, (False, True), (False, True)):
             case = f"{shape}, {format}, {owned=}, {recomputed=}"
-            given = {
-                n: t.to(memory_format=format) if t.dim() == 4 else t for n, t in drawn.items()
-            }
+            given = {n: t.to(memory_format=format) if t.dim() == 4 else t for n, t in drawn.items()}
             laid = dout.to(memory_format=format)
             results = run(source, activation, given, laid, owned, recomputed)
             assert results.keys() == expected.values.keys()
@@ -193,7 +192,8 @@ def test_every_source_of_a_slope(activation, source, dtype):
 
 @pytest.mark.parametrize("capability", ("default", "avx2"))
 def test_with_another_instruction_set(capability):
-    """The suite runs with the machine's best; these are the others, each in a process of its own."""
+    """The suite runs with the machine's best; these are the others, each in a process of its
+    own."""
     if "ATEN_CPU_CAPABILITY" in os.environ:
         pytest.skip("this process has a chosen one")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]

@@ -1,5 +1,5 @@
-"""Trains a model with every kind of layer for many steps, with calls that fail in between, and exits with 1 when memory
-grows. `python tests/operator/leak.py [STEPS]`"""
+"""Trains a model with every kind of layer for many steps, with calls that fail in between, and
+exits with 1 when memory grows. `python tests/operator/leak.py [STEPS]`"""
 
 import ctypes
 import gc
@@ -137,7 +137,8 @@ def slope(values: list[int], every: int) -> float:
 
 
 def measure(count: int) -> tuple[float, int]:
-    """The growth of the heap per step and of the resident memory in all, over the last three quarters of `count` steps."""
+    """The growth of the heap per step and of the resident memory in all, over the last three
+    quarters of `count` steps."""
     step, every = steps(), max(30, count // 60)
     heaps, residents = [], []
     for i in range(count):

@@ -1,4 +1,5 @@
-"""Errors against float64 beside those of eager, where rounding costs most: "the same numbers" is the promise."""
+"""Errors against float64 beside those of eager, where rounding costs most: "the same numbers" is
+the promise."""
 
 import pytest
 import torch
@@ -37,7 +38,8 @@ def compare(tensors, dout, times):
 @pytest.mark.parametrize("own", (1, 1e-1, 1e-2, 1e-3, 1e-4))
 @pytest.mark.parametrize("filters", (256, 144, 48))
 def test_channels_with_a_large_common_part(filters, own, aligned, format):
-    """What a filter sees of them is `own`, a small part; `aligned` gradients have a part along the result."""
+    """What a filter sees of them is `own`, a small part; `aligned` gradients have a part along the
+    result."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape):
@@ -65,7 +67,8 @@ def test_inputs_far_from_0(leaning, mean, format):
 
 
 def test_infinite_running_statistics():
-    """Eager's are (1 − momentum)·running + momentum·batch, which stays infinite and does not become NaN."""
+    """Eager's are (1 − momentum)·running + momentum·batch, which stays infinite and does not become
+    NaN."""
     torch.manual_seed(0)
     for momentum in (0.1, 0.7, 1.0, 0.0, None):
         for dtype in (torch.float32, torch.bfloat16):

@@ -1,5 +1,5 @@
-"""The activations against torch.nn.functional: values and gradients over the whole range, at the kinks and far out, and
-the way between names and modules."""
+"""The activations against torch.nn.functional: values and gradients over the whole range, at the
+kinks and far out, and the way between names and modules."""
 
 import copy
 import math
@@ -56,8 +56,8 @@ def through_layer(x, name, residual=None):
 
 
 def through_convolution_and_link(x, name, residual=None):
-    """PyTorch's own convolution, which may not be an identity for bfloat16: the CPU's instructions for it take numbers below
-    the normal ones for 0, in forward and in backward."""
+    """PyTorch's own convolution, which may not be an identity for bfloat16: the CPU's instructions
+    for it take numbers below the normal ones for 0, in forward and in backward."""
     w = torch.ones(CHANNELS, 1, 1, 1, dtype=x.dtype)
     return through_link(F.conv2d(x, w, groups=CHANNELS), name, residual)
 
@@ -97,11 +97,12 @@ def truth_of(x, name, residual, dout):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @EVERY_NAME
 def test_error_against_float64(name, dtype, channels_last, with_residual):
-    """In no stretch of the range above torch's own by more than two roundings. A slope is a difference of numbers of the
-    size of 1, so its roundings are theirs."""
+    """In no stretch of the range above torch's own by more than two roundings. A slope is a
+    difference of numbers of the size of 1, so its roundings are theirs."""
     x = as_map(sample(dtype), channels_last)
     dout = torch.rand_like(x) + 0.5
-    # a multiple of 1/4 keeps the sum exact where the activations bend, and rounded far out and next to 0
+    # a multiple of 1/4 keeps the sum exact where the activations bend, and rounded far out and next
+    # to 0
     residual = (torch.randint_like(x, -8, 9) / 4) if with_residual else None
     truth = truth_of(x, name, residual, dout)
     if with_residual and dtype in DTYPES[:2]:
@@ -153,7 +154,8 @@ def test_the_operator_and_the_link_are_one(name, dtype, channels_last, with_resi
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @EVERY_NAME
 def test_at_the_kinks_and_far_out(name, dtype, channels_last):
-    """Where the truth is 0, 1 or x itself, as it is between the kinks, so is the result to the last bit."""
+    """Where the truth is 0, 1 or x itself, as it is between the kinks, so is the result to the last
+    bit."""
     x = as_map(SPECIAL.to(dtype), channels_last)
     dout = torch.ones_like(x)
     truth = truth_of(x, name, None, dout)
@@ -273,9 +275,10 @@ def test_a_subclass():
 
 
 BAD_NAMES = (
-    "", "Relu", "relu ", "relu(0.1)", "leaky_relu()", "leaky_relu(", "leaky_relu(0.1", "leaky_relu(x)", "leaky_relu(0.1))",
-    "elu(0.1)x", "leaky_relu( 0.1)", "elu(1_0)", "elu(+1)", "leaky_relu(nan)", "elu(inf)", "leaky_relu(1e999)", "gelu(tanh)", "swish",
-)  # fmt: skip
+    *("", "Relu", "relu ", "relu(0.1)", "leaky_relu()", "leaky_relu(", "leaky_relu(0.1"),
+    *("leaky_relu(x)", "leaky_relu(0.1))", "elu(0.1)x", "leaky_relu( 0.1)", "elu(1_0)", "elu(+1)"),
+    *("leaky_relu(nan)", "elu(inf)", "leaky_relu(1e999)", "gelu(tanh)", "swish"),
+)
 
 
 @pytest.mark.parametrize("name", BAD_NAMES)

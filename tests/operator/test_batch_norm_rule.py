@@ -1,4 +1,5 @@
-"""Which buffers a batch norm reads, updates and counts in: as nn.BatchNorm2d, in every state it can be brought into."""
+"""Which buffers a batch norm reads, updates and counts in: as nn.BatchNorm2d, in every state it can
+be brought into."""
 
 import copy
 import itertools

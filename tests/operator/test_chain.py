@@ -64,7 +64,8 @@ PARTS = (1, 2, 3)  # channels
 @pytest.mark.parametrize("statistics", (False, True), ids=("", "known statistics"))
 @pytest.mark.parametrize("pattern", ("ncn", "nc", "n", "cn", "cncn", "fcn"))
 def test_a_list_is_a_virtual_concatenation(pattern, statistics, format, device):
-    """The parts are saved, their concatenation is not; their gradients are those through torch.cat."""
+    """The parts are saved, their concatenation is not; their gradients are those through
+    torch.cat."""
     chain = links(pattern, sum(PARTS))
     parts = [draw(2, c, 4, 3).detach().to(memory_format=format).requires_grad_() for c in PARTS]
     packed = pack(parts, chain)
@@ -117,7 +118,8 @@ def test_a_gates_gradients(shape, format, device):
 
 
 def test_gradients_of_one_call_share_no_memory():
-    """An operator's results are its own, though the gradient of a residual is that of the map too."""
+    """An operator's results are its own, though the gradient of a residual is that of the map
+    too."""
     for activation in ("none", "relu", "silu"):
         for arithmetic in ("batchnorm", "none"):
             norm = Norm(residual=draw(2, 3, 4, 3), arithmetic=arithmetic, activation=activation)
@@ -242,15 +244,22 @@ def test_norm_vectors_of_another_length():
         ops._chain_forward(packed.tensors, *packed.options, [])
 
 
+SLOPES = r"link 1: expected slopes of shape \[1\] or \[5\], got "
+
+
 @pytest.mark.parametrize(
     ("input", "chain", "message"),
     [
-        ([5], [Norm(), Prelu(draw(2))], r"link 1: expected slopes of shape \[1\] or \[5\], got \[2\]"),
-        ([5], [Norm(), Prelu(draw(1, 1))], r"link 1: expected slopes of shape \[1\] or \[5\], got \[1, 1\]"),
-        ([5], [Norm(residual=draw(2, 5, 4, 3)), Norm()], "link 0: expected a residual at the last norm link alone"),
+        ([5], [Norm(), Prelu(draw(2))], SLOPES + r"\[2\]"),
+        ([5], [Norm(), Prelu(draw(1, 1))], SLOPES + r"\[1, 1\]"),
+        (
+            [5],
+            [Norm(residual=draw(2, 5, 4, 3)), Norm()],
+            "link 0: expected a residual at the last norm link alone",
+        ),
         ([2, 3], [Gate(draw(2, 5, 1, 1)), Norm()], "expected one input in front of a gate, got 2"),
     ],
-)  # fmt: skip
+)
 def test_errors_name_the_link(input, chain, message):
     packed = pack([draw(2, channels, 4, 3) for channels in input], chain)
     with pytest.raises(ValueError, match=message):

@@ -66,8 +66,9 @@ def test_float64_eval(case, channels_last, device):
 def test_error_is_not_above_that_of_the_unfused_layers(
     case, dtype, training, channels_last, device
 ):
-    """Both are compared with the same rounded numbers in float64, by the root mean square of the error. No gradient comes in
-    at a kink of the activation, where a rounding decides which slope is right."""
+    """Both are compared with the same rounded numbers in float64, by the root mean square of the
+    error. No gradient comes in at a kink of the activation, where a rounding decides which slope is
+    right."""
     tensors = case.tensors(dtype, channels_last, device)
     exact = {n: t.detach().double().requires_grad_() for n, t in tensors.items()}
     running = case.running(torch.float32, device)  # which the norm parameters of half types are too
@@ -78,8 +79,9 @@ def test_error_is_not_above_that_of_the_unfused_layers(
     truth, dout = run(unfused, exact, case, **exact_options)
     with torch.no_grad():
         u = unfused(exact, case, **{**exact_options, "activation": "none"})
-    # Into u go the roundings of the terms of a sum (of the folded weight, where the convolution runs in half), of the sum and
-    # of its shift, each eps/4 or so (root mean square) of numbers of the size of u's own: together eps/2. This is 8 times that.
+    # Into u go the roundings of the terms of a sum (of the folded weight, where the convolution
+    # runs in half), of the sum and of its shift, each eps/4 or so (root mean square) of numbers of
+    # the size of u's own: together eps/2. This is 8 times that.
     reach = 4 * torch.finfo(dtype).eps * u.square().mean().sqrt()
     for kink in (-3, 0, 3, 6):
         dout[(u - kink).abs() < reach] = 0
@@ -99,8 +101,8 @@ def test_error_is_not_above_that_of_the_unfused_layers(
             assert torch.count_nonzero(results[name]) == 0
             continue
         assert results[name].dtype == others[name].dtype
-        # Of small tensors, whose errors are a few roundings. In eval mode the gradient of γ is put together from those of
-        # the folded weight and bias, which rounds a few times more.
+        # Of small tensors, whose errors are a few roundings. In eval mode the gradient of γ is put
+        # together from those of the folded weight and bias, which rounds a few times more.
         floor = (2 if training else 8) * torch.finfo(dtype).eps
         assert error(results, name) <= 1.1 * error(others, name) + floor, name
 
@@ -118,7 +120,8 @@ def test_shape_dtype_and_memory_format_are_those_of_the_convolution(case, dtype,
     out, expected = fused(tensors, case), unfused(tensors, case)
     assert out.shape == expected.shape
     assert out.dtype == dtype
-    # Some of ATen's slow paths return another format: here those of the dtypes that have no fast one (on every machine).
+    # Some of ATen's slow paths return another format: here those of the dtypes that have no fast
+    # one (on every machine).
     if dtype == torch.float32 or (dtype != torch.float64 and out.dim() < 5):
         assert significant_strides(out) == significant_strides(expected)
 
@@ -248,7 +251,8 @@ def test_tensors_whose_sign_is_lazy(argument):
 
 
 def test_backward_inside_an_autocast_that_was_off_in_forward():
-    """CUDA's autocast also lowers aten::convolution, which remakes the map; here CPU's is made to."""
+    """CUDA's autocast also lowers aten::convolution, which remakes the map; here CPU's is made
+    to."""
 
     def lowered(x, w, *rest):
         with torch.autocast("cpu", enabled=False):
@@ -459,7 +463,8 @@ def test_autocast(dtype):
 
 @pytest.mark.parametrize("capability", ("default", "avx2"))
 def test_every_instruction_set(capability):
-    """The suite runs with the machine's best; these are the others, each in a process of its own."""
+    """The suite runs with the machine's best; these are the others, each in a process of its
+    own."""
     tests = ("test_float64_training", "test_error_is_not_above", "test_statistics_far_from_zero")
     if capability not in os.environ.get("ATEN_CPU_CAPABILITY", capability):
         pytest.skip("this is such a process")

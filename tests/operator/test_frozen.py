@@ -21,7 +21,8 @@ def fused(tensors, case, **more):
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_gradcheck(case):
-    """Input, weight, bias, γ, β and residual; groups, transposed, 1-d and 3-d are among the cases."""
+    """Input, weight, bias, γ, β and residual; groups, transposed, 1-d and 3-d are among the
+    cases."""
     tensors, running = case.tensors(), case.running()
     names = list(tensors)
     assert torch.autograd.gradcheck(
@@ -58,7 +59,8 @@ def frozen_layer(activation, **options):
 @pytest.mark.parametrize("residual", (False, True), ids=("alone", "residual"))
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_only_the_input_is_kept(activation, residual):
-    """And, for ReLU, the result, which whatever comes next keeps anyway; for other activations a residual."""
+    """And, for ReLU, the result, which whatever comes next keeps anyway; for other activations a
+    residual."""
     layer, x = frozen_layer(activation), torch.randn(4, 8, 32, 24)
     shortcut = torch.randn(4, 8, 32, 24) if residual else None
     with track_memory() as memory:
@@ -105,7 +107,8 @@ def test_running_statistics_are_left_alone(activation):
 
 
 class Pairs(nn.Module):
-    """Three pairs of which the first two have a frozen batch norm, one of them with untrained parameters too."""
+    """Three pairs of which the first two have a frozen batch norm, one of them with untrained
+    parameters too."""
 
     def __init__(self, fused):
         super().__init__()

@@ -1,7 +1,8 @@
-"""Random calls: valid ones against the unfused layers in float64, bad ones that must end in an exception.
+"""Random calls: valid ones against the unfused layers in float64, bad ones that must end in an
+exception.
 
-FUZZ_EXAMPLES is the number of examples of all tests together. Without it there are 300, the same ones every time; with it
-they are drawn anew.
+FUZZ_EXAMPLES is the number of examples of all tests together. Without it there are 300, the same
+ones every time; with it they are drawn anew.
 """
 
 import contextlib
@@ -62,7 +63,7 @@ def examples(share: float) -> settings:
     )
 
 
-# ------------------------------------------------------------------------------------------------ what is drawn
+# ------------------------------------------------------------------------------------ what is drawn
 
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 KINKS = {"relu": (0,), "relu6": (0, 6), "leaky_relu": (0,), "elu": (0,), "hardswish": (-3, 3)}
@@ -176,7 +177,8 @@ class Call:
         return self.geometry.options | {name: getattr(self, name) for name in names.split()}
 
     def tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
-        """What is differentiated, what is updated, and the gradient of the result; laid out as wanted, in float64."""
+        """What is differentiated, what is updated, and the gradient of the result; laid out as
+        wanted, in float64."""
         generator = torch.Generator().manual_seed(self.seed)
         out_shape = self.geometry.out_shape
         vector = (self.geometry.out_channels,)
@@ -233,12 +235,12 @@ def calls(draw):
     )
 
 
-# ----------------------------------------------------------------------------------------------- what is compared
+# --------------------------------------------------------------------------------- what is compared
 
 
 def well_conditioned(y: Tensor, u: Tensor, activation: str, least: float = 1e-3) -> bool:
-    """Whether rounding decides nothing: no channel of `y` is almost constant, and no value of `u`, to which the activation is
-    applied, is next to one where the slope jumps."""
+    """Whether rounding decides nothing: no channel of `y` is almost constant, and no value of `u`,
+    to which the activation is applied, is next to one where the slope jumps."""
     if y.numel() == 0:
         return True
     if y.var([d for d in range(y.dim()) if d != 1], correction=0).min() < least:
@@ -286,7 +288,8 @@ def convolution(input: Tensor, weight: Tensor, bias: Tensor | None, options: dic
 
 def check_call(call: Call) -> None:
     tensors, running, dout = call.tensors()
-    # The unfused layers get contiguous tensors: F.batch_norm's gradient in eval mode is wrong for some others.
+    # The unfused layers get contiguous tensors: F.batch_norm's gradient in eval mode is wrong for
+    # some others.
     rounded = {name: plain(t, call.dtype) for name, t in tensors.items()}
     count = running.get("num_batches_tracked")
     momentum = call.momentum if call.momentum is not None else 1 / (count.item() + 1)
@@ -361,13 +364,13 @@ def test_conv_bn_is_the_unfused_pair(call):
     check_call(call)
 
 
-# ------------------------------------------------------------------------------------------------------- half types
+# --------------------------------------------------------------------------------------- half types
 
 
 @st.composite
 def half_calls(draw):
-    """Channels last, odd channels, strides and padding beyond the kernel: where oneDNN's float kernels were found to end the
-    process."""
+    """Channels last, odd channels, strides and padding beyond the kernel: where oneDNN's float
+    kernels were found to end the process."""
     d = draw(st.integers(2, 3))
 
     def lists(*values):
@@ -376,7 +379,8 @@ def half_calls(draw):
     channels, filters = draw(st.integers(1, 20)), draw(st.integers(1, 20))
     kernel = draw(st.sampled_from(((1,) * d, lists(1, 2, 3))))
     stride, dilation = lists(1, 2, 3), lists(1, 1, 2, 5)
-    # A dilated kernel of one value is no other one, but oneDNN's input gradient in bfloat16 is wrong then, eager's too.
+    # A dilated kernel of one value is no other one, but oneDNN's input gradient in bfloat16 is
+    # wrong then, eager's too.
     dilation = tuple(1 if k == 1 else e for k, e in zip(kernel, dilation, strict=True))
     padding = draw(st.sampled_from(((0,) * d, lists(0, 1, 3, 7))))
     transposed = draw(st.sampled_from((False, False, True)))
@@ -436,7 +440,7 @@ def test_half_types_on_odd_shapes(call):
         assert ((got.double() - due).abs() <= bound).all(), name
 
 
-# -------------------------------------------------------------------------------------------------- what is saved
+# ------------------------------------------------------------------------------------ what is saved
 
 
 class Stop(Exception):
@@ -444,8 +448,9 @@ class Stop(Exception):
 
 
 def check_saved(make, draw, count):
-    """`make` gives tensors and a function of them. What is saved comes back in other layouts; a hook raises at one of the first
-    `count` tensors, and nothing stays behind; the function is checkpointed."""
+    """`make` gives tensors and a function of them. What is saved comes back in other layouts; a
+    hook raises at one of the first `count` tensors, and nothing stays behind; the function is
+    checkpointed."""
 
     def run(pack=lambda t: t, unpack=lambda t: t, through=lambda function: function()):
         leaves, buffers, function, dout = make()
@@ -570,7 +575,7 @@ def test_forks_beside_a_thread(call):
     assert status == 0
 
 
-# ------------------------------------------------------------------------------------------------------- layers
+# ------------------------------------------------------------------------------------------- layers
 
 
 @dataclass(frozen=True)
@@ -701,7 +706,7 @@ def test_layers_are_the_unfused_layers(call):
         assert_close(dict(layer.bn.named_buffers()), dict(bn.named_buffers()))
 
 
-# ------------------------------------------------------------------------------------------------------- chains
+# ------------------------------------------------------------------------------------------- chains
 
 
 @dataclass(frozen=True)
@@ -825,8 +830,8 @@ def chain_calls(draw):
 
 
 def unfused_chain(tensors: list[Tensor], parts: int, links: list[chain.Link]) -> Tensor:
-    """What the chain computes, in ordinary operations, with `tensors` in the place of its own. Gives the example up
-    where rounding decides."""
+    """What the chain computes, in ordinary operations, with `tensors` in the place of its own.
+    Gives the example up where rounding decides."""
     rest = iter(tensors[parts:])
     t = torch.cat(tensors[:parts], 1)
     for link in links:
@@ -942,7 +947,7 @@ def gradients_of(out, tensors, dout, retain_graph):
     return dict(zip(wanted, grads, strict=True))
 
 
-# ------------------------------------------------------------------------------------------------- bad arguments
+# ------------------------------------------------------------------------------------ bad arguments
 
 # No int that makes an output of some gigabytes: too much, and yet what was asked for.
 INTS = (-(2**63), -(2**31) - 1, -2, -1, 0, 1, 2, 3, 7, 2**31, 2**32 + 1, 2**62, 2**63 - 1, 2**64)
@@ -1089,7 +1094,8 @@ def test_bad_layers_raise_and_change_nothing(call, data):
     changed = data.draw(st.sampled_from(("forward", "buffers", "options", "constructor")))
     arguments = {"input": x, "residual": None}
     if changed == "constructor":
-        names = "in_channels out_channels kernel_size stride padding dilation groups eps momentum activation"
+        names = "in_channels out_channels kernel_size stride padding dilation groups eps momentum "
+        names += "activation"
         options = {"in_channels": 4, "out_channels": 6, "kernel_size": 2}
         for name in data.draw(st.lists(st.sampled_from(names.split()), min_size=1, max_size=2)):
             options[name] = replaced(1, data.draw(junk_for(1), label=name))

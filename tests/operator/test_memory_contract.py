@@ -51,7 +51,8 @@ def test_saves_its_input_and_nothing_of_its_size(format, device):
 
 
 def step(function, *arguments, dout=None):
-    """What a call takes, or a call and its backward; the first one makes the library's own buffers."""
+    """What a call takes, or a call and its backward; the first one makes the library's own
+    buffers."""
     for _ in range(2):
         with track_memory() as memory:
             out = function(*arguments)
@@ -66,7 +67,8 @@ def convolution(x, w):
 
 @LAYOUTS
 def test_forward_allocates_one_map(format):
-    """The convolution's result becomes the layer's; oneDNN's own workspace is the convolution's in both."""
+    """The convolution's result becomes the layer's; oneDNN's own workspace is the convolution's in
+    both."""
     x, w, _ = tensors(format)
     memory = step(layer, x, w)
     assert MAP <= memory.end_of_forward < MAP + SMALL
@@ -147,7 +149,8 @@ def test_a_chain_saves_what_its_plan_keeps(kept):
 
 @pytest.mark.parametrize("pattern", ("cncncn", "ncnc"))
 def test_a_chain_never_needs_more_than_keeping_everything(pattern):
-    """Neither in forward nor at the peak, whatever its plan keeps; and with nothing kept it needs less."""
+    """Neither in forward nor at the peak, whatever its plan keeps; and with nothing kept it needs
+    less."""
     x = torch.randn(8, 16, 40, 40).to(memory_format=torch.channels_last).requires_grad_()
     links = []
     for letter in pattern:
@@ -218,13 +221,14 @@ def test_the_experiments_network(format):
     assert fused.peak <= eager.peak
 
 
-# ------------------------------------------------------------------------- activations and residuals
+# ------------------------------------------------------------------------ activations and residuals
 
 ACTIVATED = pytest.mark.parametrize("activation", ACTIVATIONS)
 
 
 class Layers(nn.Module):
-    """`count` layers of `channels` channels in a row, each with its input as residual if asked for."""
+    """`count` layers of `channels` channels in a row, each with its input as residual if asked
+    for."""
 
     def __init__(self, fused, activation, residual=False, frozen=False, count=4, channels=8):
         super().__init__()
@@ -291,7 +295,8 @@ def test_never_more_than_the_unfused_layers(activation, residual, frozen):
 @pytest.mark.parametrize("following", ("plain", "fused"))
 @LAYOUTS
 def test_the_tail_of_a_residual_block(format, following):
-    """ReLU's slope is read from the result, which the next convolution keeps anyway: eager keeps one map more."""
+    """ReLU's slope is read from the result, which the next convolution keeps anyway: eager keeps
+    one map more."""
     x, shortcut = (torch.randn(4, 8, 32, 24).to(memory_format=format) for _ in range(2))
     shortcut.requires_grad_()
     tail = FusedConvBN2d(8, 8, 3, padding=1, activation="relu").to(memory_format=format)
@@ -312,7 +317,8 @@ def test_a_residual_without_activation_is_not_kept():
 
 @ACTIVATED
 def test_backward_with_a_residual_remakes_one_map(activation):
-    """Allocated next to the result and its gradients are the remade map, and the residual's gradient."""
+    """Allocated next to the result and its gradients are the remade map, and the residual's
+    gradient."""
     a_map = 4 * 8 * 64 * 48 * 4
     x, residual, dout = (
         torch.randn(4, 8, 64, 48).to(memory_format=torch.channels_last) for _ in range(3)

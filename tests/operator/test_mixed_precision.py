@@ -33,8 +33,9 @@ def relative_error(value, truth):
 
 
 def assert_no_worse(results, others, truth, case, dtype):
-    """The root mean square, with a floor of two roundings for tensors of few values. Where the slope jumps at a number
-    with rounding errors (not at 0, where they are small) a share eps of the values is on the wrong side of it in both."""
+    """The root mean square, with a floor of two roundings for tensors of few values. Where the
+    slope jumps at a number with rounding errors (not at 0, where they are small) a share eps of the
+    values is on the wrong side of it in both."""
     jumps = case.activation == "relu6"
     floor = 2 * torch.finfo(dtype).eps + jumps * torch.finfo(dtype).eps ** 0.5
     for name, value in truth.items():
@@ -72,8 +73,8 @@ def test_half_precision_is_no_worse_than_unfused(
 @HALVES
 @EVERY_ACTIVATION
 def test_autocast_is_no_worse_than_unfused(activation, dtype, residual, training, device):
-    """Parameters in float32, and their gradients. Without fusion a residual in float32 makes the sum float32; fused, it
-    is lowered, as the result is."""
+    """Parameters in float32, and their gradients. Without fusion a residual in float32 makes the
+    sum float32; fused, it is lowered, as the result is."""
     case = Case((3, 4, 9, 7), (6, 4, 3, 3), bias=True, activation=activation, residual=residual)
     tensors = case.tensors(torch.float32, device=device)
     exact = {n: t.detach().double().requires_grad_() for n, t in tensors.items()}
@@ -119,7 +120,8 @@ def test_autocast_keeps_float64():
 @pytest.mark.parametrize("other", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 @HALVES
 def test_a_residual_of_another_dtype_under_autocast(dtype, other, training):
-    """It may come from a layer in another precision: the result is autocast's, its gradient its own."""
+    """It may come from a layer in another precision: the result is autocast's, its gradient its
+    own."""
     case = Case((3, 4, 6, 5), (6, 4, 3, 3), activation="silu", residual=True)
     tensors = case.tensors(torch.float32)
     residual = tensors["residual"].detach().to(other).requires_grad_()
@@ -153,7 +155,8 @@ def test_float64_next_to_another_dtype_is_refused_under_autocast(wide, training)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize("use", ("plain", "autocast"))
 def test_memory_formats_in_and_out(use, dtype, channels_last, training):
-    """The result, the gradients of the maps and that of the weight have the strides of what they belong to."""
+    """The result, the gradients of the maps and that of the weight have the strides of what they
+    belong to."""
     case = Case((3, 4, 6, 5), (6, 4, 3, 3), activation="silu", residual=True)
     tensors = case.tensors(torch.float32 if use == "autocast" else dtype, channels_last)
     options = mode(case, training, torch.float32)
@@ -230,7 +233,8 @@ def test_training_with_a_gradient_scaler(dtype, channels_last):
 
 
 def test_an_overflow_is_found_and_the_step_left_out():
-    """A scale beyond float16 makes infinite gradients; the scaler sees them and halves its scale, and nothing is lost."""
+    """A scale beyond float16 makes infinite gradients; the scaler sees them and halves its scale,
+    and nothing is lost."""
     x, target = data()
     for fused in (True, False):
         model = Network(fused)

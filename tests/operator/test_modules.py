@@ -237,7 +237,7 @@ class TestTutorialLayer:
         torch.testing.assert_close(grad, expected)
 
 
-# ------------------------------------------------------------------------------------------- hooks on the children
+# ---------------------------------------------------------------------------- hooks on the children
 
 
 def pruned(child):

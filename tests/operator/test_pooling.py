@@ -134,7 +134,8 @@ def max_pool(x, options):
 @DTYPES
 @pytest.mark.parametrize("case", MAX.values(), ids=MAX)
 def test_max_pool_to_the_bit(case, dtype, format, device):
-    """With ties and NaN, as PyTorch decides them. On a GPU the sums of its gradient have no order."""
+    """With ties and NaN, as PyTorch decides them. On a GPU the sums of its gradient have no
+    order."""
     torch.manual_seed(0)
     size, *options = case
     x = torch.randn(3, 6, *size).to(device, dtype).to(memory_format=format)

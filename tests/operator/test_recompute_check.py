@@ -107,7 +107,8 @@ def rounded(t, bits):
 @pytest.mark.parametrize("mean", (0.0, 0.4, 100.0))
 @pytest.mark.parametrize(("precision", "bits"), (("tf32", 11), ("bf16", 8)))
 def test_operands_that_one_of_two_algorithms_rounds(checked, precision, bits, mean):
-    """Backward's convolution here is exact where forward's had rounded operands, as cuDNN's may be with TF32."""
+    """Backward's convolution here is exact where forward's had rounded operands, as cuDNN's may be
+    with TF32."""
     x, w = torch.randn(4, 16, 12, 11) + mean, torch.randn(8, 16, 3, 3).requires_grad_()
 
     def step():
@@ -134,7 +135,8 @@ def test_operands_that_one_of_two_algorithms_rounds(checked, precision, bits, me
 @pytest.mark.parametrize("values", (7, 1000))
 @pytest.mark.parametrize("dtype", DTYPES[2:], ids=str)
 def test_a_value_rounded_the_other_way_raises_nothing(checked, dtype, values):
-    """As where another algorithm's float32 sum lies on the other side of the middle between two values."""
+    """As where another algorithm's float32 sum lies on the other side of the middle between two
+    values."""
     x = torch.randn(values, 3, 1, 1).to(dtype)
     w = torch.eye(3, dtype=dtype)[:, :, None, None].contiguous().requires_grad_()
     out = conv_bn(x, w, activation="silu")

@@ -166,18 +166,34 @@ def test_a_transposed_layer():
 
 X, W = torch.randn(3, 2, 7, 5), torch.randn(4, 2, 3, 2)
 REFUSED = {
-    "one value per channel": (torch.ones(1, 4, 1, 1), ValueError, r"it is not broadcast\), got \[1, 4, 1, 1\]"),
-    "one sample": (torch.ones(1, 4, 5, 4), ValueError, r"residual of shape \[3, 4, 5, 4\].*\[1, 4, 5, 4\]"),
+    "one value per channel": (
+        torch.ones(1, 4, 1, 1),
+        ValueError,
+        r"it is not broadcast\), got \[1, 4, 1, 1\]",
+    ),
+    "one sample": (
+        torch.ones(1, 4, 5, 4),
+        ValueError,
+        r"residual of shape \[3, 4, 5, 4\].*\[1, 4, 5, 4\]",
+    ),
     "no batch": (torch.ones(4, 5, 4), ValueError, r"residual of shape \[3, 4, 5, 4\].*\[4, 5, 4\]"),
     "the input's shape": (X, ValueError, r"residual of shape \[3, 4, 5, 4\].*\[3, 2, 7, 5\]"),
-    "float64": (torch.ones(OUT).double(), TypeError, r"residual of the dtype of input \(Float\), got Double"),
+    "float64": (
+        torch.ones(OUT).double(),
+        TypeError,
+        r"residual of the dtype of input \(Float\), got Double",
+    ),
     "bfloat16": (torch.ones(OUT).bfloat16(), TypeError, r"residual of the dtype of input"),
     "integers": (torch.ones(OUT).long(), TypeError, "expected residual of dtype float64"),
     "complex": (torch.ones(OUT).cfloat(), TypeError, "expected residual of dtype float64"),
     "sparse": (torch.ones(OUT).to_sparse(), TypeError, "expected residual to be dense"),
-    "another device": (torch.ones(OUT, device="meta"), ValueError, r"residual on the device of input \(cpu\), got meta"),
+    "another device": (
+        torch.ones(OUT, device="meta"),
+        ValueError,
+        r"residual on the device of input \(cpu\), got meta",
+    ),
     "a number": (1.0, (TypeError, RuntimeError), "residual"),
-}  # fmt: skip
+}
 
 
 @MODES
@@ -192,7 +208,8 @@ def test_what_is_refused(name, training):
     assert torch.equal(layer.bn.running_mean, torch.zeros(4))
 
 
-# ------------------------------------------------------------------------------------ in-place operations
+# ----------------------------------------------------------------------------------------- in-place
+# operations
 
 WRITES = {
     "mul_": lambda t: t.mul_(2),

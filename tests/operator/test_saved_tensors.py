@@ -1,5 +1,5 @@
-"""Hooks on what is saved for backward: what they hand back may lie in memory in another way, they may raise at any tensor, and
-torch.utils.checkpoint does."""
+"""Hooks on what is saved for backward: what they hand back may lie in memory in another way, they
+may raise at any tensor, and torch.utils.checkpoint does."""
 
 import copy
 import gc
@@ -81,7 +81,7 @@ def gradients(call, pack=lambda t: t, unpack=lambda t: t):
     return torch.autograd.grad(out, tensors, dout)
 
 
-# ------------------------------------------------------------------------------------------------------- layouts
+# ------------------------------------------------------------------------------------------ layouts
 
 
 @pytest.mark.parametrize("layout", RELAID)
@@ -179,7 +179,7 @@ def test_statistics_of_another_layout(strided):
         ops._chain_backward(*backward[0], [statistics[:1]], *backward[1])
 
 
-# ------------------------------------------------------------------------------------------------ hooks that raise
+# --------------------------------------------------------------------------------- hooks that raise
 
 
 class Stop(Exception):
@@ -256,7 +256,7 @@ def test_running_statistics_where_a_hook_raises():
     assert at > 4
 
 
-# ----------------------------------------------------------------------------------------------------- checkpoint
+# --------------------------------------------------------------------------------------- checkpoint
 
 
 class Block(nn.Module):

@@ -1,4 +1,5 @@
-"""What training scripts do around a layer: checkpoints, hooks, offloading, accumulation, averaging, parametrisation."""
+"""What training scripts do around a layer: checkpoints, hooks, offloading, accumulation, averaging,
+parametrisation."""
 
 import copy
 
@@ -54,15 +55,15 @@ def backward(model, x, out):
     return [x.grad, *(p.grad for p in model.parameters()), *model.buffers()]
 
 
-# ------------------------------------------------------------------------------ checkpoints, saved tensors
+# ----------------------------------------------------------------------- checkpoints, saved tensors
 
 
 @ACTIVATIONS
 @RESIDUAL
 @pytest.mark.parametrize("use_reentrant", (False, True))
 def test_checkpoint(activation, residual, use_reentrant):
-    """Forward runs twice. With unfused layers the running statistics move twice; with fused ones only where autograd is
-    entered anew (see test_saved_tensors.py)."""
+    """Forward runs twice. With unfused layers the running statistics move twice; with fused ones
+    only where autograd is entered anew (see test_saved_tensors.py)."""
 
     def use(model, x):
         with set_checkpoint_early_stop(False):
@@ -106,7 +107,8 @@ def test_saved_tensors_on_another_device(activation, residual):
 @ACTIVATIONS
 @RESIDUAL
 def test_saved_tensors_hooks(activation, residual):
-    """What backward reads is what unpack gives back; here it comes in another memory format and as another object."""
+    """What backward reads is what unpack gives back; here it comes in another memory format and as
+    another object."""
     packed = []
 
     def use(model, x):
@@ -127,7 +129,7 @@ def test_saved_tensors_hooks(activation, residual):
     assert True in packed
 
 
-# ----------------------------------------------------------------------------------- gradients handed in
+# ------------------------------------------------------------------------------ gradients handed in
 #
 # The gradient of the result is written over where nobody else has it. These are ways to have it.
 
@@ -307,7 +309,8 @@ def test_views_and_expanded_gradients(reduce, activation, residual):
 
 
 def test_gradients_accumulate_over_micro_batches():
-    """Also into the .grad of a residual that is itself a leaf, which the first backward may have handed over."""
+    """Also into the .grad of a residual that is itself a leaf, which the first backward may have
+    handed over."""
     x, leaf = draw(), draw()
     layer = Layer(True, "none").layer
     grads = []
@@ -322,7 +325,8 @@ def test_gradients_accumulate_over_micro_batches():
 
 
 def test_a_leaf_residual_has_a_gradient_of_its_own():
-    """The gradient of the residual is also what backward goes on with: writing to .grad must not reach anything else."""
+    """The gradient of the residual is also what backward goes on with: writing to .grad must not
+    reach anything else."""
     for activation in ("none", "relu", "silu"):
         x, first, second = draw(), draw(), draw()
         layer = Layer(True, activation).layer
@@ -336,11 +340,12 @@ def test_a_leaf_residual_has_a_gradient_of_its_own():
         torch.testing.assert_close((out.grad, x.grad), (expected[0], expected[2]), rtol=0, atol=0)
 
 
-# --------------------------------------------------------------------------------------- modules and hooks
+# -------------------------------------------------------------------------------- modules and hooks
 
 
 def test_state_dict_both_ways():
-    """The keys of the children are theirs, so a plain model's state goes in after renaming, and out again."""
+    """The keys of the children are theirs, so a plain model's state goes in after renaming, and out
+    again."""
     fused = nn.Sequential(FusedConvBN2d(3, 4, 3), FusedConvBN2d(4, 5, 3, bias=True))
 
     class Plain(nn.Module):
@@ -416,7 +421,8 @@ def test_parametrised_with_a_cache():
 
 
 def test_hooks_on_the_layer():
-    """Forward hooks see and change arguments and result, backward hooks the gradients. Hooks on its children are not run."""
+    """Forward hooks see and change arguments and result, backward hooks the gradients. Hooks on its
+    children are not run."""
     layer, x, calls = Layer(True, "relu").layer, draw(), []
     layer.register_forward_pre_hook(
         lambda m, args, kwargs: ((args[0] * 2,), {**kwargs, "residual": args[0]}), with_kwargs=True
@@ -440,7 +446,8 @@ def test_hooks_on_the_layer():
     torch.testing.assert_close(calls[1], dout)
     (din,) = torch.autograd.grad(expected, doubled, dout)
     torch.testing.assert_close(calls[2], din)
-    # times 3 by the hook, times 2 by the pre-hook; the residual was given as a keyword, which hooks do not see
+    # times 3 by the hook, times 2 by the pre-hook; the residual was given as a keyword, which hooks
+    # do not see
     torch.testing.assert_close(grad, 6 * din + dout * (expected > 0))
 
 

@@ -1,5 +1,6 @@
-"""torch.func, forward-mode AD and second derivatives against the layer in elementary operations. (F.batch_norm itself has
-wrong third derivatives, and wrong ones of a forward-mode derivative; F.conv2d with a bias is wrong under vmap of the weight.)
+"""torch.func, forward-mode AD and second derivatives against the layer in elementary operations.
+(F.batch_norm itself has wrong third derivatives, and wrong ones of a forward-mode derivative;
+F.conv2d with a bias is wrong under vmap of the weight.)
 """
 
 import copy
@@ -53,7 +54,8 @@ def mode(case, training):
 
 
 def both(case, training, use):
-    """`use` of (function of the case's tensors in order, their values), for the fused and the elementary layer."""
+    """`use` of (function of the case's tensors in order, their values), for the fused and the
+    elementary layer."""
     tensors = case.tensors(requires_grad=False)
     names, values = list(tensors), list(tensors.values())
     results = []
@@ -175,7 +177,8 @@ def test_third_derivative(training):
 
 @pytest.mark.parametrize("activation", ("none", "relu", "silu"))
 def test_second_derivative_through_a_residual(activation):
-    """The residual depends on the input and the weight, and the gradient that is penalised is its own."""
+    """The residual depends on the input and the weight, and the gradient that is penalised is its
+    own."""
     case = Case((3, 3, 4, 5), (3, 3, 3, 3), padding=(1,), residual=True, activation=activation)
     tensors = case.tensors()
     results = []
@@ -200,7 +203,8 @@ def test_create_graph_gives_the_first_derivative_as_without():
 
 
 def test_functional_call_and_ensembles():
-    """The layer with parameters from outside: one gradient per sample by vmap, and a stack of models."""
+    """The layer with parameters from outside: one gradient per sample by vmap, and a stack of
+    models."""
     layers = [FusedConvBN2d(2, 3, 3, activation="silu").double().eval() for _ in range(3)]
     layer = layers[0]
     plain = nn.Sequential(layer.conv, layer.bn, nn.SiLU())

@@ -1,5 +1,5 @@
-"""Threads, forks and failures in the middle of a call: parameters and running statistics are as before, or updated, never
-half."""
+"""Threads, forks and failures in the middle of a call: parameters and running statistics are as
+before, or updated, never half."""
 
 import copy
 import ctypes
@@ -22,7 +22,8 @@ HERE = Path(__file__).parent
 
 
 class Network(nn.Module):
-    """Every kind of layer: with a residual, transposed, with the average over all batches, frozen, the tutorial's."""
+    """Every kind of layer: with a residual, transposed, with the average over all batches, frozen,
+    the tutorial's."""
 
     def __init__(self, dtype=torch.float32):
         super().__init__()
@@ -63,7 +64,7 @@ def step(model, x, optimiser=None):
     return loss.item()
 
 
-# ----------------------------------------------------------------------------------------- threads and processes
+# ---------------------------------------------------------------------------- threads and processes
 
 
 def train(model, x, steps=20):
@@ -167,7 +168,7 @@ def test_forks_beside_a_thread_that_allocates():
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-# ------------------------------------------------------------------------------------------- allocation failures
+# ------------------------------------------------------------------------------ allocation failures
 
 
 @pytest.fixture(scope="module")
@@ -188,8 +189,8 @@ def allow(tmp_path_factory):
 
 
 def until_nothing_fails(allow, prepare, run, check):
-    """Runs `run(prepare())` with 0, 1, … allocations before one fails, and `check`s what is left after each failure.
-    Returns the result of the run that came through."""
+    """Runs `run(prepare())` with 0, 1, … allocations before one fails, and `check`s what is left
+    after each failure. Returns the result of the run that came through."""
     for count in range(1000):
         prepared = prepare()
         allow(count)
@@ -324,7 +325,7 @@ def test_an_allocation_that_fails_in_backward(allow, activation, accumulate):
     until_nothing_fails(allow, prepare, lambda prepared: prepared[1].backward(), check)
 
 
-# -------------------------------------------------------------------------------------------------------- hooks
+# -------------------------------------------------------------------------------------------- hooks
 
 
 class Stop(Exception):
