@@ -15,13 +15,9 @@ import torch
 from cases import DTYPES
 from torch import Tensor
 
-from fusedconvbn.activations import activation_module
-from fusedconvbn.chain import Gate, Norm, pack, parse_activation
+from fusedconvbn.activations import ACTIVATIONS, activation_module, parse_activation
+from fusedconvbn.chain import Gate, Norm, pack
 
-ACTIVATIONS = (
-    *("none", "relu", "relu6", "leaky_relu(0.2)", "elu(0.7)", "silu"),
-    *("hardswish", "gelu", "gelu_tanh", "mish", "sigmoid", "tanh"),
-)
 # Where the slope jumps. Rounding could move a value across.
 JUMPS = {"relu": (0,), "relu6": (0, 6), "leaky_relu": (0,), "elu": (0,), "hardswish": (-3, 3)}
 # Below and above the 256 values a channel from which on blocks are added up in the map's type; a
@@ -174,7 +170,7 @@ def run(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("source", SOURCES, ids=str)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", [a.spelled(0.7) for a in ACTIVATIONS.values()])
 def test_every_source_of_a_slope(activation, source, dtype):
     for shape in SHAPES.values():
         drawn, dout = draw(source, shape, dtype), torch.randn(shape).to(dtype)
