@@ -4,8 +4,8 @@
 
 #include <vector>
 
-#include "../../csrc/cuda/channel_launch.h"
-#include "../../csrc/cuda/max_pool2d_launch.h"
+#include "../../../csrc/cuda/channel_launch.h"
+#include "../../../csrc/cuda/max_pool2d_launch.h"
 
 using namespace fusedconvbn;
 
