@@ -40,46 +40,71 @@ FUSEDCONVBN_INLINE Vectors<T> advance(Vectors<T> v, int64_t by) {
 
 // ---------------------------------------------------------------------------- activations of a row
 
-// act(u) in the place of u
+// out = act(u); out may be u.
 template <typename acc>
-void forward_row(Activation activation, int64_t width, acc* u) {
+void forward_row(Activation activation, int64_t width, acc* u, acc* out) {
   with_activation(activation, [&](auto act) {
 #pragma omp simd
-    for (int64_t c = 0; c < width; ++c) u[c] = act.forward(u[c]);
+    for (int64_t c = 0; c < width; ++c) out[c] = act.forward(u[c]);
   });
 }
 
-// act'(u)·dout in the place of dout
+// du = act'(u)·dout; du may be u or dout.
 template <typename acc>
-void backward_row(Activation activation, int64_t width, acc* __restrict u, acc* __restrict dout) {
+void backward_row(Activation activation, int64_t width, acc* u, const acc* dout, acc* du) {
   with_activation(activation, [&](auto act) {
 #pragma omp simd
-    for (int64_t c = 0; c < width; ++c) dout[c] = act.backward(u[c], dout[c]);
+    for (int64_t c = 0; c < width; ++c) du[c] = act.backward(u[c], dout[c]);
   });
 }
 
 template <Step step, typename T>
 FUSEDCONVBN_INLINE void normalised_row(int64_t width, const T* y, Vectors<T> v, const T* residual,
-                                       acc_t<T>* __restrict u) {
+                                       acc_t<T>* u) {
+  if (residual) {
 #pragma omp simd
-  for (int64_t c = 0; c < width; ++c)
-    u[c] = (acc_t<T>(y[c]) - v.mean[c * step]) * v.scale[c * step] + v.shift[c * step];
-  if (!residual) return;
+    for (int64_t c = 0; c < width; ++c)
+      u[c] = (acc_t<T>(y[c]) - v.mean[c * step]) * v.scale[c * step] + v.shift[c * step] +
+             acc_t<T>(residual[c]);
+  } else {
 #pragma omp simd
-  for (int64_t c = 0; c < width; ++c) u[c] += acc_t<T>(residual[c]);
+    for (int64_t c = 0; c < width; ++c)
+      u[c] = (acc_t<T>(y[c]) - v.mean[c * step]) * v.scale[c * step] + v.shift[c * step];
+  }
 }
 
+// A row of a map as accumulators: the row itself, or a copy in the cache where the types differ.
 template <typename T>
-FUSEDCONVBN_INLINE void store_row(int64_t width, const acc_t<T>* values, T* out) {
+class Row {
+ public:
+  Row() {}
+  FUSEDCONVBN_INLINE const acc_t<T>* load(int64_t width, const T* from) {
+    if constexpr (same) {
+      return from;
+    } else {
 #pragma omp simd
-  for (int64_t c = 0; c < width; ++c) out[c] = rounded<T>(values[c]);
-}
+      for (int64_t c = 0; c < width; ++c) values_[c] = acc_t<T>(from[c]);
+      return values_;
+    }
+  }
+  // Where to compute what `store` puts into the row `to`, if there is one.
+  FUSEDCONVBN_INLINE acc_t<T>* target(T* to) {
+    if constexpr (same)
+      if (to) return to;
+    return values_;
+  }
+  FUSEDCONVBN_INLINE void store(int64_t width, T* to) const {
+    if constexpr (!same) {
+      if (!to) return;
+#pragma omp simd
+      for (int64_t c = 0; c < width; ++c) to[c] = rounded<T>(values_[c]);
+    }
+  }
 
-template <typename T>
-FUSEDCONVBN_INLINE void load_row(int64_t width, const T* from, acc_t<T>* values) {
-#pragma omp simd
-  for (int64_t c = 0; c < width; ++c) values[c] = acc_t<T>(from[c]);
-}
+ private:
+  static constexpr bool same = std::is_same_v<T, acc_t<T>>;
+  acc_t<T> values_[most_width];
+};
 
 // Calls f with the functor of an activation that is cheap, or with nothing.
 template <typename T, typename F>
@@ -159,19 +184,25 @@ FUSEDCONVBN_INLINE void add_channel(Shape shape, int64_t channel, int64_t begin,
   for_runs(shape, channel, begin, end, [&](int64_t offset, int64_t length) {
     for (const int64_t last = offset + length; offset < last;) {
       const auto term = term_at(offset);
-      constexpr int64_t lanes = decltype(term)::by_row ? most_width : 32;
-      const int64_t left = last - offset, most = block_rows * lanes;
-      const int64_t count = left < most ? left : most, whole = count / lanes * lanes;
-      Sum own1[lanes] = {}, own2[lanes] = {};
-      add_rows(0, count / lanes, lanes, lanes, term, own1, own2);
-      add_rows(whole, count > whole, lanes, count - whole, term, own1, own2);
-      double sum1 = 0, sum2 = 0;
-      for (int64_t l = 0; l < lanes; ++l) {
-        sum1 += own1[l];
-        sum2 += own2[l];
+      const int64_t left = last - offset;
+      if constexpr (decltype(term)::by_row) {
+        const int64_t count = left < most_width ? left : most_width;
+        term.add_row(0, count, sums + channel, sums + shape.channels + channel);
+        offset += count;
+      } else {
+        constexpr int64_t lanes = 32, most = block_rows * lanes;
+        const int64_t count = left < most ? left : most, whole = count / lanes * lanes;
+        Sum own1[lanes] = {}, own2[lanes] = {};
+        add_rows(0, count / lanes, lanes, lanes, term, own1, own2);
+        add_rows(whole, count > whole, lanes, count - whole, term, own1, own2);
+        double sum1 = 0, sum2 = 0;
+        for (int64_t l = 0; l < lanes; ++l) {
+          sum1 += own1[l];
+          sum2 += own2[l];
+        }
+        term.add(0, count, sum1, sum2, sums[channel], sums[shape.channels + channel]);
+        offset += count;
       }
-      term.add(0, count, sum1, sum2, sums[channel], sums[shape.channels + channel]);
-      offset += count;
     }
   });
 }
@@ -300,30 +331,46 @@ struct GradTerm : GradBlock<T> {
   }
 };
 
-// For any activation, and any place to take act' at.
-template <typename T, Step step>
+// For any activation and any of the three, row by row. Contiguous rows have one sum each.
+template <typename T, Step step, typename Sum>
 struct GradRowTerm : GradBlock<T> {
   static constexpr bool by_row = true;
 
   Activation activation;
 
-  template <typename Sum>
-  FUSEDCONVBN_INLINE void add_row(int64_t first, int64_t width, Sum* __restrict sums,
-                                  Sum* __restrict dots) const {
+  template <typename Total>
+  FUSEDCONVBN_INLINE void add_row(int64_t first, int64_t width, Total* __restrict sums,
+                                  Total* __restrict dots) const {
     const auto& [residual, result, du] = this->source;
+    const auto& mean = this->v.mean;
     const T* const y = this->y + first;
-    acc_t<T> u[most_width], gradient[most_width];
-    if (result)
-      load_row(width, result + first, u);
-    else
-      normalised_row<step>(width, y, this->v, advance(residual, first), u);
-    load_row(width, this->dout + first, gradient);
-    backward_row(activation, width, u, gradient);
-    if (du) store_row(width, gradient, du + first);
+    acc_t<T> u[most_width];
+    Row<T> gradients, douts;
+    if (result) {
 #pragma omp simd
-    for (int64_t c = 0; c < width; ++c) {
-      sums[c] += Sum(gradient[c]);
-      dots[c] += Sum(gradient[c]) * Sum(acc_t<T>(y[c]) - this->v.mean[c * step]);
+      for (int64_t c = 0; c < width; ++c) u[c] = acc_t<T>(result[first + c]);
+    } else {
+      normalised_row<step>(width, y, this->v, advance(residual, first), u);
+    }
+    T* const to = advance(du, first);
+    acc_t<T>* const gradient = gradients.target(to);
+    backward_row(activation, width, u, douts.load(width, this->dout + first), gradient);
+    gradients.store(width, to);
+    if constexpr (step == contiguous) {
+      Sum sum = 0, dot = 0;
+#pragma omp simd reduction(+ : sum, dot)
+      for (int64_t c = 0; c < width; ++c) {
+        sum += Sum(gradient[c]);
+        dot += Sum(gradient[c]) * Sum(acc_t<T>(y[c]) - *mean);
+      }
+      *sums += sum;
+      *dots += dot;
+    } else {
+#pragma omp simd
+      for (int64_t c = 0; c < width; ++c) {
+        sums[c] += Sum(gradient[c]);
+        dots[c] += Sum(gradient[c]) * Sum(acc_t<T>(y[c]) - mean[c]);
+      }
     }
   }
 };
@@ -332,10 +379,10 @@ struct GradRowTerm : GradBlock<T> {
 template <Step step, typename T, typename F>
 FUSEDCONVBN_INLINE void with_grad_term(Shape shape, Activation activation,
                                        const GradSource<T>& source, const F& f) {
-  const auto by_row = [&](const GradBlock<T>& block) {
-    return GradRowTerm<T, step>{block, activation};
-  };
   with_sum<T>(shape, [&]<typename Sum>(Sum) {
+    const auto by_row = [&](const GradBlock<T>& block) {
+      return GradRowTerm<T, step, Sum>{block, activation};
+    };
     if constexpr (std::is_same_v<Sum, double>) {
       f(by_row, Sum{});
     } else {
@@ -390,49 +437,70 @@ void grad_stats_channels_last(Shape shape, int64_t, int64_t begin, int64_t end, 
 template <Step step, typename F>
 FUSEDCONVBN_INLINE void for_rows(Shape shape, int64_t begin, int64_t end, const F& f) {
   const int64_t length = step ? shape.channels : shape.inner;
-  if (step) begin *= length, end *= length;
+  int64_t first = begin / length * length, plane = step ? 0 : begin / length % shape.channels;
   while (begin < end) {
-    const int64_t line = begin / length;
-    const int64_t last = end < (line + 1) * length ? end : (line + 1) * length;
-    for (const int64_t first = line * length; begin < last;) {
-      const int64_t width = last - begin < most_width ? last - begin : most_width;
-      f(begin, width, step ? begin - first : line % shape.channels);
-      begin += width;
-    }
+    const int64_t last = end < first + length ? end : first + length;
+    f(begin, last - begin, step ? begin - first : plane);
+    begin = first = last;
+    if (!step) plane = plane + 1 < shape.channels ? plane + 1 : 0;
   }
+}
+
+// f(begin, end) for parts of the values [begin, end) that fit into a row; they may be several short
+// rows, or a part of a long one.
+template <typename F>
+FUSEDCONVBN_INLINE void for_parts(int64_t begin, int64_t end, const F& f) {
+  for (; begin < end; begin += most_width)
+    f(begin, end < begin + most_width ? end : begin + most_width);
+}
+
+// The slices of channels-last maps are given in rows (channel_loops.h).
+template <Step step>
+FUSEDCONVBN_INLINE int64_t value_at(Shape shape, int64_t index) {
+  return step ? index * shape.channels : index;
 }
 
 template <typename T, Step step>
 void apply(Shape shape, int64_t begin, int64_t end, T* out, const T* y, Vectors<T> vectors,
            Activation activation, const T* residual) {
+  begin = value_at<step>(shape, begin), end = value_at<step>(shape, end);
   with_cheap_activation<T>(activation, [&](auto act) {
-    for_rows<step>(shape, begin, end, [&](int64_t offset, int64_t width, int64_t channel) {
-      const auto v = advance(vectors, channel);
-      const T *const from = y + offset, *const added = advance(residual, offset);
-      T* const to = out + offset;
-      if constexpr (by_row<decltype(act)>) {
-        acc_t<T> u[most_width];
-        normalised_row<step>(width, from, v, added, u);
-        forward_row(activation, width, u);
-        store_row(width, u, to);
-      } else if (added) {
+    if constexpr (by_row<decltype(act)>) {
+      for_parts(begin, end, [&](int64_t begin, int64_t end) {
+        Row<T> row;
+        acc_t<T>* const u = row.target(out + begin);
+        for_rows<step>(shape, begin, end, [&](int64_t offset, int64_t width, int64_t channel) {
+          normalised_row<step>(width, y + offset, advance(vectors, channel),
+                               advance(residual, offset), u + (offset - begin));
+        });
+        forward_row(activation, end - begin, u, u);
+        row.store(end - begin, out + begin);
+      });
+    } else {
+      for_rows<step>(shape, begin, end, [&](int64_t offset, int64_t width, int64_t channel) {
+        const auto v = advance(vectors, channel);
+        const T *const from = y + offset, *const added = advance(residual, offset);
+        T* const to = out + offset;
+        if (added) {
 #pragma omp simd
-        for (int64_t c = 0; c < width; ++c)
-          to[c] =
-              rounded<T>(act.forward((acc_t<T>(from[c]) - v.mean[c * step]) * v.scale[c * step] +
-                                     v.shift[c * step] + acc_t<T>(added[c])));
-      } else {
+          for (int64_t c = 0; c < width; ++c)
+            to[c] =
+                rounded<T>(act.forward((acc_t<T>(from[c]) - v.mean[c * step]) * v.scale[c * step] +
+                                       v.shift[c * step] + acc_t<T>(added[c])));
+        } else {
 #pragma omp simd
-        for (int64_t c = 0; c < width; ++c)
-          to[c] = rounded<T>(act.forward(
-              (acc_t<T>(from[c]) - v.mean[c * step]) * v.scale[c * step] + v.shift[c * step]));
-      }
-    });
+          for (int64_t c = 0; c < width; ++c)
+            to[c] = rounded<T>(act.forward(
+                (acc_t<T>(from[c]) - v.mean[c * step]) * v.scale[c * step] + v.shift[c * step]));
+        }
+      });
+    }
   });
 }
 
 template <typename T, Step step>
 void multiply(Shape shape, int64_t begin, int64_t end, T* out, const T* y, const acc_t<T>* scale) {
+  begin = value_at<step>(shape, begin), end = value_at<step>(shape, end);
   for_rows<step>(shape, begin, end, [&](int64_t offset, int64_t width, int64_t channel) {
     const acc_t<T>* const by = scale + channel;
 #pragma omp simd
@@ -446,30 +514,37 @@ template <typename T, Step step>
 void grad_apply(Shape shape, int64_t begin, int64_t end, T* out, const T* dout, const T* y,
                 Vectors<T> vectors, const acc_t<T>* slopes, const acc_t<T>* offsets,
                 Activation activation) {
-  with_cheap_activation<T>(activation, [&](auto act) {
+  begin = value_at<step>(shape, begin), end = value_at<step>(shape, end);
+  // du_of(u, i) for values [begin, end)
+  const auto run = [&](int64_t begin, int64_t end, const auto& du_of) {
     for_rows<step>(shape, begin, end, [&](int64_t at, int64_t width, int64_t channel) {
       const auto v = advance(vectors, channel);
       const acc_t<T>*const slope = slopes + channel, *const offset = offsets + channel;
-      const auto value = [&](int64_t c, auto du_at) {
-        const acc_t<T> centred = acc_t<T>(y[at + c]) - v.mean[c * step];
+#pragma omp simd
+      for (int64_t c = 0; c < width; ++c) {
+        const acc_t<T> centred = acc_t<T>(y[at + c]) - v.mean[c * step], a = v.scale[c * step];
+        const acc_t<T> du = du_of(centred * a + v.shift[c * step], at + c);
         // An infinite value is no NaN then.
         const acc_t<T> linear = slope[c * step] == 0 ? acc_t<T>(0) : slope[c * step] * centred;
-        const acc_t<T> du = du_at(centred * v.scale[c * step] + v.shift[c * step]);
-        out[at + c] = rounded<T>(v.scale[c * step] * du + (linear + offset[c * step]));
-      };
-      if constexpr (by_row<decltype(act)>) {
-        acc_t<T> u[most_width], du[most_width];
-        normalised_row<step>(width, y + at, v, static_cast<const T*>(nullptr), u);
-        load_row(width, dout + at, du);
-        backward_row(activation, width, u, du);
-#pragma omp simd
-        for (int64_t c = 0; c < width; ++c) value(c, [&](acc_t<T>) { return du[c]; });
-      } else {
-#pragma omp simd
-        for (int64_t c = 0; c < width; ++c)
-          value(c, [&](acc_t<T> u) { return act.backward(u, acc_t<T>(dout[at + c])); });
+        out[at + c] = rounded<T>(a * du + (linear + offset[c * step]));
       }
     });
+  };
+  with_cheap_activation<T>(activation, [&](auto act) {
+    if constexpr (by_row<decltype(act)>) {
+      for_parts(begin, end, [&](int64_t begin, int64_t end) {
+        acc_t<T> u[most_width], du[most_width] = {};
+        for_rows<step>(shape, begin, end, [&](int64_t at, int64_t width, int64_t channel) {
+          normalised_row<step>(width, y + at, advance(vectors, channel),
+                               static_cast<const T*>(nullptr), u + (at - begin));
+        });
+        for (int64_t i = begin; i < end; ++i) du[i - begin] = acc_t<T>(dout[i]);
+        backward_row(activation, end - begin, u, du, du);
+        run(begin, end, [&](acc_t<T>, int64_t i) { return du[i - begin]; });
+      });
+    } else {
+      run(begin, end, [&](acc_t<T> u, int64_t i) { return act.backward(u, acc_t<T>(dout[i])); });
+    }
   });
 }
 
