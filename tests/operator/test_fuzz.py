@@ -52,10 +52,10 @@ def described(value: object) -> object:
 
 def examples(share: float) -> settings:
     """`share` of all the examples."""
-    wanted = os.environ.get("FUZZ_EXAMPLES")
+    given = os.environ.get("FUZZ_EXAMPLES")
     return settings(
-        max_examples=max(1, round(int(wanted or 300) * share)),
-        derandomize=wanted is None,
+        max_examples=max(1, round(int(given or 300) * share)),
+        derandomize=given is None,
         deadline=None,
         database=None,
         print_blob=True,
@@ -66,6 +66,7 @@ def examples(share: float) -> settings:
 # ------------------------------------------------------------------------------------ what is drawn
 
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+ARITHMETICS = ("batchnorm", "tutorial", "none", "running")
 KINKS = {"relu": (0,), "relu6": (0, 6), "leaky_relu": (0,), "elu": (0,), "hardswish": (-3, 3)}
 
 
@@ -178,7 +179,7 @@ class Call:
 
     def tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
         """What is differentiated, what is updated, and the gradient of the result; laid out as
-        wanted, in float64."""
+        drawn, in float64."""
         generator = torch.Generator().manual_seed(self.seed)
         out_shape = self.geometry.out_shape
         vector = (self.geometry.out_channels,)
@@ -268,12 +269,12 @@ def assert_close(actual, expected, rounding=1e-9):
 
 
 def gradients(out: Tensor, leaves: dict[str, Tensor], dout: Tensor) -> dict[str, Tensor | None]:
-    wanted = {name: t for name, t in leaves.items() if t.requires_grad}
-    if not wanted:
+    needs_grad = {name: t for name, t in leaves.items() if t.requires_grad}
+    if not needs_grad:
         assert not out.requires_grad
         return {}
-    grads = torch.autograd.grad(out, list(wanted.values()), dout, materialize_grads=True)
-    return dict(zip(wanted, grads, strict=True))
+    grads = torch.autograd.grad(out, list(needs_grad.values()), dout, materialize_grads=True)
+    return dict(zip(needs_grad, grads, strict=True))
 
 
 def plain(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -458,8 +459,8 @@ def check_saved(make, draw, count):
             out = through(function)
             if not out.requires_grad:
                 return None, buffers
-            wanted = [t for t in leaves if t.requires_grad]
-            return torch.autograd.grad(out, wanted, dout, materialize_grads=True), buffers
+            needs_grad = [t for t in leaves if t.requires_grad]
+            return torch.autograd.grad(out, needs_grad, dout, materialize_grads=True), buffers
 
     expected, buffers = run()
     if expected is None:
@@ -737,7 +738,7 @@ class ChainCall:
     parts: int  # that the input is the concatenation of
     links: tuple[ChainOptions, ...]
     biases: tuple[bool, ...]
-    kept: tuple[int, ...]
+    saved: tuple[int, ...]
     requires_grad: int  # a bit for each tensor
     layout: str
     seed: int
@@ -806,7 +807,7 @@ def chain_calls(draw):
                 draw(st.sampled_from((GateOptions(), PreluOptions(True), PreluOptions(False))))
             )
         else:
-            arithmetic = draw(st.sampled_from(chain.ARITHMETICS))
+            arithmetic = draw(st.sampled_from(ARITHMETICS))
             affine = draw(st.tuples(st.booleans(), st.booleans()))
             links.append(
                 NormOptions(
@@ -871,23 +872,23 @@ def test_chains_are_their_unfused_links(call):
     input, links = call.build()
     packed = chain.pack(input, links)
     given = {id(getattr(link, "statistics", None)) for link in links}  # no gradient reaches them
-    wanted = [
+    needs_grad = [
         bool(call.requires_grad >> i & 1) and id(t) not in given
         for i, t in enumerate(packed.tensors)
     ]
-    assume(any(wanted))
+    assume(any(needs_grad))
     leaves = [
         plain(t, torch.float64).clone().requires_grad_(w)
-        for t, w in zip(packed.tensors, wanted, strict=True)
+        for t, w in zip(packed.tensors, needs_grad, strict=True)
     ]
-    mine = [t.detach().requires_grad_(w) for t, w in zip(packed.tensors, wanted, strict=True)]
+    mine = [t.detach().requires_grad_(w) for t, w in zip(packed.tensors, needs_grad, strict=True)]
     try:
         expected = unfused_chain(leaves, call.parts, links)
     except ValueError:  # one value per channel
         assume(False)
     assume(expected.abs().max() < 1e4)
-    out, maps, statistics = ops._chain_forward(mine, *packed.options, call.kept)
-    assert len(maps) == len([k for k in call.kept if k < len(links)])
+    out, maps, statistics = ops._chain_forward(mine, *packed.options, call.saved)
+    assert len(maps) == len([k for k in call.saved if k < len(links)])
     assert len(statistics) == sum(getattr(link, "arithmetic", "none") != "none" for link in links)
     generator = torch.Generator().manual_seed(call.seed)
     dout = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
@@ -916,7 +917,7 @@ def test_what_a_chain_saves(call, data):
             t.requires_grad_(bool(call.requires_grad >> i & 1))
 
         def function():
-            return ops._chain_forward(tensors, *packed.options, call.kept)[0]
+            return ops._chain_forward(tensors, *packed.options, call.saved)[0]
 
         shape = function().shape
         return tensors, {}, function, torch.ones(shape, dtype=torch.float64)
@@ -940,11 +941,11 @@ def test_the_gradient_of_a_shift_alone_in_front_of_a_norm_link():
 
 
 def gradients_of(out, tensors, dout, retain_graph):
-    wanted = {str(i): t for i, t in enumerate(tensors) if t.requires_grad}
+    needs_grad = {str(i): t for i, t in enumerate(tensors) if t.requires_grad}
     grads = torch.autograd.grad(
-        out, list(wanted.values()), dout, retain_graph=retain_graph, materialize_grads=True
+        out, list(needs_grad.values()), dout, retain_graph=retain_graph, materialize_grads=True
     )
-    return dict(zip(wanted, grads, strict=True))
+    return dict(zip(needs_grad, grads, strict=True))
 
 
 # ------------------------------------------------------------------------------------ bad arguments
@@ -1164,7 +1165,7 @@ def test_malformed_chains_raise(call, data):
         "links": packed.links,
         "scalars": packed.scalars,
         "process_group": "",
-        "kept": list(call.kept),
+        "saved": list(call.saved),
     }
 
     def change(names):
@@ -1182,17 +1183,16 @@ def test_malformed_chains_raise(call, data):
                 arguments[name] = mangled(data.draw, value, floats if name == "scalars" else ints)
 
     in_backward = data.draw(st.booleans())
+    if in_backward:
+        out, maps, statistics = ops._chain_forward(**arguments)
+        arguments |= {
+            "dout": torch.ones_like(out),
+            "saved_maps": maps + ([out] if len(links) in call.saved else []),
+            "statistics": statistics,
+            "needs_grad": [0, *range(call.parts, len(packed.tensors))],
+        }
     try:
         if in_backward:
-            out, maps, statistics = ops._chain_forward(**arguments)
-            maps += [out] if len(links) in call.kept else []
-            wanted = [0, *range(call.parts, len(packed.tensors))]
-            arguments |= {
-                "dout": torch.ones_like(out),
-                "saved_maps": maps,
-                "statistics": statistics,
-            }
-            arguments |= {"wanted": wanted}
             change(sorted(arguments))
             remember({n: described(v) for n, v in arguments.items()})
             ops._chain_backward(**arguments)
