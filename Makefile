@@ -21,13 +21,20 @@ $(@D)/bin/pip install --quiet --no-deps 'torchvision==0.$(shell expr $(word 2,$(
 touch $@
 endef
 
-.PHONY: demo test lint check-cuda test-cuda test-torch says-what-it-needs gpu-bundle bench bench-models bench-cuda coverage fuzz leak sanitize build format clean
+.PHONY: demo test test-all lint check-cuda test-cuda test-torch says-what-it-needs gpu-bundle bench bench-models bench-cuda coverage fuzz leak sanitize build format clean
 
 demo: build
 	$(BIN)/python examples/mnist.py --output output/mnist.png
 
-test: build lint check-cuda
-	$(BIN)/pytest
+# On two cores, with one thread each. `make test` leaves out the cases with the marker `slow` (CONTRIBUTING.md).
+IN_PARALLEL = OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
+test: build lint
+	$(IN_PARALLEL) -m "not slow"
+
+# The device of test_launches.py stays for as long as its process lives.
+test-all: build lint check-cuda
+	$(IN_PARALLEL) --ignore tests/kernels/test_launches.py
+	$(BIN)/pytest tests/kernels/test_launches.py
 
 # An hour and more on two cores; nothing else should run. `make bench-models` alone goes on where it was stopped.
 bench: build

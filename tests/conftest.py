@@ -1,7 +1,9 @@
 import os
+from collections import defaultdict
 
 import pytest
 import torch
+from selection import covering
 
 import fusedconvbn
 
@@ -50,6 +52,18 @@ def seed():
     torch.set_num_threads(threads)
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m is applied
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Behind all others the one whose device stays for as long as the process lives."""
+    # Behind all others the one whose device stays for as long as the process lives.
     items.sort(key=lambda item: item.path.name == "test_launches.py")
+    products = defaultdict(list)
+    for item in items:
+        if not item.get_closest_marker("independent"):
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
+        if thin := item.get_closest_marker("thin"):
+            on = [item.callspec.params.get(axis) for axis in ("device", "library")]
+            products[(item.path, item.originalname, *thin.args, *on)].append(item)
+    for (_, _, strength, *_), product in products.items():
+        chosen = covering([item.callspec.id.split("-") for item in product], strength)
+        for i in {*range(len(product))} - chosen:
+            product[i].add_marker(pytest.mark.slow)

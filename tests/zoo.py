@@ -63,6 +63,10 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "r3d_18": _video,
 }
 
+SMALL = ("resnet18", "mobilenet_v2", "shufflenet_v2_x1_0")  # in a few seconds each
+# Residuals; gates and depthwise convolutions; concatenations.
+NETWORKS = ("resnet18", "efficientnet_b0", "densenet121")
+
 
 def tensors_of(output: object) -> list[Tensor]:
     """The tensors of a model's result: one, a tuple of them, or a dict."""

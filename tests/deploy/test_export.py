@@ -89,6 +89,7 @@ torch.testing.assert_close(torch._inductor.aoti_load_package("model.pt2")(x), ex
 """
 
 
+@pytest.mark.slow
 def test_aot_inductor_package(tmp_path):
     """Ahead of time compiled, a model for evaluation runs without the package: no operator of it is
     left."""

@@ -37,19 +37,19 @@ def counted(run):
     return counter.get_flop_counts().get("Global", {})
 
 
-def grad(out, wanted):
-    torch.autograd.grad(out.sum(), wanted, allow_unused=True)
+def grad(out, needs_grad):
+    torch.autograd.grad(out.sum(), needs_grad, allow_unused=True)
 
 
 def step(function, tensors):
     """Forward and the gradients of what requires them."""
     out = function(*tensors)
-    wanted = [t for t in tensors if t.requires_grad]
-    torch.autograd.grad(out.sum(), wanted, allow_unused=True)
+    needs_grad = [t for t in tensors if t.requires_grad]
+    torch.autograd.grad(out.sum(), needs_grad, allow_unused=True)
 
 
 def assert_eager(ours, theirs):
-    """Forward and gradients have eager's number of FLOPs. Returns those of remaking."""
+    """Forward and gradients have eager's number of FLOPs. Returns those of recomputing."""
     assert ours.keys() <= {ops._chain_forward, ops._chain_backward, RECOMPUTED}
     assert ours.get(ops._chain_forward, 0) == theirs.get(aten.convolution, 0)
     assert ours.get(ops._chain_backward, 0) == theirs.get(aten.convolution_backward, 0)
@@ -90,7 +90,7 @@ def test_unpacking(pattern):
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_layer(name):
-    """In training its convolution is remade."""
+    """In training its convolution is recomputed."""
     case = CASES[name]
     tensors = case.tensors()
 
@@ -112,19 +112,19 @@ def test_every_plan(pattern):
     chain, input = links(pattern), draw(2, 3, 4, 3)
     packed = pack(input, chain)
     tensors = differentiable(packed, chain)
-    for wanted in (tensors, tensors[:1], tensors[1:2], tensors[-1:]):
-        theirs = counted(lambda w=wanted: grad(unfused_chain(input, chain), w))
+    for needs_grad in (tensors, tensors[:1], tensors[1:2], tensors[-1:]):
+        theirs = counted(lambda w=needs_grad: grad(unfused_chain(input, chain), w))
         for saved in [*plans(len(chain)), [len(chain)]]:
 
-            def run(saved=saved, wanted=wanted):
-                grad(ops._chain_forward(packed.tensors, *packed.options, saved)[0], wanted)
+            def run(saved=saved, needs_grad=needs_grad):
+                grad(ops._chain_forward(packed.tensors, *packed.options, saved)[0], needs_grad)
 
-            remade = assert_eager(counted(run), theirs)
-            assert done(run) == sum(theirs.values()) + remade
+            recomputed = assert_eager(counted(run), theirs)
+            assert done(run) == sum(theirs.values()) + recomputed
 
 
 @pytest.mark.parametrize("pattern", ("cncn", "ncnc", "ccnn"))
-def test_what_is_not_kept_is_remade(pattern):
+def test_what_is_not_saved_is_recomputed(pattern):
     """All convolutions but the last of which backward reads no result."""
     chain, input = links(pattern), draw(2, 3, 4, 3)
     packed = pack(input, chain)
@@ -156,16 +156,21 @@ def test_a_virtual_concatenation(chain):
 
 
 @pytest.mark.parametrize(
-    "name, memory", [("resnet18", "auto"), ("resnet18", "min"), ("densenet121", "min")]
+    "name, memory",
+    [
+        ("resnet18", "auto"),
+        ("resnet18", "min"),
+        pytest.param("densenet121", "min", marks=pytest.mark.slow),
+    ],
 )
 def test_models(name, memory):
-    """`explain` foretells what is remade."""
+    """`explain` foretells what is recomputed."""
     model, x = MODELS[name]()
     fused = fuse(copy.deepcopy(model), x, memory=memory)
     ours, theirs = (counted(lambda m=m: m(x).sum().backward()) for m in (fused, model))
     assert ours.pop(aten.addmm) == theirs[aten.addmm] and ours.pop(aten.mm) == theirs[aten.mm]
-    remade = assert_eager(ours, theirs)
-    assert remade == fusedconvbn.explain(model, x, memory=memory).added_flops
+    recomputed = assert_eager(ours, theirs)
+    assert recomputed == fusedconvbn.explain(model, x, memory=memory).added_flops
 
 
 def block(activation=nn.SiLU):
@@ -183,13 +188,13 @@ def test_without_data():
     assert counted(lambda: fused.to("meta")(x.to("meta")).sum().backward()) == expected
 
 
-@pytest.mark.parametrize("activation, remade", [(nn.SiLU, 1), (nn.ReLU, 0)])
-def test_evaluation(activation, remade):
+@pytest.mark.parametrize("activation, recomputed", [(nn.SiLU, 1), (nn.ReLU, 0)])
+def test_evaluation(activation, recomputed):
     """ReLU's slope is read from the result."""
     model, fused, x = block(activation)
     model.eval(), fused.eval()
     ours, theirs = (counted(lambda m=m: m(x).sum().backward()) for m in (fused, model))
-    assert assert_eager(ours, theirs) == remade * theirs[aten.convolution]
+    assert assert_eager(ours, theirs) == recomputed * theirs[aten.convolution]
     with torch.no_grad():
         assert counted(lambda: fused(x)) == counted(lambda: model(x))
 

@@ -518,6 +518,7 @@ class Branches(nn.Module):
         return self.second(x) if x.sum() > -1e9 else x
 
 
+@pytest.mark.slow
 def test_several_graphs():
     report = explain(Branches(), image())
     assert (report.fused_pairs, report.pairs) == (6, 6)

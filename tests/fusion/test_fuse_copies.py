@@ -455,6 +455,7 @@ def trains_like(call, model, made, x):
             torch.testing.assert_close(q.grad, p.grad, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("backend", ("eager", "aot_eager", "inductor"))
 @pytest.mark.parametrize("around", (False, True), ids=("model", "function"))
 def test_an_outer_compile_keeps_the_chains(backend, around):

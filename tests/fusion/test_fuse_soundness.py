@@ -128,6 +128,7 @@ FORWARDS = {
 }
 
 
+@pytest.mark.thin(1)
 @pytest.mark.filterwarnings("ignore:fuse. Model saves")
 @pytest.mark.parametrize("train", (True, False), ids=("train", "eval"))
 @pytest.mark.parametrize("name", FORWARDS)
@@ -505,6 +506,7 @@ def test_fuse_says_how_far_it_is(monkeypatch):
     assert said == ["fuse Sequential", 3, "capture", "chains", "plan"]
 
 
+@pytest.mark.slow
 def test_many_models_in_one_process_stay_fused():
     for i in range(32):
         made, x = (

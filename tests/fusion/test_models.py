@@ -1,15 +1,18 @@
 """Networks that nobody here wrote: each is fused whole, and stays the same network."""
 
 import copy
+from itertools import cycle
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from zoo import MODELS, tensors_of
+from zoo import MODELS, SMALL, tensors_of
 
 import fusedconvbn
+
+pytestmark = pytest.mark.independent
 
 
 def train(model, x, steps=5):
@@ -41,7 +44,11 @@ def assert_same(ours, theirs, tolerance=1e-8):
 
 
 @pytest.mark.parametrize(
-    ("name", "memory"), [(name, ("auto", "min")[i % 2]) for i, name in enumerate(MODELS)]
+    ("name", "memory"),
+    [
+        pytest.param(name, memory, marks=() if name in SMALL else pytest.mark.slow)
+        for name, memory in zip(MODELS, cycle(("auto", "min")), strict=False)
+    ],
 )
 def test_the_same_network(name, memory):
     torch.manual_seed(0)

@@ -5,13 +5,19 @@ import json
 import pytest
 import torch
 from torch import nn
-from zoo import MODELS
+from zoo import MODELS, NETWORKS
 
 from fusedconvbn import explain, fuse, track_memory
 
+pytestmark = pytest.mark.independent
 
+
+NAMES = ["mobilenet_v2", *NETWORKS[:2], pytest.param(NETWORKS[2], marks=pytest.mark.slow)]
+
+
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("memory", ("auto", "min", 0.7))
-@pytest.mark.parametrize("name", ("resnet18", "mobilenet_v2", "densenet121", "efficientnet_b0"))
+@pytest.mark.parametrize("name", NAMES)
 def test_bytes_are_predicted(name, memory):
     model, x = MODELS[name]()
     report = explain(model, x, memory=memory)

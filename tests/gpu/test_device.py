@@ -100,12 +100,12 @@ def test_indices_above_32_bits(channels_last):
     torch.testing.assert_close(out[-1, -1, -1].float(), expected, rtol=1e-2, atol=1e-2)
     del out
     pool = [3, 3, 2, 2, 1, 1, 1, 1, 0]
-    pooled, places = torch.ops.fusedconvbn._max_pool2d(y, pool)
+    pooled, offsets = torch.ops.fusedconvbn._max_pool2d(y, pool)
     last = y[-1:, :, -400:].clone()  # whose windows begin as those of the whole do
     dout = torch.randn_like(pooled)
     due, indices = F.max_pool2d(last, 3, 2, 1, return_indices=True)
     torch.testing.assert_close(pooled[-1:, :, -198:], due[:, :, -198:], rtol=0, atol=0)
-    dinput = torch.ops.fusedconvbn._max_pool2d_backward(dout, places, pool, y.shape, channels_last)
+    dinput = torch.ops.fusedconvbn._max_pool2d_backward(dout, offsets, pool, y.shape, channels_last)
     part = dout[-1:, :, -200:].contiguous(memory_format=format)
     due = torch.ops.aten.max_pool2d_with_indices_backward(
         part, last, [3, 3], [2, 2], [1, 1], [1, 1], False, indices

@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
 import run
@@ -123,6 +125,7 @@ def test_the_rehearsal_is_of_the_same_stages(tmp_path):
     assert ON_GPU.device == "cuda" and REHEARSAL.device == "cpu"
 
 
+@pytest.mark.slow
 def test_the_quick_part_on_the_cpu(tmp_path, monkeypatch):
     """And the tables of what it leaves."""
     command = ["bash", ROOT / "tests/gpu/run.sh", "--dry-run", tmp_path]

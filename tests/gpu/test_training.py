@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from zoo import MODELS
+from zoo import MODELS, NETWORKS
 
 from fusedconvbn import check_recompute, conv_bn, explain, fuse, track_memory
 from fusedconvbn.chain import Norm, pack
@@ -122,6 +122,7 @@ class Excited(nn.Module):
         return self.head(y.mean((2, 3)))
 
 
+@pytest.mark.thin(2)
 @pytest.mark.smoke
 @pytest.mark.parametrize("memory", ("auto", "min"))
 @LAYOUTS
@@ -139,9 +140,6 @@ def test_gates_and_pools(dtype, format, memory, device, record_property):
 # ----------------------------------------------------------------------------------------- networks
 
 
-NETWORKS = ("resnet18", "efficientnet_b0", "densenet121")
-
-
 def network(name, device, format=torch.channels_last):
     model, images = MODELS[name]()
     return without_chance(model).to(device, memory_format=format), images.to(
@@ -150,7 +148,13 @@ def network(name, device, format=torch.channels_last):
 
 
 @pytest.mark.parametrize("memory", ("auto", "min"))
-@pytest.mark.parametrize("name", [pytest.param("resnet18", marks=pytest.mark.smoke), *NETWORKS[1:]])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("resnet18", marks=pytest.mark.smoke),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in NETWORKS[1:]),
+    ],
+)
 @AUTOCAST
 def test_a_fused_network(name, dtype, memory, device, record_property):
     model, images = network(name, device)
@@ -168,7 +172,9 @@ def test_a_fused_network(name, dtype, memory, device, record_property):
     assert_as_good(*results, images.dtype, record_property)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name", ["resnet18", *(pytest.param(name, marks=pytest.mark.slow) for name in NETWORKS[1:])]
+)
 def test_bytes_of_a_fused_network(name, device):
     model, images = network(name, device)
     nets = {"eager": model}
@@ -191,7 +197,7 @@ def test_bytes_of_a_fused_network(name, device):
     assert measured["min"].saved < measured["auto"].saved < 0.65 * measured["eager"].saved
 
 
-@pytest.mark.parametrize("name", ("resnet18", "efficientnet_b0"))
+@pytest.mark.parametrize("name", NETWORKS[:2])
 def test_trains_as_eager(name, device):
     """A few steps in float32, with an optimizer. Larger ones would amplify roundings, eager's as
     ours."""

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
-from zoo import MODELS
+from zoo import MODELS, NETWORKS
 
 from fusedconvbn import fuse
 from fusedconvbn.memory import saved_storages
@@ -40,7 +40,7 @@ def forward_on_stand_ins(model, shape, device):
 
 
 @pytest.mark.parametrize("memory", (1.0, "auto", "min"))
-@pytest.mark.parametrize("name", ("resnet18", "efficientnet_b0", "densenet121"))
+@pytest.mark.parametrize("name", NETWORKS)
 def test_a_fused_network_under_autocast_saves_what_it_does_on_the_cpu(name, memory):
     results = []
     for device in ("cpu", "cuda"):

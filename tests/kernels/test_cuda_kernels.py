@@ -341,6 +341,7 @@ EVERY = [
 ]
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize(("name", "dtype"), EVERY, ids=lambda v: str(v))
 def test_every_kernel_is_its_formula(library, name, dtype):
     torch.manual_seed(0)
@@ -518,6 +519,7 @@ def test_running_statistics(library, dtype):
         assert given is None or torch.equal(given, now)
 
 
+@pytest.mark.slow
 def test_max_pool_of_more_than_2_31_values(library):
     """Of windows so far apart that few values are read."""
     memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -526,15 +528,15 @@ def test_max_pool_of_more_than_2_31_values(library):
     height, width, stride = 70_000, 31_000, (34_998, 30_998)
     x = torch.zeros(height, width, dtype=torch.bfloat16)
     x[-1, -1], x[stride[0], 1] = 5, 3
-    out, places = (
+    out, offsets = (
         torch.full((3, 2), 7.0, dtype=torch.bfloat16),
         torch.full((3, 2), 7, dtype=torch.uint8),
     )
     map = (ctypes.c_int64 * 7)(DTYPES.index(x.dtype), 1, height, width, 1, 3, 2)
     window = (ctypes.c_int64 * 8)(2, 2, *stride, 0, 0, 3, 1)
-    library.call("max_pool2d", map, window, x, out, places)
+    library.call("max_pool2d", map, window, x, out, offsets)
     assert out.tolist() == [[0, 0], [3, 0], [0, 5]]
-    assert places.tolist() == [[0, 0], [1, 0], [0, 3]]
+    assert offsets.tolist() == [[0, 0], [1, 0], [0, 3]]
 
 
 # N, C, H, W; the options of F.max_pool2d but for ceil_mode
@@ -544,7 +546,7 @@ POOLS = {
     "every option": ((1, 8, 12, 10), (3, 2), (2, 1), (1, 0), (2, 3)),
     "windows apart": ((2, 8, 11, 9), 2, 3, 0, 1),
     "wider than the map": ((2, 4, 2, 3), 5, 1, 2, 1),
-    "256 places": ((1, 2, 20, 19), 16, 1, 8, 1),
+    "256 offsets": ((1, 2, 20, 19), 16, 1, 8, 1),
     "one value": ((1, 1, 1, 1), 1, 1, 0, 1),
     "several blocks to a row": ((1, 40, 2, 60), 2, 1, 1, 1),
 }
@@ -555,7 +557,7 @@ POOLS = {
 @pytest.mark.parametrize("name", POOLS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_max_pool(library, dtype, name, ceil_mode, channels_last):
-    """PyTorch's values and places to the bit, with ties, NaN and windows of -inf; its gradient to
+    """PyTorch's values and offsets to the bit, with ties, NaN and windows of -inf; its gradient to
     the last rounding."""
     torch.manual_seed(0)
     shape, *options = POOLS[name]
@@ -572,14 +574,14 @@ def test_max_pool(library, dtype, name, ceil_mode, channels_last):
         v for option in options for v in (option if isinstance(option, tuple) else (option, option))
     ]
     packed = (ctypes.c_int64 * 8)(*window)
-    out, places = torch.full_like(expected, 7), torch.full_like(indices, 7, dtype=torch.uint8)
-    library.call("max_pool2d", map, packed, x, out, places)
+    out, offsets = torch.full_like(expected, 7), torch.full_like(indices, 7, dtype=torch.uint8)
+    library.call("max_pool2d", map, packed, x, out, offsets)
     torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
-    assert torch.equal(places, torch.ops.fusedconvbn._max_pool2d(x, [*window, ceil_mode])[1])
+    assert torch.equal(offsets, torch.ops.fusedconvbn._max_pool2d(x, [*window, ceil_mode])[1])
 
     dout = torch.randn(out.shape, dtype=torch.float64).to(dtype).to(memory_format=format)
     dinput = torch.full_like(x, 7)
-    library.call("max_pool2d_backward", map, packed, dout, places, dinput)
+    library.call("max_pool2d_backward", map, packed, dout, offsets, dinput)
     half = dtype in (torch.bfloat16, torch.float16)  # PyTorch adds them up in half on CPU
     leaf = x.double() if half else x
     leaf = leaf.nan_to_num(nan=1e4, neginf=-1e4).requires_grad_()

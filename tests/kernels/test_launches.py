@@ -19,6 +19,7 @@ LAYOUTS = {
     "float32": (torch.float32, torch.contiguous_format),
     "bfloat16, channels last": (torch.bfloat16, torch.channels_last),
 }
+pytestmark = pytest.mark.slow  # the device takes a minute to compile
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
@@ -147,15 +148,15 @@ def test_conv_bn_is_that_of_the_cpu(standin, layout, activation, residual):
     _check_counts(*counts)
 
 
-@pytest.mark.parametrize("kept", ((), (1,)), ids=("", "kept"))
+@pytest.mark.parametrize("saved_maps", ((), (1,)), ids=("", "saved_maps"))
 @pytest.mark.parametrize("pattern", ("cn", "cnd", "cncn", "gcn", "cng", "fcn", "cnr", "ncsc", "n"))
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_chains_are_those_of_the_cpu(standin, layout, pattern, kept):
+def test_chains_are_those_of_the_cpu(standin, layout, pattern, saved_maps):
     """The letters of `pattern` are those of test_chain.links."""
     dtype, format = LAYOUTS[layout]
-    kept = kept if len(pattern) > 1 else ()
+    saved_maps = saved_maps if len(pattern) > 1 else ()
     packed = pack(_map(2, 3, 6, 5, dtype=dtype, format=format), links(pattern))
-    wanted = [i for i, t in enumerate(packed.tensors) if t.requires_grad]
+    needs_grad = [i for i, t in enumerate(packed.tensors) if t.requires_grad]
     given = [
         t.detach().to(dtype if i == 0 else torch.float32) for i, t in enumerate(packed.tensors)
     ]
@@ -166,11 +167,11 @@ def test_chains_are_those_of_the_cpu(standin, layout, pattern, kept):
         (*tensors, gradient), results = (t.to(device) for t in (*given, dout)), []
 
         def forward():
-            results.append(ops._chain_forward(tensors, *packed.options, kept))
+            results.append(ops._chain_forward(tensors, *packed.options, saved_maps))
 
         def backward():
             _, *saved = results[0]
-            saved = (gradient, tensors, *saved, *packed.options, kept, wanted)
+            saved = (gradient, tensors, *saved, *packed.options, saved_maps, needs_grad)
             results.append(ops._chain_backward(*saved))
 
         counts.extend(map(count_launches, (forward, backward)))

@@ -186,6 +186,7 @@ def test_every_source_of_a_slope(activation, source, dtype):
                 assert torch.all(error <= expected.bounds[name]), (name, case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", ("default", "avx2"))
 def test_with_another_instruction_set(capability):
     """The suite runs with the machine's best; these are the others, each in a process of its

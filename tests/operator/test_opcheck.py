@@ -7,8 +7,10 @@ from cases import CASES
 from fusedconvbn.chain import Conv, Gate, Norm, Prelu, pack
 
 ops = torch.ops.fusedconvbn
+pytestmark = pytest.mark.independent
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("channels_last", (False, True), ids=("nchw", "nhwc"))
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)
 @pytest.mark.parametrize("training", (True, False), ids=("training", "eval"))
@@ -42,22 +44,31 @@ def chain(dtype=torch.float64, channels_last=False, requires_grad=True):
     return pack(draw(2, 3, 7, 5), links)
 
 
-@pytest.mark.parametrize("kept", ([], [1], [2, 3]), ids=str)
+@pytest.mark.thin(1)
+@pytest.mark.parametrize("saved", ([], [1], [2, 3]), ids=str)
 @pytest.mark.parametrize("channels_last", (False, True), ids=("nchw", "nhwc"))
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16), ids=str)
-def test_chain(dtype, channels_last, kept):
+def test_chain(dtype, channels_last, saved):
     tolerances = dict(rtol=1e-4, atol=1e-4)
     packed = chain(dtype, channels_last)
     arguments = (packed.tensors, *packed.options)
-    torch.library.opcheck(ops._chain_forward.default, (*arguments, kept), **tolerances)
+    torch.library.opcheck(ops._chain_forward.default, (*arguments, saved), **tolerances)
 
     packed = chain(dtype, channels_last, requires_grad=False)
     arguments = (packed.tensors, *packed.options)
-    out, maps, statistics = ops._chain_forward(*arguments, kept)
-    for wanted in (list(range(len(packed.tensors))), [1, 4]):
+    out, maps, statistics = ops._chain_forward(*arguments, saved)
+    for needs_grad in (list(range(len(packed.tensors))), [1, 4]):
         torch.library.opcheck(
             ops._chain_backward.default,
-            (torch.randn_like(out), packed.tensors, maps, statistics, *arguments[1:], kept, wanted),
+            (
+                torch.randn_like(out),
+                packed.tensors,
+                maps,
+                statistics,
+                *arguments[1:],
+                saved,
+                needs_grad,
+            ),
             **tolerances,
         )
 
@@ -98,27 +109,36 @@ def wide_chain(dtype, channels_last, requires_grad=True):
     return pack([draw(2, 2, 7, 5), draw(2, 3, 7, 5)], links)
 
 
-@pytest.mark.parametrize("kept", ([], [1, 3]), ids=str)
+@pytest.mark.thin(1)
+@pytest.mark.parametrize("saved", ([], [1, 3]), ids=str)
 @pytest.mark.parametrize("channels_last", (False, True), ids=("nchw", "nhwc"))
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)
-def test_chain_of_parts(dtype, channels_last, kept):
+def test_chain_of_parts(dtype, channels_last, saved):
     tolerances = dict(rtol=1e-3, atol=1e-3)
     packed = wide_chain(dtype, channels_last)
     arguments = (packed.tensors, *packed.options)
     known = torch.cat([ops._channel_stats(t.detach(), "") for t in packed.tensors[:2]], 1)
     for statistics in (None, known):
         torch.library.opcheck(
-            ops._chain_forward.default, (*arguments, kept, statistics), **tolerances
+            ops._chain_forward.default, (*arguments, saved, statistics), **tolerances
         )
     torch.library.opcheck(ops._channel_stats.default, (packed.tensors[0].detach(), ""))
 
     packed = wide_chain(dtype, channels_last, requires_grad=False)
     arguments = (packed.tensors, *packed.options)
-    out, maps, statistics = ops._chain_forward(*arguments, kept)
-    wanted = [i for i, t in enumerate(packed.tensors) if i != 1 and t.shape != (2, 4)]
+    out, maps, statistics = ops._chain_forward(*arguments, saved)
+    needs_grad = [i for i, t in enumerate(packed.tensors) if i != 1 and t.shape != (2, 4)]
     torch.library.opcheck(
         ops._chain_backward.default,
-        (torch.randn_like(out), packed.tensors, maps, statistics, *arguments[1:], kept, wanted),
+        (
+            torch.randn_like(out),
+            packed.tensors,
+            maps,
+            statistics,
+            *arguments[1:],
+            saved,
+            needs_grad,
+        ),
         **tolerances,
     )
 

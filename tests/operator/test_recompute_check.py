@@ -73,6 +73,7 @@ def test_a_small_change_of_one_channel_is_found(checked, dtype, channels_last):
         out.sum().backward()
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("channels_last", (False, True))
 @pytest.mark.parametrize("threads", ((1, 1), (1, 2), (2, 1)))

@@ -158,6 +158,7 @@ def test_conv_bn_is_convolution_then_batch_norm(dims, transposed, options, train
     torch.testing.assert_close([*running], expected_running)
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("arithmetic", ["batchnorm", "tutorial"])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dims, transposed, options", OPTIONS[:2] + OPTIONS[4:5])

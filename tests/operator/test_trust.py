@@ -401,6 +401,7 @@ def test_a_hook_that_fails_in_forward():
             assert changed == done
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow():
     """`make leak` in small."""
     torch.set_num_threads(1)
