@@ -402,7 +402,7 @@ def check_fused_model(split: str, memory: str) -> None:
         ours = fused(own)
     with collectives() as backward:
         ours.sin().sum().backward()
-    # Statistics of a part are found once, those of what is remade never again: 4 parts and 2 inner
+    # Statistics of a part are found once, those of what is recomputed never again: 4 parts and 2 inner
     # maps.
     assert forward == 6 * ["c10d::allreduce_"]
     assert backward == 5 * ["c10d::allreduce_"]

@@ -180,8 +180,8 @@ def check(dtype, x, weight, bias=None, **options):
         b = None if bias is None else bias.to(kind).requires_grad_()
         out = conv_bn(a, w, b, **running, **options)
         dout = torch.sin(torch.arange(out.numel()) + 1.0).view(out.shape).to(kind)
-        wanted = (a, w) if b is None else (a, w, b)
-        results.append([out, *torch.autograd.grad(out, wanted, dout, materialize_grads=True)])
+        needs_grad = (a, w) if b is None else (a, w, b)
+        results.append([out, *torch.autograd.grad(out, needs_grad, dout, materialize_grads=True)])
     for got, due in zip(*results):
         error = (got.double() - due).norm() / due.norm().clamp_min(1e-3)
         assert error < {torch.float32: 1e-3}.get(dtype, 5e-2), (dtype, options, error)

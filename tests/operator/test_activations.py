@@ -36,14 +36,14 @@ def as_map(values, channels_last):
     return t.to(memory_format=torch.channels_last) if channels_last else t
 
 
-def through_link(x, name, residual=None, keep_result=False):
+def through_link(x, name, residual=None, save_result=False):
     """A chain of one link that has neither statistics nor a scale."""
     base, _, parameter = name.partition("(")
     parameter = float(parameter[:-1]) if parameter else None
     link = Norm(residual=residual, arithmetic="none", activation=base, parameter=parameter)
     packed = pack(x, [link])
-    kept = [1] if keep_result else []
-    return torch.ops.fusedconvbn._chain_forward(packed.tensors, *packed.options, kept)[0]
+    saved = [1] if save_result else []
+    return torch.ops.fusedconvbn._chain_forward(packed.tensors, *packed.options, saved)[0]
 
 
 def through_layer(x, name, residual=None):
@@ -137,13 +137,13 @@ def test_error_against_float64(name, dtype, channels_last, with_residual):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @EVERY_NAME
 def test_the_operator_and_the_link_are_one(name, dtype, channels_last, with_residual):
-    """To the bit, also with the result kept, where ReLU's slope is read from it."""
+    """To the bit, also with the result saved, where ReLU's slope is read from it."""
     x = as_map(SPECIAL.to(dtype), channels_last)
     dout = torch.randn_like(x)
     residual = torch.randn_like(x) if with_residual else None
     for function, expected, options in (
         (through_layer, through_convolution_and_link, {}),
-        (through_link, through_link, {"keep_result": True}),
+        (through_link, through_link, {"save_result": True}),
     ):
         results = run(function, x, name, dout, residual, **options)
         for mine, other in zip(results, run(expected, x, name, dout, residual), strict=True):

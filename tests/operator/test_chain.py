@@ -17,14 +17,14 @@ def test_every_plan_gives_the_unfused_gradients(pattern, device):
     dout = torch.randn_like(expected_out)
     expected = torch.autograd.grad(expected_out, differentiable(packed, chain), dout)
     tensors = [t.detach().to(device).requires_grad_(t.requires_grad) for t in packed.tensors]
-    for kept in plans(len(chain)):
-        out, maps, statistics = ops._chain_forward(tensors, *packed.options, kept)
-        assert len(maps) == len(kept)
+    for saved in plans(len(chain)):
+        out, maps, statistics = ops._chain_forward(tensors, *packed.options, saved)
+        assert len(maps) == len(saved)
         assert len(statistics) == pattern.count("n") + pattern.count("f")
         torch.testing.assert_close(out.cpu(), expected_out)
         grads = torch.autograd.grad(out, [t for t in tensors if t.requires_grad], dout.to(device))
         for grad, value in zip(grads, expected, strict=True):
-            torch.testing.assert_close(grad.cpu(), value, rtol=1e-8, atol=1e-8, msg=str(kept))
+            torch.testing.assert_close(grad.cpu(), value, rtol=1e-8, atol=1e-8, msg=str(saved))
 
 
 @pytest.mark.parametrize(
@@ -33,10 +33,10 @@ def test_every_plan_gives_the_unfused_gradients(pattern, device):
 def test_gradcheck_under_every_plan(pattern):
     chain, input = links(pattern), draw(2, 3, 3, 2)
     packed = pack(input, chain)
-    for kept in plans(len(chain)):
+    for saved in plans(len(chain)):
 
-        def function(*tensors, kept=kept):
-            return ops._chain_forward(tensors, *packed.options, kept)[0]
+        def function(*tensors, saved=saved):
+            return ops._chain_forward(tensors, *packed.options, saved)[0]
 
         assert torch.autograd.gradcheck(function, packed.tensors, fast_mode=True)
 
@@ -47,14 +47,14 @@ def test_each_gradient_alone(pattern, device):
     packed = pack(input, chain)
     out = unfused(input, chain)
     dout = torch.randn_like(out)
-    places = [i for i, t in enumerate(packed.tensors) if t.requires_grad]
-    expected = torch.autograd.grad(out, [packed.tensors[i] for i in places], dout)
-    for wanted, value in zip(places, expected, strict=True):
+    indices = [i for i, t in enumerate(packed.tensors) if t.requires_grad]
+    expected = torch.autograd.grad(out, [packed.tensors[i] for i in indices], dout)
+    for needs_grad, value in zip(indices, expected, strict=True):
         tensors = [t.detach().to(device) for t in packed.tensors]
-        tensors[wanted].requires_grad_()
+        tensors[needs_grad].requires_grad_()
         out = ops._chain_forward(tensors, *packed.options, [])[0]
-        (grad,) = torch.autograd.grad(out, tensors[wanted], dout.to(device))
-        torch.testing.assert_close(grad.cpu(), value, rtol=1e-8, atol=1e-8, msg=str(wanted))
+        (grad,) = torch.autograd.grad(out, tensors[needs_grad], dout.to(device))
+        torch.testing.assert_close(grad.cpu(), value, rtol=1e-8, atol=1e-8, msg=str(needs_grad))
 
 
 PARTS = (1, 2, 3)  # channels
@@ -76,7 +76,7 @@ def test_a_list_is_a_virtual_concatenation(pattern, statistics, format, device):
     given = None
     if statistics:
         given = torch.cat([ops._channel_stats(t, "") for t in tensors[: len(parts)]], 1)
-    for kept in plans(len(chain)):
+    for saved in plans(len(chain)):
         saved = []
 
         def save(t, saved=saved):
@@ -84,17 +84,17 @@ def test_a_list_is_a_virtual_concatenation(pattern, statistics, format, device):
             return t
 
         with torch.autograd.graph.saved_tensors_hooks(save, lambda t: t):
-            out = ops._chain_forward(tensors, *packed.options, kept, given)[0]
+            out = ops._chain_forward(tensors, *packed.options, saved, given)[0]
         assert all(t.shape[:2] != (2, sum(PARTS)) or t.dim() != 4 for t in saved[: len(tensors)])
         torch.testing.assert_close(out.cpu(), expected_out)
         grads = torch.autograd.grad(out, [t for t in tensors if t.requires_grad], dout.to(device))
         for grad, value in zip(grads, expected, strict=True):
-            torch.testing.assert_close(grad.cpu(), value, rtol=1e-8, atol=1e-8, msg=str(kept))
-    for wanted in range(len(parts)):  # one part's gradient alone, and the second derivative
-        one = [t.detach().requires_grad_(i == wanted) for i, t in enumerate(tensors)]
+            torch.testing.assert_close(grad.cpu(), value, rtol=1e-8, atol=1e-8, msg=str(saved))
+    for needs_grad in range(len(parts)):  # one part's gradient alone, and the second derivative
+        one = [t.detach().requires_grad_(i == needs_grad) for i, t in enumerate(tensors)]
         out = ops._chain_forward(one, *packed.options, [])[0]
-        (grad,) = torch.autograd.grad(out, one[wanted], dout.to(device))
-        torch.testing.assert_close(grad.cpu(), expected[wanted], rtol=1e-8, atol=1e-8)
+        (grad,) = torch.autograd.grad(out, one[needs_grad], dout.to(device))
+        torch.testing.assert_close(grad.cpu(), expected[needs_grad], rtol=1e-8, atol=1e-8)
     inputs = [t for t in packed.tensors if t.requires_grad]
     assert torch.autograd.gradgradcheck(
         lambda *_: ops._chain_forward(packed.tensors, *packed.options, [])[0],
@@ -137,8 +137,8 @@ def test_a_result_that_is_kept_for_any_activation(activation, create_graph):
     norm = Norm(draw(4), draw(4), draw(2, 4, 5, 3), activation=activation)
     packed = pack(draw(2, 3, 4, 3), [Conv(draw(4, 3, 2, 1), padding=(1, 0)), norm])
     grads = []
-    for kept in ([], [2]):
-        out = ops._chain_forward(packed.tensors, *packed.options, kept)[0]
+    for saved in ([], [2]):
+        out = ops._chain_forward(packed.tensors, *packed.options, saved)[0]
         dout = torch.ones_like(out) * 0.7
         grads.append(torch.autograd.grad(out, packed.tensors, dout, create_graph=create_graph))
     torch.testing.assert_close(*grads)
@@ -207,7 +207,7 @@ BACKWARD = {
         "expected the statistics",
     ),
     "saved maps missing": (dict(saved=[1]), "got 0 saved maps for 1 indices"),
-    "wanted": (dict(needs_grad=[5]), "expected `needs_grad` between 0 and 3"),
+    "needs_grad": (dict(needs_grad=[5]), "expected `needs_grad` between 0 and 3"),
 }
 
 

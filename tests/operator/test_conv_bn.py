@@ -251,7 +251,7 @@ def test_tensors_whose_sign_is_lazy(argument):
 
 
 def test_backward_inside_an_autocast_that_was_off_in_forward():
-    """CUDA's autocast also lowers aten::convolution, which remakes the map; here CPU's is made
+    """CUDA's autocast also lowers aten::convolution, which recomputes the map; here CPU's is made
     to."""
 
     def lowered(x, w, *rest):
@@ -380,14 +380,14 @@ def test_expanded_gradient():
     torch.testing.assert_close(results, expected)
 
 
-@pytest.mark.parametrize("wanted", ("input", "weight", "bias", "bn_weight", "bn_bias"))
-def test_one_gradient_alone(wanted):
+@pytest.mark.parametrize("needs_grad", ("input", "weight", "bias", "bn_weight", "bn_bias"))
+def test_one_gradient_alone(needs_grad):
     case = CASES["2d every option"]
     tensors = case.tensors()
     expected, dout = run(fused, tensors, case)
-    alone = {n: t.detach().requires_grad_(n == wanted) for n, t in tensors.items()}
-    (grad,) = torch.autograd.grad(fused(alone, case), alone[wanted], dout)
-    torch.testing.assert_close(grad, expected[wanted], rtol=0, atol=0)
+    alone = {n: t.detach().requires_grad_(n == needs_grad) for n, t in tensors.items()}
+    (grad,) = torch.autograd.grad(fused(alone, case), alone[needs_grad], dout)
+    torch.testing.assert_close(grad, expected[needs_grad], rtol=0, atol=0)
 
 
 def test_nothing_is_saved_without_a_gradient():

@@ -37,12 +37,14 @@ def test_gradcheck(case):
 FULL = Case((2, 4, 5, 6), (6, 2, 3, 2), bias=True, groups=2, residual=True, activation="silu")
 
 
-@pytest.mark.parametrize("wanted", ("input", "weight", "bias", "bn_weight", "bn_bias", "residual"))
-def test_one_gradient_alone(wanted):
+@pytest.mark.parametrize(
+    "needs_grad", ("input", "weight", "bias", "bn_weight", "bn_bias", "residual")
+)
+def test_one_gradient_alone(needs_grad):
     options = {"training": False, **FULL.running()}
-    alone = {n: t.detach().requires_grad_(n == wanted) for n, t in FULL.tensors().items()}
+    alone = {n: t.detach().requires_grad_(n == needs_grad) for n, t in FULL.tensors().items()}
     results = [
-        torch.autograd.grad(function(alone, FULL, **options).sin().sum(), alone[wanted])
+        torch.autograd.grad(function(alone, FULL, **options).sin().sum(), alone[needs_grad])
         for function in (fused, unfused)
     ]
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
@@ -77,7 +79,7 @@ def test_only_the_input_is_kept(activation, residual):
 @pytest.mark.parametrize("residual", (False, True), ids=("alone", "residual"))
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_convolutions_that_are_run(activation, residual):
-    """One forward and its backward; one more to remake the map, for an activation that needs it."""
+    """One forward and its backward; one more to recompute the map, for an activation that needs it."""
     layer, x = frozen_layer(activation), torch.randn(2, 8, 6, 5, requires_grad=True)
     shortcut = torch.randn(2, 8, 6, 5) if residual else None
 
@@ -88,8 +90,8 @@ def test_convolutions_that_are_run(activation, residual):
         return names.count("aten::convolution"), names.count("aten::convolution_backward"), result
 
     forward, _, out = convolutions(lambda: layer(x, shortcut))
-    remade, backward, _ = convolutions(lambda: out.sum().backward())
-    assert (forward, remade, backward) == (1, activation not in ("none", "relu"), 1)
+    recomputed, backward, _ = convolutions(lambda: out.sum().backward())
+    assert (forward, recomputed, backward) == (1, activation not in ("none", "relu"), 1)
     with torch.no_grad():
         assert convolutions(lambda: layer(x, shortcut))[:2] == (1, 0)
 

@@ -77,7 +77,7 @@ def test_forward_allocates_one_map(format):
 
 @pytest.mark.parametrize("input_grad", (True, False))
 @LAYOUTS
-def test_backward_allocates_the_remade_map_and_the_gradient_asked_for(format, input_grad):
+def test_backward_allocates_the_recomputed_map_and_the_gradient_asked_for(format, input_grad):
     x, w, dout = tensors(format, input_grad=input_grad)
     memory = step(layer, x, w, dout=dout)
     assert memory.peak < step(convolution, x, w, dout=dout).peak + MAP + SMALL
@@ -89,7 +89,7 @@ def test_backward_lets_go_of_the_gradient_that_it_was_given():
     """It is used up when the gradient of the map is made, before that of the input is."""
     x, w, dout = tensors(torch.channels_last)
     memory = step(lambda x, w: layer(x, w) * 2, x, w, dout=dout)
-    assert memory.peak < 3 * MAP + 2 * SMALL  # the result, its gradient halfway, the remade map
+    assert memory.peak < 3 * MAP + 2 * SMALL  # the result, its gradient halfway, the recomputed map
 
 
 @LAYOUTS
@@ -131,25 +131,25 @@ def test_nothing_is_computed_that_nobody_asked_for(trained, masks):
     convolutions = [e for e in profiler.events() if e.name == "aten::convolution"]
     assert len(convolutions) == (
         trained != "bias"
-    )  # the map that is remade; a bias has the gradient 0 anyway
+    )  # the map that is recomputed; a bias has the gradient 0 anyway
 
 
-@pytest.mark.parametrize("kept", ([], [1], [2], [1, 3], [1, 2, 3]), ids=str)
-def test_a_chain_saves_what_its_plan_keeps(kept):
+@pytest.mark.parametrize("saved", ([], [1], [2], [1, 3], [1, 2, 3]), ids=str)
+def test_a_chain_saves_what_its_plan_keeps(saved):
     x, w, _ = tensors(torch.channels_last)
     second = torch.randn(16, CHANNELS_OUT, 1, 1, requires_grad=True)
     packed = pack(x, [Conv(w, padding=(1, 1)), Norm(activation="relu"), Conv(second), Norm()])
     with track_memory() as memory:
-        out = torch.ops.fusedconvbn._chain_forward(packed.tensors, *packed.options, kept)[0]
+        out = torch.ops.fusedconvbn._chain_forward(packed.tensors, *packed.options, saved)[0]
     sizes = {1: MAP, 2: MAP, 3: BATCH * 16 * SIZE * SIZE * 4}
-    expected = sum(sizes[i] for i in kept)
+    expected = sum(sizes[i] for i in saved)
     assert expected <= memory.saved < expected + SMALL
     assert memory.end_of_forward < expected + out.nbytes + SMALL
 
 
 @pytest.mark.parametrize("pattern", ("cncncn", "ncnc"))
 def test_a_chain_never_needs_more_than_keeping_everything(pattern):
-    """Neither in forward nor at the peak, whatever its plan keeps; and with nothing kept it needs
+    """Neither in forward nor at the peak, whatever its plan keeps; and with nothing saved it needs
     less."""
     x = torch.randn(8, 16, 40, 40).to(memory_format=torch.channels_last).requires_grad_()
     links = []
@@ -161,13 +161,13 @@ def test_a_chain_never_needs_more_than_keeping_everything(pattern):
     dout = torch.randn_like(x)
     peaks = {}
     for count in range(len(links)):
-        for kept in combinations(inner, count):
+        for saved in combinations(inner, count):
 
-            def run(x, kept=kept):
+            def run(x, saved=saved):
                 tensors = [x, *packed.tensors[1:]]
-                return torch.ops.fusedconvbn._chain_forward(tensors, *packed.options, kept)[0]
+                return torch.ops.fusedconvbn._chain_forward(tensors, *packed.options, saved)[0]
 
-            peaks[kept] = step(run, x, dout=dout).peak
+            peaks[saved] = step(run, x, dout=dout).peak
     everything = peaks[tuple(inner)]
     assert all(peak <= everything + SMALL for peak in peaks.values())
     assert min(peaks.values()) < everything - x.nbytes
@@ -316,8 +316,8 @@ def test_a_residual_without_activation_is_not_kept():
 
 
 @ACTIVATED
-def test_backward_with_a_residual_remakes_one_map(activation):
-    """Allocated next to the result and its gradients are the remade map, and the residual's
+def test_backward_with_a_residual_recomputes_one_map(activation):
+    """Allocated next to the result and its gradients are the recomputed map, and the residual's
     gradient."""
     a_map = 4 * 8 * 64 * 48 * 4
     x, residual, dout = (
@@ -326,5 +326,5 @@ def test_backward_with_a_residual_remakes_one_map(activation):
     x.requires_grad_(), residual.requires_grad_()
     layer = FusedConvBN2d(8, 8, 1, activation=activation).to(memory_format=torch.channels_last)
     memory = step(lambda x: layer(x, residual), x, dout=dout)
-    # result, remade map, gradients of residual and of x
+    # result, recomputed map, gradients of residual and of x
     assert memory.peak < 4 * a_map + 2 * SMALL

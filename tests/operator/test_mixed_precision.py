@@ -95,7 +95,7 @@ def test_autocast_is_no_worse_than_unfused(activation, dtype, residual, training
 @pytest.mark.skipif(
     not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="convolutions run in float on this CPU"
 )
-def test_backward_casts_the_weight_of_a_remade_convolution_once():
+def test_backward_casts_the_weight_of_a_recomputed_convolution_once():
     """For both of its convolutions; and the gradient back."""
     layer = FusedConvBN2d(5, 7, 3, activation="relu")
     with torch.autocast("cpu", torch.bfloat16):

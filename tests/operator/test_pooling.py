@@ -116,8 +116,8 @@ MAX = {
     "stride of the kernel": ((9, 8), [3, 2], [], [0], [1], False),
     "wider than the map": ((2, 3), [5], [1], [2], [1], False),
     "dilated": ((9, 10), [3], [3], [0], [2], False),
-    "256 places": ((20, 19), [16], [1], [8], [1], False),
-    "more places": ((20, 19), [16, 17], [1], [8], [1], False),
+    "256 offsets": ((20, 19), [16], [1], [8], [1], False),
+    "more offsets": ((20, 19), [16, 17], [1], [8], [1], False),
 }
 
 
@@ -162,14 +162,14 @@ def test_where_the_values_were_found(case, format, device):
     size, kernel, stride, *rest = case
     x = torch.randn(3, 6, *size, device=device).to(memory_format=format)
     pool = packed(case)
-    out, places = torch.ops.fusedconvbn._max_pool2d(x, pool)
+    out, offsets = torch.ops.fusedconvbn._max_pool2d(x, pool)
     expected, indices = F.max_pool2d(x, kernel, stride or None, *rest, return_indices=True)
     assert torch.equal(out, expected)
     rows, columns = (torch.arange(n, device=device) for n in out.shape[2:])
     row = indices // size[1] - (rows * pool[2] - pool[4])[:, None]
     column = indices % size[1] - (columns * pool[3] - pool[5])
-    assert torch.equal(places, (row // pool[6] * pool[1] + column // pool[7]).byte())
-    assert places.stride() == out.stride()
+    assert torch.equal(offsets, (row // pool[6] * pool[1] + column // pool[7]).byte())
+    assert offsets.stride() == out.stride()
 
 
 def test_a_window_too_large_for_a_byte():
@@ -184,10 +184,10 @@ def test_a_window_too_large_for_a_byte():
 def test_max_pool_operators(case):
     x = torch.randn(2, 3, *case[0]).to(memory_format=torch.channels_last)
     ops, pool = torch.ops.fusedconvbn, packed(case)
-    out, places = ops._max_pool2d(x, pool)
+    out, offsets = ops._max_pool2d(x, pool)
     torch.library.opcheck(ops._max_pool2d.default, (x, pool))
     dout = torch.randn_like(out, requires_grad=True)
-    torch.library.opcheck(ops._max_pool2d_backward.default, (dout, places, pool, x.shape, True))
+    torch.library.opcheck(ops._max_pool2d_backward.default, (dout, offsets, pool, x.shape, True))
 
 
 def test_max_pool_keeps_a_byte_a_value():

@@ -25,8 +25,8 @@ def gradients(function, tensors, case, **more):
     """The result, and the gradients of what requires one."""
     out = function(tensors, case, **more)
     dout = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).reshape(out.shape)
-    wanted = [t for t in tensors.values() if t.requires_grad]
-    return [out.detach(), *torch.autograd.grad(out, wanted, dout)]
+    needs_grad = [t for t in tensors.values() if t.requires_grad]
+    return [out.detach(), *torch.autograd.grad(out, needs_grad, dout)]
 
 
 def assert_same(tensors, case, **more):
@@ -90,8 +90,8 @@ def test_a_residual_in_any_layout(layout, activation, channels_last, training):
         tensors["residual"] = change(leaf)
         out = function(tensors, case, **mode(case, training))
         dout = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).reshape(out.shape)
-        wanted = [leaf, *(t for n, t in tensors.items() if n != "residual")]
-        results.append([out.detach(), *torch.autograd.grad(out, wanted, dout)])
+        needs_grad = [leaf, *(t for n, t in tensors.items() if n != "residual")]
+        results.append([out.detach(), *torch.autograd.grad(out, needs_grad, dout)])
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
 
 
@@ -265,7 +265,7 @@ def test_writing_to_the_residual_is_right_or_an_error(activation, training):
 @MODES
 @pytest.mark.parametrize("activation", ("relu", "silu"))
 @pytest.mark.parametrize("target", ("input", "weight"))
-def test_writing_to_what_is_remade_from_is_an_error(target, activation, training):
+def test_writing_to_what_is_recomputed_from_is_an_error(target, activation, training):
     case = make(activation)
     tensors, options = case.tensors(), mode(case, training)
     for function in (fused, unfused):

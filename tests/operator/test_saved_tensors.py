@@ -37,7 +37,7 @@ def conv_bn_call(name):
     return make
 
 
-def chain_call(kept):
+def chain_call(saved):
     def make():
         torch.manual_seed(0)
 
@@ -56,7 +56,7 @@ def chain_call(kept):
         ]
         packed = chain.pack([x[:, :1], x[:, 1:]], links)
         return [x, *packed.tensors[2:]], lambda: ops._chain_forward(
-            packed.tensors, *packed.options, kept
+            packed.tensors, *packed.options, saved
         )[0]
 
     return make
@@ -69,7 +69,7 @@ def pool_call():
 
 
 CALLS = {name: conv_bn_call(name) for name in CASES}
-CALLS |= {f"chain, {kept} kept": chain_call(kept) for kept in ([], [2], [3, 5], [2, 5, 6], [6])}
+CALLS |= {f"chain, {saved} saved": chain_call(saved) for saved in ([], [2], [3, 5], [2, 5, 6], [6])}
 CALLS["max pool"] = pool_call
 
 
@@ -135,8 +135,8 @@ def test_shapes_that_do_not_fit_in_front_of_convolutions_of_our_own(groups):
     x = torch.randn(4, 32, 17, 16).to(memory_format=torch.channels_last)
     conv = chain.Conv(torch.randn(32, 32 // groups, 3, 3), padding=[1, 1], groups=groups)
     packed = chain.pack(x, [chain.Norm(activation="relu"), conv])
-    out, (kept,), statistics = ops._chain_forward(packed.tensors, *packed.options, [1])
-    for other in (torch.cat([kept, kept[:1]]), kept[:, :, 1:]):
+    out, (saved,), statistics = ops._chain_forward(packed.tensors, *packed.options, [1])
+    for other in (torch.cat([saved, saved[:1]]), saved[:, :, 1:]):
         other = other.contiguous(memory_format=torch.channels_last)
         with pytest.raises(ValueError, match="expected the saved map 1 of shape"):
             ops._chain_backward(

@@ -275,10 +275,10 @@ def test_one_gradient_tensor_for_several_results(activation, residual):
 def test_gradient_of_the_result_itself(activation, residual):
     def use(model, x):
         out = model(x)
-        wanted = [out, x, *model.parameters()]
-        first = torch.autograd.grad((out * out.detach()).sum(), wanted, retain_graph=True)
+        needs_grad = [out, x, *model.parameters()]
+        first = torch.autograd.grad((out * out.detach()).sum(), needs_grad, retain_graph=True)
         dout = torch.ones_like(out)
-        second = torch.autograd.grad(out, wanted, dout)
+        second = torch.autograd.grad(out, needs_grad, dout)
         assert torch.equal(dout, torch.ones_like(out))
         return [*first, *second]
 
@@ -489,8 +489,8 @@ def test_a_shared_weight():
     norms = [nn.BatchNorm2d(4) for _ in range(2)]
     layers = [FusedConvBN2d.from_modules(conv, bn, "silu").double() for bn in norms]
     x = draw()
-    wanted = [x, conv.weight, *(p for bn in norms for p in bn.parameters())]
+    needs_grad = [x, conv.weight, *(p for bn in norms for p in bn.parameters())]
     fused = sum(layer(x * k).sin().sum() for k, layer in enumerate(layers, 1))
     plain = sum(F.silu(bn(conv(x * k))).sin().sum() for k, bn in enumerate(norms, 1))
-    results = [torch.autograd.grad(loss, wanted) for loss in (fused, plain)]
+    results = [torch.autograd.grad(loss, needs_grad) for loss in (fused, plain)]
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)

@@ -185,8 +185,8 @@ def test_second_derivative_through_a_residual(activation):
     for function in (fused, elementary):
         residual = tensors["residual"] * tensors["input"].square() * tensors["weight"].sum()
         out = function({**tensors, "residual": residual}, case)
-        wanted = (residual, tensors["input"])
-        grads = torch.autograd.grad(out.sin().sum(), wanted, create_graph=True)
+        needs_grad = (residual, tensors["input"])
+        grads = torch.autograd.grad(out.sin().sum(), needs_grad, create_graph=True)
         penalty = sum(g.square().sum() for g in grads)
         results.append(torch.autograd.grad(penalty, list(tensors.values())))
     torch.testing.assert_close(*results, rtol=1e-8, atol=1e-8)
