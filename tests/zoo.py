@@ -63,7 +63,7 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "r3d_18": _video,
 }
 
-SMALL = ("resnet18", "mobilenet_v2", "shufflenet_v2_x1_0")  # in a few seconds each
+SMALL = ("resnet18", "mobilenet_v2")  # a step takes a few seconds
 # Residuals; gates and depthwise convolutions; concatenations.
 NETWORKS = ("resnet18", "efficientnet_b0", "densenet121")
 

@@ -13,6 +13,7 @@ import fusedconvbn
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "cpp"
 OPERATORS = Path(fusedconvbn.__file__).with_name("_ops.so")
+pytestmark = pytest.mark.slow  # builds it in a quarter of a minute
 
 
 @pytest.fixture(scope="module")

@@ -29,11 +29,8 @@ def numbers(output, row):
     return [float(number) for number in rest.replace(",", " ").split()]
 
 
-@pytest.mark.parametrize(
-    "sync",
-    [pytest.param(False, marks=pytest.mark.slow), True],
-    ids=["own statistics", "synchronised"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("sync", [False, True], ids=["own statistics", "synchronised"])
 def test_plain_model_takes_the_checkpoint(sync, tmp_path):
     checkpoint = tmp_path / "new" / "resnet18.pt"
     done = run("--epochs", "2", "--checkpoint", checkpoint, *["--sync"] * sync)

@@ -37,6 +37,7 @@ def pool(tmp_path_factory):
 BOTH_WORLDS = pytest.mark.parametrize("world_size", [2, 4])
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("name", worker.LAYERS)
 @pytest.mark.parametrize(
     "world_size, split",

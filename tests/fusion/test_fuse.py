@@ -73,6 +73,7 @@ class Activated(nn.Module):
         return self.last(self.activation(self.between(self.bn(self.conv(x)))))
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize(
     ("name", "spelling"),
     [(name, i) for name, spellings in ACTIVATIONS.items() for i in range(len(spellings))],
@@ -529,6 +530,7 @@ def test_several_graphs():
     same(nn.Sequential(Block(), Branches(), Block()), image(), memory="min")
 
 
+@pytest.mark.slow
 def test_several_graphs_of_one_code_and_several_sizes(monkeypatch):
     monkeypatch.setattr("fusedconvbn.fusion.model._STATIC", 2)
     made = nn.Sequential(Branches(), nn.AvgPool2d(2), Branches())

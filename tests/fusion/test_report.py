@@ -5,17 +5,14 @@ import json
 import pytest
 import torch
 from torch import nn
-from zoo import MODELS, NETWORKS
+from zoo import MODELS, NETWORKS, SMALL
 
 from fusedconvbn import explain, fuse, track_memory
 
 pytestmark = pytest.mark.independent
+NAMES = [*SMALL, *(pytest.param(name, marks=pytest.mark.slow) for name in NETWORKS[1:])]
 
 
-NAMES = ["mobilenet_v2", *NETWORKS[:2], pytest.param(NETWORKS[2], marks=pytest.mark.slow)]
-
-
-@pytest.mark.thin(1)
 @pytest.mark.parametrize("memory", ("auto", "min", 0.7))
 @pytest.mark.parametrize("name", NAMES)
 def test_bytes_are_predicted(name, memory):

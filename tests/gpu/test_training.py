@@ -147,6 +147,7 @@ def network(name, device, format=torch.channels_last):
     )
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("memory", ("auto", "min"))
 @pytest.mark.parametrize(
     "name",

@@ -60,6 +60,7 @@ def buffers(bn):
     }
 
 
+@pytest.mark.thin(2)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("way", WAYS, ids=("eager", "scripted", "traced"))
 @pytest.mark.parametrize("make", MAKERS)

@@ -461,7 +461,7 @@ def test_autocast(dtype):
     torch.testing.assert_close(running, expected_running, rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("capability", ("default", "avx2"))
+@pytest.mark.parametrize("capability", (pytest.param("default", marks=pytest.mark.slow), "avx2"))
 def test_every_instruction_set(capability):
     """The suite runs with the machine's best; these are the others, each in a process of its
     own."""
