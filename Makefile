@@ -26,7 +26,7 @@ endef
 demo: build
 	$(BIN)/python examples/mnist.py --output output/mnist.png
 
-# On two cores, with one thread each. `make test` leaves out the cases with the marker `slow` (CONTRIBUTING.md).
+# On two cores, with one thread each. CONTRIBUTING.md says which cases `make test` leaves out.
 IN_PARALLEL = OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
 test: build lint
 	$(IN_PARALLEL) -m "not slow"
@@ -84,7 +84,8 @@ fuzz: fuzz-DEFAULT fuzz-AVX2
 fuzz-%: build
 	mkdir -p build
 	OMP_NUM_THREADS=1 ONEDNN_MAX_CPU_ISA=$* FUZZ_LAST=build/fuzz-$*.txt FUZZ_EXAMPLES=$$(($(FUZZ_EXAMPLES) / 2)) \
-	  $(BIN)/pytest -p no:cacheprovider tests/operator/test_fuzz.py --hypothesis-show-statistics
+	  $(BIN)/pytest -p no:cacheprovider tests/operator/test_fuzz.py \
+	  tests/operator/test_fuzz_errors.py --hypothesis-show-statistics
 
 leak: build
 	$(BIN)/python tests/operator/leak.py

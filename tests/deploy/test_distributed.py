@@ -1,10 +1,11 @@
 """Several processes: synchronised batch statistics, DDP and FSDP2, on gloo over the loopback
-interface. The checks are those of distributed_worker.py."""
+interface. The checks are those of distributed_worker.py and data_parallel.py."""
 
 import copy
 import subprocess
 import sys
 
+import data_parallel
 import distributed_worker as worker
 import pytest
 import torch
@@ -89,33 +90,33 @@ def test_compiled_as_eager(pool, split):
 
 
 @pytest.mark.parametrize("static_graph", [False, True])
-@pytest.mark.parametrize("check", [worker.check_ddp, worker.check_ddp_synchronised])
+@pytest.mark.parametrize("check", [data_parallel.check_ddp, data_parallel.check_ddp_synchronised])
 def test_ddp(pool, check, static_graph):
     pool(2).run(check, static_graph)
 
 
 def test_ddp_under_autocast(pool):
-    pool(2).run(worker.check_ddp_autocast)
+    pool(2).run(data_parallel.check_ddp_autocast)
 
 
 @pytest.mark.parametrize("synchronised", [False, True])
 @pytest.mark.parametrize("whole", [False, True])
 def test_fully_shard(pool, synchronised, whole):
-    pool(2).run(worker.check_fsdp, synchronised, whole)
+    pool(2).run(data_parallel.check_fsdp, synchronised, whole)
 
 
 @pytest.mark.parametrize("inner", [False, True])
 def test_fully_shard_on_a_fused_model(pool, inner):
-    pool(2).run(worker.check_fsdp_fused_model, inner)
+    pool(2).run(data_parallel.check_fsdp_fused_model, inner)
 
 
 @pytest.mark.parametrize("after", ["", "sharded", "local"])
 def test_replicated_dtensors(pool, after):
-    pool(2).run(worker.check_dtensor, after)
+    pool(2).run(data_parallel.check_dtensor, after)
 
 
 def test_other_dtensors_are_refused(pool):
-    pool(2).run(worker.check_dtensor_refusals)
+    pool(2).run(data_parallel.check_dtensor_refusals)
 
 
 def test_dtensor_is_imported_by_who_wants_it():

@@ -240,7 +240,8 @@ def test_modules_and_names(module, name):
 
 
 def test_one_list_of_names():
-    """The table of csrc/kernels/activation.h, in its order, which numbers them in a packed chain."""
+    """The table of csrc/kernels/activation.h, in its order, which numbers them in a packed
+    chain."""
     assert torch.ops.fusedconvbn._activations() == list(ACTIVATIONS)
     for name, activation in ACTIVATIONS.items():
         if activation.parameter:

@@ -79,7 +79,8 @@ def test_only_the_input_is_kept(activation, residual):
 @pytest.mark.parametrize("residual", (False, True), ids=("alone", "residual"))
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_convolutions_that_are_run(activation, residual):
-    """One forward and its backward; one more to recompute the map, for an activation that needs it."""
+    """One forward and its backward; one more to recompute the map, for an activation that needs
+    it."""
     layer, x = frozen_layer(activation), torch.randn(2, 8, 6, 5, requires_grad=True)
     shortcut = torch.randn(2, 8, 6, 5) if residual else None
 
