@@ -69,9 +69,8 @@ class Branches(nn.Module):
 def test_several_graphs():
     report = explain(Branches(), image())
     assert (report.fused_pairs, report.pairs) == (6, 6)
-    assert [
-        where for where in report.untraceable if where.startswith("at ") and "test_fuse_graphs.py" in where
-    ]
+    here = "test_fuse_graphs.py"
+    assert any(w.startswith("at ") and here in w for w in report.untraceable)
     same(Branches(), image())
     same(nn.Sequential(Block(), Branches(), Block()), image(), memory="min")
 
