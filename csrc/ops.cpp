@@ -103,6 +103,8 @@ TORCH_LIBRARY(fusedconvbn, m) {
       "_winograd_takes(int[] weight_sizes, int[] stride, int[] dilation, bool transposed, "
       "int groups) -> bool",
       winograd_takes_sizes);
+  // torch.jit.trace writes down the operators that it meets, and has no type for this one's result.
+  m.impl("_winograd_takes", c10::DispatchKey::Tracer, torch::CppFunction::makeFallthrough());
   m.def("_empty_cache() -> int", empty_arena);
   m.def("_check_recompute(bool enabled) -> ()", check_recompute);
   m.def("_set_layer_name(str name) -> ()", [](std::string_view name) { layer_name() = name; });

@@ -118,6 +118,7 @@ def seconds_per_value(
     return flops_per_value(op, weight) / speed + (1.0 + read) * itemsize / device.bandwidth
 
 
+@torch.compiler.assume_constant_result  # a question to ask while compiling, not in the graph
 def _is_winograd(op: Conv, weight: Sequence[int]) -> bool:
     return torch.ops.fusedconvbn._winograd_takes(
         weight, op.stride, op.dilation, op.transposed, op.groups
