@@ -1,3 +1,4 @@
+// Checks of the arguments of conv_bn and conv_bn_chain.
 #include "arguments.h"
 
 #include <c10/core/InferenceMode.h>
@@ -26,14 +27,13 @@ void check_tensor(const std::string& op, const char* name, const Tensor& t, cons
                     " on the device of input (", input.device(), "), got ", t.device());
 }
 
-// Autocast lowers both of them, or neither is what it lowers.
 bool casts(const Tensor& t, const Tensor& input) {
   return (t.scalar_type() == at::kDouble) == (input.scalar_type() == at::kDouble);
 }
 
-// bias, bn_weight, bn_bias, running_mean, running_var
 namespace {
 
+// Checks bias, bn_weight, bn_bias, running_mean or running_var.
 void check_vector(const std::string& op, const char* name, const Optional& t, const Tensor& input,
                   const c10::SymInt& channels, bool any_dtype, bool convolution = false) {
   if (!t) return;
@@ -48,7 +48,8 @@ void check_vector(const std::string& op, const char* name, const Optional& t, co
                    half && !convolution ? ") or Float, got " : "), got ", t->scalar_type());
 }
 
-// Of a running statistic that is to be updated: an error there would come after the other one was.
+// Checks that a running statistic can be updated. An error during the update would leave the other
+// one updated already.
 void check_writable(const std::string& op, const char* name, const Tensor& t) {
   TORCH_CHECK_VALUE(!t.requires_grad(), op, ": expected ", name, " that does not require grad");
   TORCH_CHECK_VALUE(t.dim() == 0 || t.sym_size(0) <= 1 || t.sym_stride(0) != 0, op, ": expected ",
@@ -154,7 +155,7 @@ void check_norm(const std::string& op, const std::string& prefix, const Tensor& 
   if (!training) return;
   c10::SymInt values = sizes[0];
   for (const auto& size : sizes.slice(2)) values = values * size;
-  // Of a synchronised batch other processes may have more.
+  // Other processes may have more values of a synchronised batch.
   TORCH_CHECK_VALUE(synchronised || values != 1, op,
                     ": expected more than 1 value per channel when training, got output shape ",
                     sizes);

@@ -1,5 +1,5 @@
-// What a convolution and a batch norm are called with, and the checks of it. An error names the
-// operator, the argument, the rule and what was found.
+// The arguments of a convolution and of a batch norm, and their checks. An error names the
+// operator, the argument, the rule and the value that breaks it.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -25,19 +25,19 @@ struct NormArguments {
   std::optional<double> momentum;
 };
 
-// A strided floating-point tensor on the device of `input`.
+// Checks that t is a strided floating-point tensor on the device of `input`.
 void check_tensor(const std::string& op, const char* name, const at::Tensor& t,
                   const at::Tensor& input);
 
-// Autocast lowers both of them, or neither is what it lowers.
+// Whether autocast casts both tensors to its dtype or neither: it does not cast float64.
 bool casts(const at::Tensor& t, const at::Tensor& input);
 
-// Returns the sizes of the result for a map of `sizes`. dtype and device are those of `input`, the
-// map of the first convolution.
+// Returns the sizes of the result for a map of `sizes`. The map has the dtype and the device of
+// `input`, which the first convolution reads.
 std::vector<c10::SymInt> check_conv(const std::string& op, const at::Tensor& input,
                                     c10::SymIntArrayRef sizes, const ConvArguments& arguments);
 
-// `sizes` are those of the map that is normalised; `prefix` stands before the names of γ and β.
+// `sizes` are those of the map to be normalised; `prefix` precedes "weight" and "bias" in messages.
 void check_norm(const std::string& op, const std::string& prefix, const at::Tensor& input,
                 c10::SymIntArrayRef sizes, const NormArguments& arguments, bool synchronised);
 

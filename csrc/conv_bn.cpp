@@ -1,6 +1,6 @@
-// The public operator: checks, the folded convolution of eval mode, and the running statistics
-// around a chain of two links. It is composite, so eager, TorchScript, compile and export all run
-// the same steps.
+// The public operator conv_bn. It checks its arguments, runs a chain of two links and updates the
+// running statistics; in eval mode it runs the folded convolution. It is composite, so eager mode,
+// TorchScript, torch.compile and export all run the same steps.
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/batch_norm.h>
 #include <ATen/ops/convolution.h>
@@ -58,8 +58,8 @@ Arithmetic parse_arithmetic(std::string_view name) {
                     "'");
 }
 
-// One value for each of the n spatial dimensions, a single one standing for all, and `absent` for
-// none.
+// Returns one value for each of the n spatial dimensions. A single given value applies to all of
+// them; without any, each is `absent`.
 std::vector<int64_t> spatial(const char* name, at::OptionalIntArrayRef given, size_t n,
                              int64_t least, int64_t absent) {
   if (!given) return std::vector<int64_t>(n, absent);
@@ -87,8 +87,9 @@ Tensor plain_convolution(const ConvArguments& arguments, const Tensor& input) {
   return run({}) + bias->to(dtype).reshape(per_channel);
 }
 
-// In eval mode: the chain conv → activation with the folded weight. PyTorch's own convolution where
-// that is as good, and for a compiler.
+// Eval mode: runs the chain conv → activation with the folded weight. Where the chain has no
+// advantage, and for a compiler if nothing requires grad, it calls PyTorch's own convolution
+// instead.
 Tensor folded(const Tensor& input, const ConvArguments& conv, const NormArguments& norm) {
   const auto [weight, shift] = fold(conv, norm);
   const auto& activation = norm.norm.activation;
@@ -103,7 +104,7 @@ Tensor folded(const Tensor& input, const ConvArguments& conv, const NormArgument
                                      norm.residual.value_or(Tensor())})))
     return finish(plain_convolution({conv.conv, weight, shift}, input), norm.residual, activation);
 
-  // The folded weight and the shift stay in float, and so do their gradients.
+  // The folded weight and the shift stay in float32, and so do their gradients.
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   PackedChain chain(input.to(dtype));
   chain.push(conv.conv, weight, shift);
@@ -126,7 +127,7 @@ Tensor conv_bn(const Tensor& input, const Tensor& weight, const Optional& bias,
                at::OptionalIntArrayRef dilation, bool transposed,
                at::OptionalIntArrayRef output_padding, int64_t groups, std::string_view activation,
                std::string_view arithmetic, std::string_view process_group) {
-  // Everything that can be wrong is found here, before anything is computed.
+  // All arguments are checked before anything is computed.
   const std::string op = "conv_bn";
   const NormArguments norm{{eps, parse_arithmetic(arithmetic), parse_activation(activation)},
                            bn_weight,
@@ -156,8 +157,7 @@ Tensor conv_bn(const Tensor& input, const Tensor& weight, const Optional& bias,
 
   RunningUpdates updates;
   Tensor output;
-  if (input.sym_size(0) == 0 &&
-      process_group.empty()) {  // nothing to normalise, nothing to average
+  if (input.sym_size(0) == 0 && process_group.empty()) {  // a batch without statistics
     output = finish(at::batch_norm(plain_convolution(conv, input), bn_weight, bn_bias, {}, {}, true,
                                    /*momentum=*/0, eps, false),
                     residual, norm.norm.activation);

@@ -1,18 +1,21 @@
-// A chain as models run it: convolutions, batch norms in either mode with their running statistics,
-// gates, PReLUs. Composite, as conv_bn is.
+// The operator that runs a chain as models have it: convolutions, batch norms in either mode with
+// their running statistics, gates and PReLUs. It is composite, as conv_bn is.
 //
-//   tensors, links, scalars   the packed form of chain.h, its norm links of arithmetic batchnorm;
-//   the result of the
-//                             last norm may have a residual that is broadcast, with nothing but a
-//                             prelu behind it
-//   buffers                   of each norm link in turn running_mean, running_var and
-//   num_batches_tracked buffer_counts             how many of them: 0, the last alone, the first
-//   two, or 3 momenta                   of each norm link; NaN for none training of each norm link:
-//   1 for the statistics of the batch, 0 for the running ones process_group, saved,
-//   input_statistics as for _chain_forward
+//   tensors, links, scalars   the packed form of chain.h; the arithmetic of its norm links is
+//                             batchnorm. Only the last norm link, behind which only a prelu may
+//                             follow, may have a residual, which is broadcast
+//   buffers                   of each norm link in turn: running_mean, running_var and
+//                             num_batches_tracked, as far as present
+//   buffer_counts             of each norm link, how many buffers it has: 0, 1 (the last), 2 (the
+//                             first two) or 3
+//   momenta                   of each norm link; NaN for None
+//   training                  of each norm link: 1 to use batch statistics, 0 to use running ones
+//   process_group, saved,
+//   input_statistics          as for _chain_forward
 //
-// A first gate may be any product: what is no gate is multiplied and then is T_0. In eval mode
-// batch norm is folded into the convolution in front of it.
+// A first gate may be the factor of any product. If it is not a gate by its shape, the product is
+// computed first and becomes T_0. In eval mode a batch norm is folded into the convolution in front
+// of it.
 #include <ATen/TensorOperators.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/batch_norm.h>
@@ -67,8 +70,8 @@ struct ModelLink {
 struct Model {
   std::vector<Tensor> parts;
   std::vector<ModelLink> links;
-  // What the kernels do not add: a residual of another dtype, or larger than the map, with the
-  // activation behind it.
+  // A residual that the kernels cannot add, because its dtype differs or it is larger than the map,
+  // with the activation and the slopes that follow it.
   Optional tail;
   Activation tail_activation;
   Tensor tail_slopes;
@@ -79,7 +82,7 @@ struct Model {
   }
 };
 
-// Everything that can be wrong is found here, before anything is computed.
+// Checks all arguments before anything is computed.
 Model checked(at::TensorList tensors, at::TensorList buffers, const Chain& chain,
               at::IntArrayRef buffer_counts, at::ArrayRef<double> momenta, at::IntArrayRef training,
               std::string_view process_group) {
@@ -136,20 +139,20 @@ Model checked(at::TensorList tensors, at::TensorList buffers, const Chain& chain
   for (size_t i = first; i < chain.size(); ++i) {
     const auto op = "conv_bn_chain: link " + std::to_string(i);
     const auto& link = chain[i];
-    ModelLink made;
+    ModelLink checked_link;
     if (const auto* conv = link.conv()) {
-      made.conv = ConvArguments{*conv, tensors[link.weight], optional(link.bias)};
-      sizes = check_conv(op, input, sizes, *made.conv);
+      checked_link.conv = ConvArguments{*conv, tensors[link.weight], optional(link.bias)};
+      sizes = check_conv(op, input, sizes, *checked_link.conv);
       convolved = true;
     } else if (link.gate()) {
-      made.gate = tensors[link.weight];
+      checked_link.gate = tensors[link.weight];
     } else if (link.prelu()) {
       const auto& slopes = tensors[link.weight];
       check_tensor(op, "slopes", slopes, input);
       TORCH_CHECK_VALUE(
           slopes.dim() == 1 && (slopes.sym_size(0) == 1 || slopes.sym_size(0) == sizes[1]), op,
           ": expected slopes of shape [1] or [", sizes[1], "], got ", slopes.sym_sizes());
-      (model.tail ? model.tail_slopes : made.slopes) = slopes;
+      (model.tail ? model.tail_slopes : checked_link.slopes) = slopes;
       if (model.tail) continue;
     } else {
       const bool train = training[n] != 0;
@@ -166,7 +169,7 @@ Model checked(at::TensorList tensors, at::TensorList buffers, const Chain& chain
       if (given >= 2) norm.running_mean = buffers[buffer++], norm.running_var = buffers[buffer++];
       if (given % 2 == 1) norm.num_batches_tracked = buffers[buffer++];
       if (const auto residual = optional(link.residual)) {
-        // Of the map; eager's sum has the wider dtype of the two.
+        // The dtype of the map. The sum in eager mode has the wider dtype of the two.
         const auto dtype = convolved ? conv_dtype(input) : input.scalar_type();
         const bool fits = residual->scalar_type() == dtype &&
                           residual->device() == input.device() && broadcasts_to(*residual, sizes);
@@ -178,16 +181,16 @@ Model checked(at::TensorList tensors, at::TensorList buffers, const Chain& chain
         }
       }
       check_norm(op, "", input, sizes, norm, train && !process_group.empty());
-      made.norm = norm;
+      checked_link.norm = norm;
       ++n;
     }
-    made.sizes = sizes;
-    model.links.push_back(std::move(made));
+    checked_link.sizes = sizes;
+    model.links.push_back(std::move(checked_link));
   }
   return model;
 }
 
-// A batch of no samples: nothing to normalise, nothing to average.
+// Runs a batch without samples, which has no statistics.
 Tensor run_empty(const Model& model, RunningUpdates& updates) {
   auto t = concatenated(model.parts);
   for (const auto& link : model.links) {
@@ -210,8 +213,8 @@ Tensor run_empty(const Model& model, RunningUpdates& updates) {
   return t;
 }
 
-// The first link that a gradient is asked of, or that is below one; all of them run without a graph
-// where there is none.
+// How many links at the front can run under no_grad because nothing in them requires grad. 0 if
+// nothing requires grad at all: the whole chain then runs without a graph anyway.
 size_t first_trained(const Model& model) {
   if (!at::GradMode::is_enabled() || any_requires_grad(model.parts)) return 0;
   const auto trained = [](const Optional& t) { return t && t->requires_grad(); };
@@ -222,23 +225,23 @@ size_t first_trained(const Model& model) {
       if (t.defined() && t.requires_grad()) return i;
     if (link.norm &&
         (trained(link.norm->weight) || trained(link.norm->bias) || trained(link.norm->residual)))
-      return !link.norm->training && i > 0 && model.links[i - 1].conv
-                 ? i - 1
-                 : i;  // which is folded into it
+      // An eval-mode norm is folded into the convolution in front of it, so both must be included.
+      return !link.norm->training && i > 0 && model.links[i - 1].conv ? i - 1 : i;
   }
   return 0;
 }
 
-// Runs links first … last - 1 of a model on T_first. `saved` are indices in the whole model.
+// Runs links first … last - 1 of the model on T_first. `saved` holds indices of the whole model.
 Tensor run(const Model& model, at::TensorList parts, size_t first, size_t last,
            std::string_view process_group, at::IntArrayRef saved,
            const std::optional<Tensor>& input_statistics, RunningUpdates& updates) {
   const auto& links = model.links;
-  const auto folds = [&](size_t i) {  // norm i into the convolution in front
+  // Whether norm link i is folded into the convolution in front of it.
+  const auto folds = [&](size_t i) {
     return !links[i].norm->training && i > first && links[i - 1].conv.has_value();
   };
   PackedChain packed(parts);
-  std::vector<int64_t> index(links.size() + 1, 0);  // where each map is in the chain that is run
+  std::vector<int64_t> index(links.size() + 1, 0);  // of each map of the model, in the packed chain
   int64_t pushed = 0;
   const auto push = [&](size_t i, const auto& link, const auto&... rest) {
     packed.push(link, rest...);
@@ -335,11 +338,11 @@ Tensor conv_bn_chain(at::TensorList tensors, at::TensorList buffers, at::IntArra
       TORCH_CHECK_VALUE(k > 0 && k < int64_t(chain.size()),
                         "conv_bn_chain: expected saved between 1 and ", chain.size() - 1, ", got ",
                         saved);
-      inner.push_back(k - multiplied);  // a product is no link
+      inner.push_back(k - multiplied);  // the model has no link for a product computed above
     }
     auto parts = model.parts;
     if (first > 0) {
-      // Eager keeps nothing of what no gradient reaches.
+      // These links need no gradient, so they save nothing, as in eager mode.
       const at::NoGradGuard no_grad;
       parts = {run(model, parts, 0, first, process_group, {}, input_statistics, updates)};
     }

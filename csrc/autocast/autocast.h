@@ -1,4 +1,4 @@
-// The autocast that is enabled where an operator is called.
+// Whether autocast is enabled where an operator is called, and its dtype.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -1,6 +1,6 @@
-// Under autocast a chain runs in the lower precision, as convolution does; norm parameters stay as
-// they are. So do the weights of convolutions, which are cast where they are used: saved for
-// backward is the parameter, not a copy.
+// Under autocast a chain runs in the lower precision, as a convolution does. Norm parameters are
+// not cast. Convolutions cast their weights where they use them, so autograd saves the parameter
+// and not a copy of it.
 #include "../chain/chain.h"
 
 #include <ATen/autocast_mode.h>
@@ -37,7 +37,7 @@ ChainResult chain_forward_autocast(at::TensorList tensors, at::IntArrayRef links
     if (i >= 0) cast[i] = at::autocast::cached_cast(dtype, cast[i], device);
   };
   const auto chain = unpack(links, scalars, tensors.size());
-  // Batch norm alone takes what it is given.
+  // A chain without convolutions runs in the dtype of its input, as batch norm does.
   if (std::any_of(chain.begin(), chain.end(), [](const Link& link) { return link.conv(); })) {
     for (int64_t part = 0; part < chain.parts; ++part) lower(part);
     for (const auto& link : chain) {

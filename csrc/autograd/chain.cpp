@@ -1,4 +1,5 @@
-// Autograd of a chain: what is variables is its tensors, the saved maps and the statistics.
+// The autograd function of a chain, and what vmap runs. It saves the chain's tensors, the saved
+// maps and the statistics for backward.
 #include "../chain/chain.h"
 
 #include <ATen/TensorOperators.h>
@@ -26,7 +27,7 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// Whether a call of the backward operator would end in its kernel, and at once.
+// Whether a call of the backward operator would do nothing before it reaches the kernel.
 bool ends_in_kernel(const Tensor& dout, const variable_list& variables) {
   return !at::GradMode::is_enabled() && !any_has_tangent(dout) && is_plain(dout) &&
          is_plain(variables);
@@ -36,8 +37,9 @@ bool result_is_saved(at::IntArrayRef saved, size_t links) {
   return !saved.empty() && saved.back() == int64_t(links);
 }
 
-// Of a call, for its backward: how many tensors, parts and saved maps it has, the place of a last
-// residual that backward does not read, and that of one whose gradient is dout.
+// How backward finds its tensors among the saved variables: the numbers of tensors, parts and saved
+// maps, the index of the last residual if backward does not read it (`unread`), and the same index
+// if dout is its gradient (`plain_residual`); -1 otherwise.
 struct SavedLayout {
   int64_t tensors, parts, saved, unread = -1, plain_residual = -1;
 
@@ -61,20 +63,20 @@ struct ChainFunction : torch::autograd::Function<ChainFunction> {
     const auto chain = unpack(links, scalars, tensors.size());
     auto variables = tensors.vec();
     SavedLayout layout{int64_t(tensors.size()), chain.parts, int64_t(saved.size())};
-    if (const auto place = chain.back().residual;
-        place >= 0 && !last_residual_is_read(chain, saved)) {
-      variables[place] = output.new_empty({});
-      layout.unread = place;
-      if (chain.back().norm()->activation.none()) layout.plain_residual = place;
+    if (const auto index = chain.back().residual;
+        index >= 0 && !last_residual_is_read(chain, saved)) {
+      variables[index] = output.new_empty({});
+      layout.unread = index;
+      if (chain.back().norm()->activation.none()) layout.plain_residual = index;
     }
     variables.insert(variables.end(), saved_maps.begin(), saved_maps.end());
-    // Without the graph: were the result itself what waits to be variables, a hook that raises
-    // then, as the early stop of torch.utils.checkpoint, would leave it and its node to each other
-    // for ever.
+    // A detached alias of the result. If the result itself were saved and a hook of
+    // save_for_backward raised, as the early stop of torch.utils.checkpoint does, the result and
+    // its node would own each other and never be freed.
     if (result_is_saved(saved, chain.size())) variables.push_back(output.tensor_data());
     variables.insert(variables.end(), statistics.begin(), statistics.end());
     ctx->save_for_backward(std::move(variables));
-    // Each entry is a string that is hashed and a value on the heap.
+    // One list, because each entry of saved_data costs a hash and an allocation.
     const auto values = layout.values();
     std::vector<int64_t> integers(values.begin(), values.end());
     integers.insert(integers.end(), saved.begin(), saved.end());
@@ -87,8 +89,7 @@ struct ChainFunction : torch::autograd::Function<ChainFunction> {
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list& grads) {
-    // Forward settled the dtypes; under an autocast of the caller a remade map would have another
-    // one.
+    // Forward settled the dtypes. Under the caller's autocast a recomputed map could get another.
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     auto variables = ctx->get_saved_variables();
     auto& data = ctx->saved_data;
@@ -114,8 +115,8 @@ struct ChainFunction : torch::autograd::Function<ChainFunction> {
     std::vector<int64_t> needs_grad;
     for (int64_t i = 0; i < int64_t(count); ++i) {
       if (!ctx->needs_input_grad(i) || i == plain_residual) continue;
-      const auto place = i < parts ? 0 : i;
-      if (needs_grad.empty() || needs_grad.back() != place) needs_grad.push_back(place);
+      const auto index = i < parts ? 0 : i;
+      if (needs_grad.empty() || needs_grad.back() != index) needs_grad.push_back(index);
     }
     if (needs_grad.empty()) return result;
 
@@ -165,7 +166,7 @@ ChainResult chain_forward_autograd(at::TensorList tensors, at::IntArrayRef links
   return result;
 }
 
-// The backward of backward: the gradients of the unfused chain, which autograd can follow.
+// The gradients of the unfused chain: a backward that autograd can differentiate.
 std::vector<Tensor> differentiable_backward(const Tensor& dout, at::TensorList tensors,
                                             at::TensorList saved_maps, at::TensorList,
                                             at::IntArrayRef links, at::ArrayRef<double> scalars,
@@ -176,8 +177,8 @@ std::vector<Tensor> differentiable_backward(const Tensor& dout, at::TensorList t
   const at::AutoGradMode grad_mode(true);
   const auto chain = unpack(links, scalars, tensors.size());
   const bool has_result = result_is_saved(saved, chain.size());
-  // T_0 as one tensor. Views, so that a tensor which was made from another one does not pass its
-  // gradient on.
+  // T_0 as one tensor. The inputs are views, so that the gradient of a tensor that was computed
+  // from another input does not flow on into that input.
   const auto parts = chain.parts;
   variable_list own{concatenated(tensors.slice(0, parts))};
   if (parts > 1)
@@ -196,7 +197,7 @@ std::vector<Tensor> differentiable_backward(const Tensor& dout, at::TensorList t
       torch::autograd::grad({output}, inputs, {dout}, /*retain_graph=*/create_graph, create_graph,
                             /*allow_unused=*/true);
   for (size_t k = 0; k < grads.size(); ++k)
-    if (!grads[k].defined())  // of a bias that cancels; part of the graph like the others
+    if (!grads[k].defined())  // of a bias that cancels; it must be in the graph, as the others are
       grads[k] = create_graph ? inputs[k] * 0 : at::zeros_like(inputs[k]);
   return grads;
 }
@@ -221,13 +222,13 @@ ChainResult chain_forward_vmap(at::TensorList tensors, at::IntArrayRef links,
   return unfused_chain(tensors, links, scalars, process_group, saved, {});
 }
 
-// Not differentiable: the chain that is given the result differentiates through its input.
+// Not differentiable: the chain that is given these statistics differentiates through its input.
 Tensor channel_stats_autograd(const Tensor& input, std::string_view process_group) {
   at::AutoDispatchBelowADInplaceOrView guard;
   return channel_stats(input, process_group);
 }
 
-// The chain computes its own there.
+// Under vmap the chain computes its own statistics and ignores these.
 Tensor channel_stats_vmap(const Tensor& input, std::string_view) {
   return at::zeros({2, input.size(1)}, input.options());
 }

@@ -1,3 +1,4 @@
+// The autograd function of max pooling, and what vmap and second derivatives run.
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/div.h>
@@ -26,7 +27,7 @@ struct MaxPool : torch::autograd::Function<MaxPool> {
     const at::AutoDispatchBelowADInplaceOrView guard;
     const ArenaScope scope;
     const auto [output, offsets] = max_pool2d_with_offsets(input, pool);
-    // What backward asks of the input is its sizes.
+    // Backward needs only the sizes of the input.
     const auto like = input.new_empty({}).expand_symint(input.sym_sizes());
     ctx->save_for_backward({like, offsets});
     ctx->saved_data["pool"] = pool;
@@ -57,7 +58,7 @@ std::tuple<Tensor, Tensor> max_pool2d_autograd(const Tensor& input, at::IntArray
 
 Tensor floor_divide(const Tensor& t, const at::Scalar& by) { return at::div(t, by, "floor"); }
 
-// Where PyTorch would have found the values, row·width + column.
+// Converts offsets in the pooling windows to PyTorch's indices in the map, row·width + column.
 Tensor indices_in_map(const Tensor& offsets, const Pool& pool, const c10::SymInt& width) {
   const auto firsts = [&](size_t dim) {  // the first row, or column, of each window
     const auto size = offsets.sym_size(int64_t(dim) - 2);
@@ -70,7 +71,7 @@ Tensor indices_in_map(const Tensor& offsets, const Pool& pool, const c10::SymInt
          (column * pool.dilation[1] + firsts(1));
 }
 
-// In operators that autograd and vmap know.
+// The backward in operators that autograd and vmap know.
 Tensor differentiable_backward(const Tensor& dout, const Tensor& offsets, at::IntArrayRef packed,
                                c10::SymIntArrayRef sizes, bool channels_last) {
   const auto pool = Pool::unpack(packed);

@@ -1,3 +1,4 @@
+// The backward of a chain: recomputes the maps that were not saved and computes the gradients.
 #include "backward.h"
 
 #include <ATen/ops/_prelu_kernel_backward.h>
@@ -48,17 +49,16 @@ class Backward {
   State state_;
   const Chain& chain_ = state_.chain;
 
-  // Of tensors; of maps: whether their gradient is needed, whether a backward that will run reads
-  // them, whether they were recomputed and so may be overwritten.
-  std::vector<bool> tensor_needs_grad_, map_needs_grad_, read_, recomputed_;
+  std::vector<bool> tensor_needs_grad_, map_needs_grad_;
+  std::vector<bool> read_;        // of each map: a link's backward will read it
+  std::vector<bool> recomputed_;  // of each map: it was recomputed, so it may be overwritten
 
-  Tensor grad_;              // of the output of the current link
-  bool grad_owned_ = false;  // and may be overwritten
+  Tensor grad_;              // the gradient of the current link's output
+  bool grad_owned_ = false;  // whether grad_ may be overwritten
   std::vector<Tensor> grads_;
 };
 
-// ---------------------------------------------------------------------------------- before the
-// links
+// -------------------------------------------------------------------------------- before the links
 
 Backward::Backward(State state, at::TensorList saved_maps, at::TensorList statistics,
                    at::IntArrayRef saved)
@@ -74,8 +74,9 @@ Backward::Backward(State state, at::TensorList saved_maps, at::TensorList statis
     if (chain_[i].normalises()) state_.statistics[i] = statistics[--norms].contiguous();
 }
 
-// What backward is given went through autograd's hooks, or comes from a caller. The maps must be
-// those of forward, except for their layout, which each link sees to where it reads one.
+// Checks the saved maps and dout, which hooks of autograd or a caller may have replaced. They must
+// have the shape, dtype and device that they had in forward. Their layout may differ: each link
+// converts the map that it reads.
 void Backward::check_maps(const Tensor& dout) const {
   const auto& input = state_.tensor(0);
   auto sizes = input.sym_sizes().vec();
@@ -124,9 +125,9 @@ void Backward::plan(at::IntArrayRef needs_grad) {
   }
 }
 
-// Recomputes T_i from the nearest map before it that is available. On the way it retains the maps
-// that a later step of backward reads: T_{i−1}, which is next, and the results of convolutions. The
-// others are one elementwise pass away from a retained map and are recomputed in their turn.
+// Recomputes T_i from the nearest available map before it. Of the maps on the way it retains those
+// that a later step of backward reads: T_{i−1}, which is read next, and the results of
+// convolutions. Backward recomputes each of the others with one elementwise pass when it needs it.
 void Backward::recompute(size_t i) {
   auto& maps = state_.maps;
   const auto& saved = state_.saved;
@@ -137,7 +138,7 @@ void Backward::recompute(size_t i) {
   retain[first] = saved[first] || (first > 0 && read_[first]);
   state_.make_input();
   const auto dtype = maps[first].scalar_type();
-  for (size_t m = first; m < i; ++m)  // once for the recomputation and for the link's backward
+  for (size_t m = first; m < i; ++m)  // one cast for the recomputation and for the link's backward
     if (chain_[m].conv()) state_.cast_weights[m] = state_.tensor(chain_[m].weight).to(dtype);
   run_links(state_, first, i, retain);
   for (size_t m = saved[first] ? first + 1 : first; m <= i; ++m) recomputed_[m] = maps[m].defined();
@@ -155,7 +156,7 @@ std::vector<Tensor> Backward::run(Tensor dout, at::IntArrayRef needs_grad) {
   if (tensor_needs_grad_[0]) grads_[0] = grad_owned_ ? std::move(grad_) : grad_.clone();
 
   std::vector<Tensor> result;
-  for (const auto t : needs_grad)  // that of a bias that cancels was not computed
+  for (const auto t : needs_grad)  // the gradient of a bias that cancels was not computed: it is 0
     result.push_back(grads_[t].defined() ? grads_[t] : at::zeros_like(state_.tensor(t)));
   return result;
 }
@@ -169,23 +170,24 @@ void Backward::link_backward(size_t i) {
   activation_backward(i);
 }
 
-// --------------------------------------------------------------------------------------------
-// shared
+// ------------------------------------------------------------------------------------------ shared
 
-// The result of link i, if it is available and act' follows from it.
+// The result of link i, if it was saved and act' follows from it.
 Tensor Backward::result(size_t i) const {
   const bool last = i + 1 == chain_.size();
   return last && chain_[i].norm()->activation.slope_from_result() ? state_.maps[i + 1] : Tensor();
 }
 
-// Whether norm link i needs no gradient but that of its residual, and no u for it.
+// Whether the residual of norm link i is the only tensor of the link that needs a gradient, and the
+// gradient can be computed without u.
 bool Backward::only_residual(size_t i) const {
   const auto& link = chain_[i];
   const bool others = map_needs_grad_[i] || needs_grad(link.weight) || needs_grad(link.bias);
   return !others && (link.norm()->activation.none() || result(i).defined());
 }
 
-// A vector for the kernels to write the gradient of a vector or gate to; undefined if not needed.
+// Allocates the vector to which a kernel writes the gradient of a vector or gate. Undefined if no
+// gradient is needed.
 Tensor Backward::uninitialised_grad(int64_t index, const Tensor& y, int64_t samples) const {
   if (!needs_grad(index)) return {};
   return at::empty({samples * y.size(1)},
@@ -199,7 +201,7 @@ void Backward::set_grad(int64_t index, const Tensor& gradient) {
       gradient.to(like.scalar_type()).view(like.sizes()).contiguous(like.suggest_memory_format());
 }
 
-// du, which is in grad_, is the gradient of the residual too.
+// Makes grad_, which is du here, the gradient of the residual too.
 void Backward::share_with_residual(size_t i) {
   if (!needs_grad(chain_[i].residual)) return;
   grads_[chain_[i].residual] = grad_owned_ ? grad_ : grad_.clone();
@@ -212,14 +214,13 @@ void Backward::pass_on(Tensor gradient, size_t i) {
   grad_owned_ = true;
 }
 
-// ----------------------------------------------------------------------------------------- the
-// links
+// --------------------------------------------------------------------------------------- the links
 
 void Backward::conv_backward(size_t i) {
   const auto& link = chain_[i];
   const Tensor in = std::move(state_.maps[i]);
   const bool bias = needs_grad(link.bias) && !bias_cancels(chain_, i);
-  // Half types are added up in float, by a kernel that does so.
+  // grad_stats sums half types in float, as ATen's convolution_backward does not.
   const bool half = in.scalar_type() == at::kBFloat16 || in.scalar_type() == at::kHalf;
   if (bias && half) {
     const auto dout = dense(grad_);
@@ -236,7 +237,7 @@ void Backward::conv_backward(size_t i) {
   pass_on(std::move(din), i);
 }
 
-// ds = Σ dout·T is the dγ of a norm with mean 0 and r 1.
+// ds = Σ dout·T is dγ of a norm with mean 0 and r = 1.
 void Backward::gate_backward(size_t i) {
   const auto& link = chain_[i];
   const Tensor in = std::move(state_.maps[i]);
@@ -267,8 +268,8 @@ void Backward::prelu_backward(size_t i) {
   pass_on(std::move(din), i);
 }
 
-// du = act'(u)·dout with u = T [+ residual], of a link without statistics, or of one whose residual
-// alone needs a gradient.
+// The backward of a link without statistics, or of one of which only the residual needs a gradient:
+// du = act'(u)·dout with u = T [+ residual].
 void Backward::activation_backward(size_t i) {
   const auto& activation = chain_[i].norm()->activation;
   const Tensor in = std::move(state_.maps[i]);
@@ -297,7 +298,7 @@ void Backward::activation_backward(size_t i) {
   if (!map_needs_grad_[i]) grad_.reset();
 }
 
-// The formulas of chain.h: a pass for S1, S2, dγ and dβ, and one for dT.
+// The formulas of chain.h in two passes: one for S1, S2, dγ and dβ, and one for dT.
 void Backward::norm_backward(size_t i) {
   const auto& link = chain_[i];
   const auto& norm = *link.norm();
@@ -334,7 +335,7 @@ void Backward::norm_backward(size_t i) {
   share_with_residual(i);
   if (!map_needs_grad_[i]) return grad_.reset();
 
-  Tensor all;  // the sums of all processes, where the statistics depend on y
+  Tensor all;  // the sums over all processes; undefined if the statistics do not depend on y
   if (norm.batch_statistics())
     all = state_.synchronised(norm) ? all_reduce_sum(sums, state_.process_group) : sums;
   Tensor din = y_owned ? y : grad_owned_ ? dout : at::empty_like(y);

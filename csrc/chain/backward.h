@@ -5,8 +5,8 @@
 
 namespace fusedconvbn {
 
-// Where _chain_backward (ops.h) ends on CPU and CUDA. The caller that gives its dout away has it
-// freed, or overwritten, as soon as it has been read.
+// The kernel of _chain_backward (dispatch.h) on CPU and CUDA. If the caller moves its only
+// reference to dout in, the kernel frees or overwrites dout as soon as it has read it.
 std::vector<at::Tensor> chain_backward_kernel(at::Tensor dout, at::TensorList tensors,
                                               at::TensorList saved_maps, at::TensorList statistics,
                                               at::IntArrayRef links, at::ArrayRef<double> scalars,

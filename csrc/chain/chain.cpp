@@ -1,3 +1,4 @@
+// Packing and unpacking of chains, and the formulas that several files share.
 #include "chain.h"
 
 #include <ATen/TensorOperators.h>
@@ -9,8 +10,7 @@ namespace fusedconvbn {
 
 using at::Tensor;
 
-// ----------------------------------------------------------------------------------------------
-// packing
+// ----------------------------------------------------------------------------------------- packing
 
 namespace {
 
@@ -64,7 +64,7 @@ void PackedChain::push(const Prelu&, const Tensor& slopes) {
 }
 
 Chain unpack(at::IntArrayRef links, at::ArrayRef<double> scalars, size_t tensor_count) {
-  // For users of the packed form alone; conv_bn has checked its arguments by name.
+  // Only callers of the packed form see this; conv_bn has checked its arguments by name.
   constexpr auto malformed =
       "malformed chain: `links` ends inside a link or names what there is not";
   Chain chain;
@@ -151,8 +151,7 @@ void check_indices(const char* name, at::IntArrayRef indices, int64_t first, int
   }
 }
 
-// -------------------------------------------------------------------------------------------
-// mathematics
+// ------------------------------------------------------------------------------------- mathematics
 
 namespace {
 

@@ -1,19 +1,18 @@
 // A chain: maps T_0 … T_n, where link i computes T_{i+1} from T_i.
 //
-//   conv   T' = conv(T, weight) + bias
-//   norm   T' = act(u),  u = (T − μ)·a + β [+ residual]   per channel, with the batch statistics of
-//   T gate   T' = T·s                                       s is (N, C, 1, …): of sample and
-//   channel prelu  T' = T where T > 0, T·s elsewhere              s is (C) or (1): of channel, or
-//   one
+//   conv    T' = conv(T, weight) + bias
+//   norm    T' = act(u),  u = (T − μ)·a + β [+ residual]    per channel; batch statistics of T
+//   gate    T' = T·s                                        s is (N, C, 1, …): per sample, channel
+//   prelu   T' = T where T > 0, T·s elsewhere               s is (C) or (1): per channel, or one
 //
-// The backward of a link reads its input. That of a norm link also reads its residual or, if act'
-// follows from it, its result. A plan names the maps that are saved. The other inner maps are
-// recomputed in backward, each from the nearest saved map before it and with the statistics that
-// forward found.
+// The backward of a link reads the link's input. The backward of a norm link also reads its
+// residual or, if act' follows from the result, its result. A plan names the maps that are saved.
+// Backward recomputes the other inner maps, each from the nearest saved map before it and with the
+// statistics that forward computed.
 //
-// T_0 may be a list of tensors, a virtual concatenation of their channels: it is computed where a
-// link reads it and freed after that. Statistics are per channel, so those of T_0 are those of its
-// parts, and may be given.
+// T_0 may be a list of tensors, a virtual concatenation of their channels: it is computed when a
+// link reads it and freed after that. Statistics are per channel, so the statistics of T_0 are
+// those of its parts and the caller may pass them in.
 //
 //   a = γ·r      κ = (a/R)·r·ρ      r = 1/√(v + eps)      ρ = r                  batchnorm
 //                                   r = 1/(s + eps)       ρ = R/((R−1)·s)        tutorial
@@ -53,7 +52,8 @@ struct Norm {
 
   bool normalises() const { return arithmetic != Arithmetic::none; }
   bool batch_statistics() const { return normalises() && arithmetic != Arithmetic::running; }
-  bool identity() const { return !normalises() && activation.none(); }  // but for a residual
+  // Whether T' = T, apart from a residual.
+  bool identity() const { return !normalises() && activation.none(); }
 };
 
 struct Gate {};
@@ -73,7 +73,7 @@ struct Link {
 };
 
 struct Chain : std::vector<Link> {
-  int64_t parts = 1;  // tensors that T_0 is the concatenation of
+  int64_t parts = 1;  // the number of tensors whose concatenation is T_0
 };
 
 // A chain as it crosses the dispatcher; `unpack` is its inverse. (In Python: fusedconvbn/chain.py.)
@@ -85,7 +85,7 @@ struct Chain : std::vector<Link> {
 //             norm:   1, has_weight, has_bias, has_residual, arithmetic, activation
 //             gate:   2
 //             prelu:  4
-//             in front of them, if T_0 has parts: 3, parts
+//             before all links, if T_0 has parts: 3, parts
 //   scalars   of each norm link eps and the parameter of its activation
 struct PackedChain {
   std::vector<at::Tensor> tensors;
@@ -106,24 +106,24 @@ Chain unpack(at::IntArrayRef links, at::ArrayRef<double> scalars, size_t tensor_
 // What a run of a chain returns (ops.h): T_n, the inner maps that are saved, the statistics.
 using ChainResult = std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>>;
 
-// The index of the result, {links}, if a chain of so many links is to save it: if it is act' of the
-// last link alone that would otherwise have to recompute something, and act' follows from the
-// result. Else nothing.
+// {links}, the index of the result, if a chain of so many links must save its result: act' of the
+// last link follows from the result, and could otherwise only be computed from a recomputed map. An
+// empty list if not.
 std::vector<int64_t> saved_result(const Norm& last, bool has_residual, int64_t links);
 
 // Whether the backward of the last link reads its residual when the maps at `saved` are saved.
 bool last_residual_is_read(const Chain& chain, at::IntArrayRef saved);
 
-// An error unless the indices ascend and are among first … last.
+// Raises an error unless the indices ascend and lie within first … last.
 void check_indices(const char* name, at::IntArrayRef indices, int64_t first, int64_t last);
 
-// r of the table above as differentiable operations (the kernels': channel_vectors.h), from the
-// biased variance of `count` values or from a running variance, which is unbiased.
+// r of the table above in differentiable operations, from the biased variance of `count` values or
+// from a running variance, which is unbiased. (The kernels compute theirs in channel_vectors.h.)
 at::Tensor inverse_std(const Norm& norm, const at::Tensor& var, const c10::SymInt& count);
 at::Tensor inverse_running_std(const Norm& norm, const at::Tensor& running_var);
 
-// A convolution's bias in front of batch statistics shifts the mean and nothing else: it is left
-// out, and its gradient is 0.
+// Whether link i is a convolution in front of batch statistics. Its bias only shifts the mean, so
+// it is left out and its gradient is 0.
 inline bool bias_cancels(const Chain& chain, size_t i) {
   return chain[i].conv() && i + 1 < chain.size() && chain[i + 1].norm() &&
          chain[i + 1].norm()->batch_statistics();

@@ -1,3 +1,4 @@
+// Runs a convolution by the fastest correct implementation: Winograd, depthwise, or ATen's.
 #include "convolution.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -16,8 +17,8 @@ namespace fusedconvbn {
 using at::Tensor;
 
 at::MemoryFormat conv_memory_format(const Tensor& input, const Tensor& weight) {
-  // ATen's rule for its fast backends; convolution in one dimension and in 3-d double is contiguous
-  // there.
+  // The rule that ATen has for its fast backends, where 1-d convolution, and 3-d convolution in
+  // double, is contiguous.
   const bool contiguous =
       input.dim() < 4 || (input.dim() == 5 && input.scalar_type() == at::kDouble);
   if (contiguous) return at::MemoryFormat::Contiguous;
@@ -57,16 +58,15 @@ bool cpu_has(const char* check) {
 const bool cpu_has_bfloat16 = cpu_has("mkldnn::_is_mkldnn_bf16_supported");
 const bool cpu_has_half = cpu_has("mkldnn::_is_mkldnn_fp16_supported");
 
-// Where oneDNN has no fast path for a dtype on this CPU, ATen's own takes ten times as long as one
-// in float.
+// Whether to run the convolution in float: if oneDNN has no fast path for a dtype on this CPU,
+// ATen's fallback takes ten times as long as a convolution in float.
 bool runs_in_float(const Tensor& t) {
   if (!t.is_cpu()) return false;
   return (t.scalar_type() == at::kBFloat16 && !cpu_has_bfloat16) ||
          (t.scalar_type() == at::kHalf && !cpu_has_half);
 }
 
-// f(first, count) for slices of samples, so small that their maps in float are no more memory than
-// caches hold
+// Calls f(first, count) for slices of samples whose maps in float fit into the caches.
 template <typename F>
 void for_sample_slices(const Tensor& input, const Tensor& output, const F& f) {
   constexpr int64_t slice_bytes = 8 << 20;
@@ -78,8 +78,8 @@ void for_sample_slices(const Tensor& input, const Tensor& output, const F& f) {
     f(first, std::min(count, samples - first));
 }
 
-// The values of a map that a strided 1×1 convolution reads, one for each of the other map: a
-// convolution of stride 1 has the same weight gradient.
+// The values of `map` that a strided 1×1 convolution reads, one for each value of `other`. With
+// them a convolution of stride 1 has the same weight gradient.
 Tensor every(at::IntArrayRef stride, Tensor map, const Tensor& other) {
   for (size_t d = 0; d < stride.size(); ++d)
     map = map.slice(int64_t(d) + 2, 0, (other.size(int64_t(d) + 2) - 1) * stride[d] + 1, stride[d]);
@@ -155,7 +155,8 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Conv& conv, const 
                                                  {false, true, false}))
                     .contiguous(format);
     }
-    if (needs_grad[2]) dbias = dout.sum({0, 2, 3});  // oneDNN's comes out of its weight gradient
+    // oneDNN would compute this in its weight gradient.
+    if (needs_grad[2]) dbias = dout.sum({0, 2, 3});
     return {din, dweight, dbias};
   }
   const bool half = input.scalar_type() == at::kBFloat16 || input.scalar_type() == at::kHalf;

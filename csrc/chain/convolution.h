@@ -1,5 +1,5 @@
-// The convolution of a conv link and its gradients: ATen's, in a memory format that fake kernels
-// can promise.
+// The convolution of a conv link and its gradients, in a memory format that the meta kernels can
+// predict.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -14,21 +14,22 @@ namespace fusedconvbn {
 // The memory format in which a convolution returns its result and its gradients.
 at::MemoryFormat conv_memory_format(const at::Tensor& input, const at::Tensor& weight);
 
-// Whether every column of the result reads padding alone. oneDNN's float forward with a bias ends
-// the process there (oneDNN#5942), and half types and a folded batch norm reach it because we send
-// them.
+// Whether every column of the result reads only padding. oneDNN's float forward with a bias then
+// ends the process (oneDNN#5942). Half types and a folded batch norm would get there only because
+// this library runs them in float with a bias.
 bool reads_padding_alone(const Conv& conv, const at::Tensor& input, const at::Tensor& weight);
 
-// Whether a strided 1×1 convolution steps over a map of few channels: oneDNN's weight gradient then
-// writes behind its workspace (oneDNN#6035).
+// Whether this is a strided 1×1 convolution over a map of few channels. oneDNN's weight gradient
+// then writes beyond the end of its workspace (oneDNN#6035).
 bool steps_over_few_channels(const Conv& conv, const at::Tensor& input, const at::Tensor& weight);
 
-// Weight and bias may be wider than the input, and are cast to its dtype.
+// Weight and bias may be wider than the input; they are cast to its dtype.
 at::Tensor convolution(const Conv& conv, const at::Tensor& input, const at::Tensor& weight,
                        const std::optional<at::Tensor>& bias);
 
-// The gradients of input, weight and bias, as far as `needs_grad`; the latter two are float where a
-// convolution of a half type is run in float, and of the input's dtype elsewhere.
+// The gradients of input, weight and bias, those that `needs_grad` names. The gradients of weight
+// and bias are float if a convolution of a half type runs in float, and have the input's dtype
+// otherwise.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> convolution_backward(const Conv& conv,
                                                                     const at::Tensor& dout,
                                                                     const at::Tensor& input,

@@ -1,3 +1,4 @@
+// The forward of a chain, which backward also uses to recompute maps.
 #include "forward.h"
 
 #include <ATen/ops/_prelu_kernel.h>
@@ -14,7 +15,7 @@ using at::Tensor;
 
 namespace {
 
-// The batch statistics of y: (2, C), or, synchronised, (5, C) (ops.h).
+// The batch statistics of y, (2, C) or, if synchronised, (5, C) (dispatch.h).
 Tensor batch_statistics(const Tensor& y, const std::string& process_group) {
   const auto own = y.numel() ? channel_kernels(y).stats(y, /*samples=*/1)
                              : at::zeros({2, y.size(1)}, y.options().dtype(statistics_dtype(y)));
@@ -23,12 +24,12 @@ Tensor batch_statistics(const Tensor& y, const std::string& process_group) {
 
 Tensor statistics_of(const State& state, size_t i, const Tensor& y) {
   const auto& link = state.chain[i];
-  // An operator's results are its own.
+  // A copy, because an operator must not return its argument.
   if (link.norm()->arithmetic == Arithmetic::running)
     return state.tensor(link.statistics)
         .to(statistics_dtype(y), /*non_blocking=*/false, /*copy=*/true,
             at::MemoryFormat::Contiguous);
-  // A process without samples takes part in a synchronised batch.
+  // A process without samples may take part in a synchronised batch.
   TORCH_CHECK_VALUE(y.numel() > 0 || !state.process_group.empty(),
                     "a norm link needs values, got shape ", y.sizes());
   return batch_statistics(y, state.process_group);

@@ -1,3 +1,4 @@
+// Feature maps in the layouts that the channel kernels take.
 #include "maps.h"
 
 #include <ATen/CachedTensorUtils.h>

@@ -1,5 +1,5 @@
-// Feature maps as the channel kernels take them. The kernels read the two dense layouts
-// (channel_layout) and at least one value; these functions take any map.
+// The channel kernels for any feature map. The kernels themselves take the two dense layouts
+// (channel_layout) and at least one value.
 #pragma once
 
 #include "../kernels/channel_kernels.h"
@@ -9,14 +9,14 @@ namespace fusedconvbn {
 // The map itself, or a copy in the dense layout that is closer to it.
 at::Tensor dense(const at::Tensor& t);
 
-// The same of T_i. T_0 is always in the layout that the meta kernels promise.
+// The same for T_i. T_0 always gets the layout that the meta kernels predict.
 at::Tensor dense_input(const at::Tensor& t, size_t i);
 
-// `t` in the layout of `like`; an error, in which `t` is called `name`, unless it has its sizes,
-// dtype and device.
+// `t` in the layout of `like`. Raises an error, which calls `t` by `name`, unless both have the
+// same sizes, dtype and device.
 at::Tensor dense_like(const char* name, const at::Tensor& t, const at::Tensor& like);
 
-// The kernels of the same names. Of no values there is nothing to apply, and sums are 0.
+// The kernels of the same names. For a map without values nothing is applied and sums are 0.
 void apply_(at::Tensor& out, const at::Tensor& y, const NormVectors& norm,
             const Activation& activation, const at::Tensor& residual);
 at::Tensor grad_stats(const at::Tensor& dout, const at::Tensor& y, int64_t samples,
@@ -25,9 +25,9 @@ at::Tensor grad_stats(const at::Tensor& dout, const at::Tensor& y, int64_t sampl
 void grad_apply_(at::Tensor& out, const at::Tensor& dout, const at::Tensor& y,
                  const NormVectors& norm, const at::Tensor& sums, const Activation& activation);
 
-// Whether nobody else can see what is written to `t`. (PyTorch's rule where it adds up gradients in
-// place. Never on CUDA, where a kernel on another stream may still have to read it, and never where
-// the memory is not PyTorch's own.)
+// Whether `t` can be overwritten because nobody else refers to its memory, by the rule by which
+// PyTorch accumulates gradients in place. False on CUDA, where a kernel on another stream may still
+// read `t`, and false for memory that PyTorch did not allocate.
 bool nobody_else_has(const at::Tensor& t);
 
 }  // namespace fusedconvbn

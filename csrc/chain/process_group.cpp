@@ -1,3 +1,4 @@
+// Collectives of torch.distributed, called through the dispatcher.
 #include "process_group.h"
 
 #include <ATen/TensorOperators.h>
@@ -21,8 +22,8 @@ at::Tensor all_reduce_sum(const at::Tensor& t, const std::string& process_group)
   return torch::jit::pop(stack).toTensor();
 }
 
-// Added up in double, Σ T and Σ T² of float maps lose nothing when |mean| ≫ std; those of double
-// maps lose digits of the variance, as many as (mean/std)² has.
+// The sums are in double, so Σ T and Σ T² of float maps lose nothing when |mean| ≫ std. For double
+// maps the variance loses as many digits as (mean/std)² has.
 at::Tensor joint_statistics(const at::Tensor& own, int64_t count,
                             const std::string& process_group) {
   const auto wide = own.to(at::kDouble);

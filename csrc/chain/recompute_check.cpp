@@ -1,3 +1,4 @@
+// The comparison of recomputed statistics with those of forward, and its bounds.
 #include "recompute_check.h"
 
 #include <ATen/Context.h>
@@ -14,24 +15,23 @@ namespace {
 
 std::atomic<bool> checked = false;
 
-// By what two algorithms for one convolution may differ in all values of a channel alike, of the
-// values' size.
+// How much two algorithms for the same convolution may differ in all values of a channel alike,
+// relative to the size of the values.
 double shared_error(const at::Tensor& y) {
   const auto dtype = y.scalar_type();
   if (dtype != at::kFloat) return dtype == at::kDouble ? 1e-12 : 1e-4;
   const auto backend = y.is_cuda() ? at::Float32Backend::CUDA : at::Float32Backend::MKLDNN;
   switch (at::globalContext().float32Precision(backend, at::Float32Op::CONV)) {
-    case at::Float32Precision::TF32:  // one of the two may round its operands to 11 bits
+    case at::Float32Precision::TF32:  // one of the algorithms may round its operands to 11 bits
       return 0x1p-9;
     case at::Float32Precision::BF16:  // to 8
       return 0x1p-6;
-    default:  // cuDNN has Winograd's and Fourier's
+    default:  // cuDNN has Winograd and FFT algorithms
       return y.is_cuda() ? 3e-5 : 1e-6;
   }
 }
 
-// By what a value is off that is rounded to the type of the map, of its size: another amount in
-// each.
+// The relative rounding error of each single value of the map.
 double own_error(const at::Tensor& y) {
   switch (y.scalar_type()) {
     case at::kDouble:
@@ -53,8 +53,8 @@ std::string& layer_name() {
   return name;
 }
 
-// With a size of s = std + |mean|, a value may differ by d = (shared + own)·s. The own parts of R
-// values average out:
+// With s = std + |mean|, a value may differ by d = (shared + own)·s. The own errors of R values
+// average out:
 //   |mean' − mean| ≤ e = (shared + 3·own/√R)·s      |var' − var| ≤ 2·std·e + d²
 void check_recomputed(const at::Tensor& y, const at::Tensor& found, const at::Tensor& saved) {
   const double shared = shared_error(y), own = own_error(y), values = double(y.numel() / y.size(1));
@@ -67,8 +67,8 @@ void check_recomputed(const at::Tensor& y, const at::Tensor& found, const at::Te
           .abs()
           .le(bound_mean)
           .logical_and((found.select(0, 1) - var).abs().le(2 * std * bound_mean + bound * bound));
-  const auto wrong = right.logical_or(mean.isfinite().logical_not())
-                         .logical_not();  // a NaN that was there is right
+  // A channel that was not finite in forward cannot be compared, and passes.
+  const auto wrong = right.logical_or(mean.isfinite().logical_not()).logical_not();
   const auto count = wrong.sum().item<int64_t>();
   TORCH_CHECK(count == 0, "check_recompute: ", layer_name().empty() ? "conv_bn" : layer_name(),
               ": the statistics of ", count, " of ", wrong.numel(),

@@ -1,4 +1,4 @@
-// fusedconvbn.check_recompute: are the maps that backward recomputes those of forward?
+// fusedconvbn.check_recompute: checks that backward recomputes the maps of forward.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -13,8 +13,9 @@ bool recompute_is_checked();
 // The layer whose chain runs in this thread, for the message.
 std::string& layer_name();
 
-// An error when `found`, the (2, C) mean and variance of the recomputed map y, is not `saved`, what
-// forward found. Another algorithm for the same convolution rounds differently, and is allowed for.
+// Raises an error unless `found`, the (2, C) mean and variance of the recomputed map y, equals
+// `saved`, which forward computed. The bound allows for another algorithm of the same convolution,
+// which rounds differently.
 void check_recomputed(const at::Tensor& y, const at::Tensor& found, const at::Tensor& saved);
 
 }  // namespace fusedconvbn

@@ -1,3 +1,4 @@
+// The state of a chain that runs: reads the tensors of each link and checks them.
 #include "state.h"
 
 namespace fusedconvbn {
@@ -45,7 +46,7 @@ NormVectors State::gate(size_t i, const Tensor& y) const {
           .how = {}};
 }
 
-// s of a prelu, as it multiplies y
+// s of a prelu, in a shape that broadcasts to y.
 Tensor State::slopes(size_t i, const Tensor& y) const {
   const auto& s = tensor(chain[i].weight);
   TORCH_CHECK_VALUE(
@@ -56,7 +57,7 @@ Tensor State::slopes(size_t i, const Tensor& y) const {
   return s.to(y.scalar_type()).view(sizes);
 }
 
-// γ or β of the norm link that reads y; undefined when absent.
+// γ or β of the norm link that reads y; undefined if absent.
 Tensor State::channel_vector(int64_t index, const Tensor& y) const {
   if (index < 0) return {};
   const auto& t = tensors[index];

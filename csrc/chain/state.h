@@ -1,5 +1,5 @@
-// What forward and backward of a chain share: its tensors, the maps that are available, and what a
-// link reads beside its map.
+// The state that forward and backward of a chain share: its tensors, the maps that are available,
+// and the other tensors that each link reads.
 #pragma once
 
 #include "chain.h"
@@ -12,10 +12,11 @@ struct State {
         std::string_view process_group, at::IntArrayRef saved);
 
   const at::Tensor& tensor(int64_t index) const { return tensors[index]; }
-  // The weight of conv link i, or the copy of it in the dtype of the maps.
+  // The weight of conv link i, or its copy in the dtype of the maps.
   const at::Tensor& weight(size_t i) const;
 
-  // Of link i, which reads y. A gate is a norm with vectors for each sample.
+  // The tensors of link i, which reads y. The kernels take a gate as a norm with a scale per
+  // sample.
   NormVectors norm(size_t i, const at::Tensor& y) const;
   NormVectors gate(size_t i, const at::Tensor& y) const;
   at::Tensor slopes(size_t i, const at::Tensor& y) const;
@@ -25,14 +26,14 @@ struct State {
     return norm.batch_statistics() && !process_group.empty();
   }
 
-  // A virtual concatenation exists while a link reads it.
+  // Computes T_0 if it is a virtual concatenation and not available.
   void make_input();
 
   at::TensorList tensors;
   Chain chain;
   std::string process_group;
   std::vector<at::Tensor> maps;                      // T_0 … T_n; undefined where not available
-  std::vector<bool> saved;                           // of each map, for backward
+  std::vector<bool> saved;                           // of each map: saved for backward
   std::vector<at::Tensor> statistics, cast_weights;  // of each link
 
  private:

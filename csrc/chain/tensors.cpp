@@ -1,3 +1,4 @@
+// Properties of tensors that decide how an operator runs.
 #include "tensors.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>

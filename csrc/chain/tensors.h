@@ -1,23 +1,24 @@
-// What operators ask of the tensors that they are called with.
+// Properties of the arguments of an operator that decide how it runs.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
 namespace fusedconvbn {
 
-// What reads the graph, to export or compile it, is to find plain convolutions in it where no
-// gradient is asked for.
+// Whether the call is traced, for example by export or compile. If no gradient is needed, the graph
+// should then contain plain convolutions.
 bool is_traced(const at::Tensor& t);
 
-// Whether nothing stands between a call with these tensors and the kernel of their device but
-// autograd and autocast: no tracing, subclass, mode, transform or lazy negation.
+// Whether a call with these tensors passes only autograd and autocast before it reaches the kernel
+// of their device: no tracing, subclass, mode, transform or lazy negation.
 bool is_plain(at::TensorList tensors);
 
 bool any_requires_grad(at::TensorList tensors);
 
 bool any_has_tangent(at::TensorList tensors);
 
-// A C++ autograd function has no rule for forward mode and none for torch.func.
+// Whether the chain must run unfused: a C++ autograd function supports neither forward-mode AD nor
+// torch.func.
 bool needs_unfused(at::TensorList tensors);
 
 }  // namespace fusedconvbn

@@ -1,3 +1,4 @@
+// A chain in differentiable ATen operators.
 #include "unfused.h"
 
 #include <ATen/TensorOperators.h>
@@ -107,7 +108,7 @@ ChainResult unfused_chain(at::TensorList tensors, at::IntArrayRef links,
       auto scale = inverse_std(norm, var, t.sym_numel() / t.sym_size(1));
       if (weight) scale = scale * *weight;
       auto centre = mean;
-      // A bias that cancels stays in the graph: its gradient is 0, not missing.
+      // A bias that cancels stays in the graph, so that its gradient is 0 and not undefined.
       if (i > 0 && bias_cancels(chain, i - 1) && chain[i - 1].bias >= 0)
         centre = mean + tensors[chain[i - 1].bias].to(mean.scalar_type()) * 0;
       u = (u - centre.reshape(per_channel)) * scale.reshape(per_channel);

@@ -1,5 +1,5 @@
-// A packed chain in differentiable ATen operators: what second derivatives, forward mode and
-// torch.func run.
+// A packed chain in differentiable ATen operators, for second derivatives, forward-mode AD and
+// torch.func.
 #pragma once
 
 #include "chain.h"
@@ -8,13 +8,13 @@ namespace fusedconvbn {
 
 at::Tensor activate(const at::Tensor& u, const Activation& activation);
 
-// act(out [+ residual]) in ATen
+// act(out [+ residual])
 at::Tensor finish(at::Tensor out, const std::optional<at::Tensor>& residual,
                   const Activation& activation);
 
-// Given `result`, the T_n of an earlier run, the last activation is replaced by a product with the
-// slopes that follow from it. The output is then not T_n, but it has the derivatives of T_n, even
-// if the last residual is not the one of that run.
+// If `result`, the T_n of an earlier run, is given, the last activation becomes a product with the
+// slopes that follow from `result`. The output then differs from T_n, but its derivatives are those
+// of T_n. This holds even if the last residual is not the one of the earlier run.
 ChainResult unfused_chain(at::TensorList tensors, at::IntArrayRef links,
                           at::ArrayRef<double> scalars, std::string_view process_group,
                           at::IntArrayRef saved, const at::Tensor& result);

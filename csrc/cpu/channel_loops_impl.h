@@ -118,8 +118,7 @@ FUSEDCONVBN_INLINE void with_cheap_activation(Activation activation, const F& f)
 template <typename Act>
 constexpr bool by_row = std::is_same_v<Act, std::nullptr_t>;
 
-// ----------------------------------------------------------------------------------------
-// reductions
+// -------------------------------------------------------------------------------------- reductions
 
 // A reduction adds up the terms of a block of this many rows in float, and the blocks in double. Of
 // maps with few values a channel, where rounding errors do not average out and time does not count,
@@ -429,8 +428,7 @@ void grad_stats_channels_last(Shape shape, int64_t, int64_t begin, int64_t end, 
   });
 }
 
-// ---------------------------------------------------------------------------------------
-// elementwise
+// ------------------------------------------------------------------------------------- elementwise
 
 // f(offset, width, channel) for the rows that values [begin, end), or rows of channels [begin,
 // end), consist of; channel is that of the first value.

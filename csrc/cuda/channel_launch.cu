@@ -34,8 +34,7 @@ constexpr int64_t most_reduction_blocks = 4736;  // the parts of which are merge
 constexpr int64_t most_plane_blocks = 16384;
 constexpr int64_t steps = 4;  // vectors a thread should do, before more blocks are used
 
-// ----------------------------------------------------------------------------------------------
-// contiguous
+// -------------------------------------------------------------------------------------- contiguous
 
 // The aligned vectors that cover planes, `width` places for each: as many as a plane can touch.
 template <int V>
@@ -147,8 +146,7 @@ __global__ void __launch_bounds__(threads, resident<typename Op::acc>)
   if (t == 0) partial[part * planes.channels + c] = shared[0];
 }
 
-// -------------------------------------------------------------------------------------------
-// channels last
+// ----------------------------------------------------------------------------------- channels last
 
 // The rows of each sample. A row has the channels `width / channels` times.
 struct Rows {
@@ -231,8 +229,7 @@ __global__ void __launch_bounds__(threads, resident<typename Op::acc>)
           shared[j * threads + t];
 }
 
-// --------------------------------------------------------------------------------------------
-// second stage
+// ------------------------------------------------------------------------------------ second stage
 
 constexpr unsigned merged_groups = 8;  // of a block
 
@@ -285,8 +282,7 @@ __global__ void __launch_bounds__(threads, 2)
   }
 }
 
-// --------------------------------------------------------------------------------------------------
-// launch
+// ------------------------------------------------------------------------------------------ launch
 
 // How many rows are read as one for vectors of V values, or 0 where that cannot be.
 int64_t folded_rows(const Map& map, int64_t V) {

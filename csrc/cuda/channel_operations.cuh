@@ -37,8 +37,7 @@ __device__ __forceinline__ void with_functor(const Act& functor, const F& f) {
   f(functor);
 }
 
-// --------------------------------------------------------------------------------------------
-// vectors of groups
+// ------------------------------------------------------------------------------- vectors of groups
 
 // The groups of neighbouring values: channels from `channel` on, and after the last one from the
 // first again, of the sample whose first group is `group`.
@@ -100,8 +99,7 @@ struct Affine {
   }
 };
 
-// --------------------------------------------------------------------------------------------------
-// elementwise
+// ------------------------------------------------------------------------------------- elementwise
 
 template <typename T, typename Act, bool with_residual>
 struct Apply {
@@ -218,8 +216,7 @@ struct GradApply {
   }
 };
 
-// ----------------------------------------------------------------------------------------------------
-// reductions
+// -------------------------------------------------------------------------------------- reductions
 
 // The mean, which is origin + mean, and Σ (y − mean)² of `count` values. The origin is a value near
 // the mean, kept apart because their sum rounds more when |mean| ≫ std.
