@@ -1,3 +1,4 @@
+// The arena, and the allocator that puts it in front of PyTorch's CPU allocator.
 #include "arena.h"
 
 #include <c10/core/CPUAllocator.h>
@@ -7,7 +8,7 @@
 #include <mutex>
 #include <utility>
 
-// Its maps would hide what the sanitizer looks for.
+// Memory from the arena would hide errors from the address sanitizer.
 #if defined(__linux__) && !defined(__SANITIZE_ADDRESS__)
 #include <pthread.h>
 #include <sys/mman.h>
@@ -22,21 +23,20 @@ thread_local bool in_scope = false;
 
 #ifdef FUSEDCONVBN_ARENA
 
-constexpr size_t smallest = 1 << 20;  // bytes of an allocation that comes from the arena
-constexpr size_t page = 2 << 20;  // the kernel's huge ones: far fewer page faults and TLB misses
+constexpr size_t smallest = 1 << 20;  // bytes; the arena serves no smaller allocation
+constexpr size_t page = 2 << 20;      // a huge page, for far fewer page faults and TLB misses
 
 constexpr size_t rounded_up(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }
 
-// A range of addresses as long as the machine's memory. Blocks are taken at the lowest address
-// where they fit, so what has been touched stays together at its low end.
+// A range of addresses as large as the machine's memory. A block is taken at the lowest address
+// where it fits, so the touched pages stay together at the low end.
 class Arena {
  public:
   Arena() {
     const size_t bytes = rounded_up(size_t(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGESIZE), page);
     void* const range = mmap(nullptr, bytes + page, PROT_READ | PROT_WRITE,
                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (range == MAP_FAILED)
-      return;  // as under a limit of the address space: all requests are passed on
+    if (range == MAP_FAILED) return;  // e.g. ulimit -v: the arena is empty and serves no request
     begin_ = reinterpret_cast<char*>(rounded_up(reinterpret_cast<size_t>(range), page));
     size_ = bytes;
     madvise(begin_, size_, MADV_HUGEPAGE);
@@ -45,7 +45,7 @@ class Arena {
 
   bool owns(const void* block) const { return block >= begin_ && block < begin_ + size_; }
 
-  // nullptr where no room is left
+  // nullptr if there is no room
   void* take(size_t bytes) {
     bytes = rounded_up(bytes, 4096);
     const std::lock_guard lock(mutex_);
@@ -98,9 +98,9 @@ class Arena {
  private:
   char* begin_ = nullptr;
   size_t size_ = 0;
-  char* touched_ = nullptr;  // the end of what any block was in
+  char* touched_ = nullptr;  // the end of the touched pages
   std::mutex mutex_;
-  std::map<char*, size_t> free_, used_;  // bytes at an address; neighbours in free_ are joined
+  std::map<char*, size_t> free_, used_;  // address → bytes; neighbours in free_ are merged
 };
 
 Arena& arena = *new Arena;  // outlives every tensor
@@ -110,8 +110,8 @@ void give_back(void* block) {
   arena.give_back(block);
 }
 
-// In front of the allocator that was there before; passes on what is small or asked for outside of
-// a scope.
+// Wraps the allocator that was installed before, and passes on to it every request that is small or
+// comes from outside a scope.
 class ArenaAllocator final : public c10::Allocator {
  public:
   static c10::Allocator*& before() {
@@ -140,8 +140,8 @@ class ArenaAllocator final : public c10::Allocator {
 [[maybe_unused]] const bool installed = [] {
   ArenaAllocator::before() = c10::GetCPUAllocator();
   c10::SetCPUAllocator(new ArenaAllocator, /*priority=*/1);
-  // A forked process has the thread that forked and no other: what another one holds then would
-  // stay locked for ever.
+  // A forked process has only the thread that forked. A mutex that another thread held would stay
+  // locked for ever.
   pthread_atfork([] { arena.mutex().lock(); }, [] { arena.mutex().unlock(); },
                  [] { arena.mutex().unlock(); });
   return true;

@@ -1,16 +1,16 @@
-// Memory for the large maps of chains that is kept when a map is freed, for the next one.
+// An arena for the large maps of chains: it keeps the memory of a freed map for the next one.
 //
-// glibc gives a large block back to the kernel when it is freed, and the next one costs a page
-// fault for every 4 KiB: more than a pass over it. A chain with little kept in forward frees and
-// allocates its maps all the time.
+// glibc returns a large block to the kernel when it is freed, and the next block then costs a page
+// fault for every 4 KiB, which takes longer than a pass over it. A chain that saves few maps frees
+// and allocates maps all the time.
 #pragma once
 
 #include <cstdint>
 
 namespace fusedconvbn {
 
-// While one is alive, what its thread allocates through ATen on the CPU comes from the arena, if it
-// is large. It goes back there when it is freed, whenever and by whomever.
+// While a scope is alive, large allocations that its thread makes through ATen on the CPU come from
+// the arena. They return to it when they are freed, on whichever thread that happens.
 class ArenaScope {
  public:
   ArenaScope();
@@ -22,7 +22,7 @@ class ArenaScope {
   bool outer_;
 };
 
-// Gives the pages that no tensor is in back to the system. Returns their bytes.
+// Returns the pages that hold no tensor to the system. The result is their size in bytes.
 int64_t empty_arena();
 
 }  // namespace fusedconvbn

@@ -1,5 +1,5 @@
-// The channel kernels on CPU: slices of work for the loops of channel_loops.h, and the sums put
-// together.
+// The channel kernels on CPU. They slice the work for the loops of channel_loops.h and combine the
+// sums of the slices.
 #include "../kernels/channel_kernels.h"
 
 #include <ATen/Dispatch.h>
@@ -21,7 +21,7 @@ using cpu::ChannelLoops;
 using cpu::Shape;
 using cpu::Vectors;
 
-constexpr int64_t grain = 1 << 15;  // values in a slice that is worth a thread
+constexpr int64_t grain = 1 << 15;  // values that are worth a thread
 constexpr int64_t most_slices = 64;
 
 template <typename T>
@@ -66,7 +66,7 @@ class Expanded {
     for (int64_t g = 0; g < groups; ++g) scale_[g] = gamma_ ? r_[g] * gamma_[g] : r_[g];
   }
 
-  // From `group` on. One that is absent is the same for all samples.
+  // The vectors from `group` on. An absent vector is the same for all samples.
   Vectors<T> from(int64_t group) const {
     const acc* scale = scale_.empty() ? gamma_ + group : scale_.data() + (mean_ ? group : 0);
     return {mean_ ? mean_ + group : absent_.data(), scale, beta_ ? beta_ + group : absent_.data()};
@@ -76,16 +76,16 @@ class Expanded {
 
  private:
   const acc *mean_, *gamma_, *beta_;
-  std::vector<acc> absent_, scale_, r_;  // absent_ is 0
+  std::vector<acc> absent_, scale_, r_;  // absent_ is all 0
 };
 
-// Both sums of each group, (2, G). add(channel, group, begin, end, sums) is a reduction of
-// ChannelLoops whose vectors start at `group`. The slices depend on the shape alone, and are added
-// in order: the result does not depend on the number of threads.
+// Computes both sums of each group, (2, G). add(channel, group, begin, end, sums) is a reduction of
+// ChannelLoops whose vectors start at `group`. The slices depend only on the shape and are summed
+// in order, so the result does not depend on the number of threads.
 template <typename Add>
 std::vector<double> reduce(const ChannelLayout& layout, const Add& add) {
   const int64_t C = layout.channels, G = layout.groups(), positions = layout.count();
-  // What is sliced by itself: a channel, or, channels last, all channels of a sample.
+  // Each unit is sliced by itself: one channel, or all channels of a sample if channels last.
   const int64_t units = layout.channels_last ? layout.samples : C, width = G / units;
   const int64_t slices = std::clamp<int64_t>(
       std::min(most_slices / units, positions * width / grain), 1, std::max<int64_t>(positions, 1));
@@ -105,7 +105,7 @@ std::vector<double> reduce(const ChannelLayout& layout, const Add& add) {
   return partial;
 }
 
-// f(g, at) for each group g, whose sums are at[0] and at[C] in what `reduce` returns.
+// Calls f(g, at) for each group g; its sums in the result of `reduce` are at[0] and at[C].
 template <typename F>
 void for_groups(const ChannelLayout& layout, const std::vector<double>& sums, const F& f) {
   const int64_t C = layout.channels;
@@ -113,13 +113,13 @@ void for_groups(const ChannelLayout& layout, const std::vector<double>& sums, co
     for (int64_t c = 0; c < C; ++c) f(sample * C + c, sums.data() + sample * 2 * C + c);
 }
 
-// f(begin, end, group) for slices whose vectors start at `group`.
+// Calls f(begin, end, group) for slices whose vectors start at `group`.
 template <typename F>
 void for_slices(const ChannelLayout& layout, const F& f) {
   const int64_t width = layout.channels_last ? layout.channels : 1;
   const int64_t rows = layout.count() * layout.groups() / width;
   at::parallel_for(0, rows, std::max<int64_t>(grain / width, 1), [&](int64_t begin, int64_t end) {
-    while (begin < end) {  // samples > 1: their rows
+    while (begin < end) {  // if each sample has vectors of its own, once per sample
       const int64_t sample = layout.samples == 1 ? 0 : begin / layout.outer;
       const int64_t last = layout.samples == 1 ? end : std::min(end, (sample + 1) * layout.outer);
       f(begin, last, sample * layout.channels);
@@ -150,8 +150,8 @@ Tensor channel_stats(const Tensor& y, int64_t samples) {
   auto result = pair_of_vectors(y, layout);
   dispatch(y, [&]<typename T>(T) {
     const auto* data = y.const_data_ptr<T>();
-    // Sums are taken from a value of the channel, so that they stay exact when |mean| ≫ std. The
-    // middle one: the first is next to the padding.
+    // Sums are relative to a value of the channel, so that they stay exact when |mean| ≫ std. It is
+    // the middle value because the first one is next to the padding.
     std::vector<acc_t<T>> origin(G);
     const auto plane_stride = layout.channels_last ? 1 : layout.inner;
     const auto* middle = data + (layout.outer / 2) * C * layout.inner + layout.inner / 2;

@@ -1,7 +1,7 @@
 // The four channel kernels (channel_kernels.h) over a slice of a feature map, on raw pointers.
 //
-// channel_loops_impl.h is compiled once per instruction set; channel_loops returns the tables of
-// one.
+// channel_loops_impl.h is compiled once per instruction set. channel_loops returns the tables of
+// one instruction set.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@ namespace fusedconvbn::cpu {
 template <typename T>
 using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// outer × channels × inner values, or, channels last, outer × channels.
+// outer × channels × inner values, or outer × channels if channels last.
 struct Shape {
   int64_t outer, channels, inner;
 };
@@ -25,8 +25,8 @@ struct Vectors {
   const acc_t<T>*mean, *scale, *shift;
 };
 
-// As in channel_kernels.h: act' from act(u + residual), or from u + residual, or, without either,
-// from u.
+// As in channel_kernels.h: act' follows from `result`, which is act(u + residual), or from
+// u + residual, or, without either, from u.
 template <typename T>
 struct GradSource {
   const T* residual = nullptr;
@@ -34,9 +34,10 @@ struct GradSource {
   T* du = nullptr;
 };
 
-// Reductions add to sums[c] and sums[C + c]. Contiguous: positions [begin, end) of the outer·inner
-// ones of `channel`. Channels last: rows [begin, end) of every channel (`channel` is not read).
-// Elementwise: values [begin, end) of the map (contiguous), rows [begin, end) (channels last).
+// Reductions add to sums[c] and sums[C + c]. If contiguous, they read positions [begin, end) of the
+// outer·inner positions of `channel`; if channels last, rows [begin, end) of all channels, and
+// `channel` is not read. Elementwise loops compute values [begin, end) of a contiguous map, and
+// rows [begin, end) of a channels-last one.
 template <typename T>
 struct ChannelLoops {
   // Σ (y − origin), Σ (y − origin)²

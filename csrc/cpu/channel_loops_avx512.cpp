@@ -1,6 +1,7 @@
+// The loops of the channel kernels, compiled for AVX-512.
 #if defined(__x86_64__)
-// All that is shared with other files comes before the target changes, so none of it is compiled
-// for this one.
+// Every header that other files share is included before the target changes, so that none of it is
+// compiled for this target.
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 

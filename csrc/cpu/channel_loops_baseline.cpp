@@ -1,3 +1,4 @@
+// The loops of the channel kernels, compiled for the default target.
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 

@@ -1,12 +1,14 @@
-// Included by channel_loops_{baseline,avx2,avx512}.cpp, each with its own target and
-// FUSEDCONVBN_ISA. Plain loops over contiguous memory; the compiler makes the vector code.
+// The loops of the channel kernels. channel_loops_{baseline,avx2,avx512}.cpp include this file,
+// each with its own target and FUSEDCONVBN_ISA. The loops are plain and run over contiguous memory;
+// the compiler vectorises them.
 //
-// Both layouts run the same loops over rows. A channels-last row has a value of each channel; a
+// Both layouts run the same loops over rows. A channels-last row has one value of each channel. A
 // contiguous plane is cut into rows of one channel. `step` tells them apart: the vectors of value c
 // of a row are at [c·step].
 //
-// A cheap activation is a template argument of its pass. The others are called row by row: u of a
-// row is computed into the cache, the activation replaces it, the rest of the pass reads it there.
+// A cheap activation is a template argument of its pass. The others are applied row by row: the
+// pass computes u of a row into a buffer in the cache, replaces it by the activation, and continues
+// from the buffer.
 
 namespace fusedconvbn::cpu {
 namespace {
@@ -15,8 +17,8 @@ enum Step { contiguous = 0, channels_last = 1 };
 
 constexpr int64_t most_width = 512;  // values in a row
 
-// v in the type of a map. c10's own rounding to bfloat16 branches on NaN, and no loop with it
-// becomes a vector loop.
+// v in the type of a map. The rounding to bfloat16 in c10 branches on NaN, so the compiler
+// vectorises no loop that contains it.
 template <typename T>
 FUSEDCONVBN_INLINE T rounded(acc_t<T> v) {
   if constexpr (std::is_same_v<T, c10::BFloat16>) {
@@ -73,7 +75,8 @@ FUSEDCONVBN_INLINE void normalised_row(int64_t width, const T* y, Vectors<T> v, 
   }
 }
 
-// A row of a map as accumulators: the row itself, or a copy in the cache where the types differ.
+// A row of a map in the accumulator type: the row itself, or a copy in the cache if the types
+// differ.
 template <typename T>
 class Row {
  public:
@@ -87,7 +90,7 @@ class Row {
       return values_;
     }
   }
-  // Where to compute what `store` puts into the row `to`, if there is one.
+  // The buffer to fill before `store` writes the row `to`, which may be null.
   FUSEDCONVBN_INLINE acc_t<T>* target(T* to) {
     if constexpr (same)
       if (to) return to;
@@ -106,7 +109,7 @@ class Row {
   acc_t<T> values_[most_width];
 };
 
-// Calls f with the functor of an activation that is cheap, or with nothing.
+// Calls f with the functor of a cheap activation, or with nullptr for any other.
 template <typename T, typename F>
 FUSEDCONVBN_INLINE void with_cheap_activation(Activation activation, const F& f) {
   if (std::is_same_v<T, double> || !activation.cheap()) return f(nullptr);
@@ -120,12 +123,12 @@ constexpr bool by_row = std::is_same_v<Act, std::nullptr_t>;
 
 // -------------------------------------------------------------------------------------- reductions
 
-// A reduction adds up the terms of a block of this many rows in float, and the blocks in double. Of
-// maps with few values a channel, where rounding errors do not average out and time does not count,
-// it adds up all terms in double; so it does where the map is double.
+// A reduction sums the terms of a block of this many rows in float, and the blocks in double. It
+// sums all terms in double if the map is double, or if it has few values per channel: there the
+// rounding errors do not average out, and the time does not matter.
 constexpr int64_t block_rows = 64, few_values = 256;
 
-// Calls f(Sum{}) with the type in which the terms of a block are added up.
+// Calls f(Sum{}) with the type in which the terms of a block are summed.
 template <typename T, typename F>
 FUSEDCONVBN_INLINE void with_sum(Shape shape, const F& f) {
   if (std::is_same_v<T, double> || shape.outer * shape.inner < few_values) return f(double{});
@@ -141,7 +144,7 @@ FUSEDCONVBN_INLINE void add_rows(int64_t first, int64_t rows, int64_t stride, in
       term.add_row(first + row * stride, width, sums1, sums2);
   } else {
     int64_t row = 0;
-    for (; row + 2 <= rows; row += 2) {  // for each read and write of the sums
+    for (; row + 2 <= rows; row += 2) {  // two rows for each read and write of the sums
 #pragma omp simd
       for (int64_t c = 0; c < width; ++c) {
         Sum add1 = 0, add2 = 0;
@@ -163,7 +166,7 @@ FUSEDCONVBN_INLINE void add_rows(int64_t first, int64_t rows, int64_t stride, in
   }
 }
 
-// f(offset, length) for the runs of memory that positions [begin, end) of a channel consist of
+// Calls f(offset, length) for each run of memory in positions [begin, end) of a channel.
 template <typename F>
 FUSEDCONVBN_INLINE void for_runs(Shape shape, int64_t channel, int64_t begin, int64_t end,
                                  const F& f) {
@@ -175,8 +178,8 @@ FUSEDCONVBN_INLINE void for_runs(Shape shape, int64_t channel, int64_t begin, in
   }
 }
 
-// Sums of one channel of a contiguous map; term_at(offset) gives the term of the block that starts
-// there.
+// Computes the sums of one channel of a contiguous map. term_at(offset) returns the term of the
+// block that starts at `offset`.
 template <typename Sum, typename TermAt>
 FUSEDCONVBN_INLINE void add_channel(Shape shape, int64_t channel, int64_t begin, int64_t end,
                                     const TermAt& term_at, double* sums) {
@@ -206,8 +209,8 @@ FUSEDCONVBN_INLINE void add_channel(Shape shape, int64_t channel, int64_t begin,
   });
 }
 
-// Sums of all channels of a channels-last map; term_at(row, c, width) gives the term of the block
-// that starts there.
+// Computes the sums of all channels of a channels-last map. term_at(row, c, width) returns the term
+// of the block of `width` channels that starts at `row` and channel c.
 template <typename Sum, typename TermAt>
 FUSEDCONVBN_INLINE void add_channels(Shape shape, int64_t begin, int64_t end, const TermAt& term_at,
                                      double* sums) {
@@ -226,9 +229,9 @@ FUSEDCONVBN_INLINE void add_channels(Shape shape, int64_t begin, int64_t end, co
   }
 }
 
-// A block adds up d and d², where d is the distance of a value to `shift`, a value of the block. At
-// its end the sums are moved to the origin of the channel, so that an outlier spoils no block but
-// its own.
+// A block sums d and d², where d is the distance of a value from `shift`, a value of the block. At
+// the end of the block the sums are moved to the origin of the channel, so that an outlier only
+// affects its own block.
 template <typename T, Step step, typename Sum>
 struct StatsTerm {
   static constexpr bool by_row = false;
@@ -241,7 +244,7 @@ struct StatsTerm {
       : y(y), origin(origin) {
     for (int64_t c = 0; c < (step ? width : 1); ++c) {
       const acc_t<T> value = acc_t<T>(y[c]);
-      shift[c] = value - value == 0 ? value : origin[c];  // a finite one
+      shift[c] = value - value == 0 ? value : origin[c];  // a finite value
     }
   }
 
@@ -281,8 +284,8 @@ void stats_channels_last(Shape shape, int64_t, int64_t begin, int64_t end, const
   });
 }
 
-// The terms of grad_stats: du and du·(y − mean), du = act'·dout, from the first value of a block
-// on.
+// The terms of grad_stats are du = act'·dout and du·(y − mean). The pointers are those of the first
+// value of a block.
 template <typename T>
 struct GradBlock {
   const T *dout, *y;
@@ -303,10 +306,11 @@ struct GradBlock {
   }
 };
 
-// Where act' is taken: at u, at u + residual, or from the result, act(u + residual).
+// The argument of act': u, u + residual, or neither, because it follows from the result.
 enum class At { u, sum, result };
 
-// For a cheap activation. du is written where there is a residual, whose gradient it is.
+// For a cheap activation. du is written if there is a residual, because it is the residual's
+// gradient.
 template <typename T, Step step, typename Act, At at>
 struct GradTerm : GradBlock<T> {
   static constexpr bool by_row = false;
@@ -330,7 +334,7 @@ struct GradTerm : GradBlock<T> {
   }
 };
 
-// For any activation and any of the three, row by row. Contiguous rows have one sum each.
+// For any activation and any At, row by row. A contiguous row has a single sum.
 template <typename T, Step step, typename Sum>
 struct GradRowTerm : GradBlock<T> {
   static constexpr bool by_row = true;
@@ -430,8 +434,8 @@ void grad_stats_channels_last(Shape shape, int64_t, int64_t begin, int64_t end, 
 
 // ------------------------------------------------------------------------------------- elementwise
 
-// f(offset, width, channel) for the rows that values [begin, end), or rows of channels [begin,
-// end), consist of; channel is that of the first value.
+// Calls f(offset, width, channel) for each row, or part of a row, in values [begin, end). `channel`
+// is the channel of its first value.
 template <Step step, typename F>
 FUSEDCONVBN_INLINE void for_rows(Shape shape, int64_t begin, int64_t end, const F& f) {
   const int64_t length = step ? shape.channels : shape.inner;
@@ -444,15 +448,15 @@ FUSEDCONVBN_INLINE void for_rows(Shape shape, int64_t begin, int64_t end, const 
   }
 }
 
-// f(begin, end) for parts of the values [begin, end) that fit into a row; they may be several short
-// rows, or a part of a long one.
+// Calls f(begin, end) for parts of the values [begin, end) that fit into a Row. A part may be
+// several short rows or a piece of a long one.
 template <typename F>
 FUSEDCONVBN_INLINE void for_parts(int64_t begin, int64_t end, const F& f) {
   for (; begin < end; begin += most_width)
     f(begin, end < begin + most_width ? end : begin + most_width);
 }
 
-// The slices of channels-last maps are given in rows (channel_loops.h).
+// Slices of channels-last maps are given in rows (channel_loops.h).
 template <Step step>
 FUSEDCONVBN_INLINE int64_t value_at(Shape shape, int64_t index) {
   return step ? index * shape.channels : index;
@@ -513,7 +517,7 @@ void grad_apply(Shape shape, int64_t begin, int64_t end, T* out, const T* dout, 
                 Vectors<T> vectors, const acc_t<T>* slopes, const acc_t<T>* offsets,
                 Activation activation) {
   begin = value_at<step>(shape, begin), end = value_at<step>(shape, end);
-  // du_of(u, i) for values [begin, end)
+  // Computes values [begin, end) with du = du_of(u, i).
   const auto run = [&](int64_t begin, int64_t end, const auto& du_of) {
     for_rows<step>(shape, begin, end, [&](int64_t at, int64_t width, int64_t channel) {
       const auto v = advance(vectors, channel);
@@ -522,7 +526,7 @@ void grad_apply(Shape shape, int64_t begin, int64_t end, T* out, const T* dout, 
       for (int64_t c = 0; c < width; ++c) {
         const acc_t<T> centred = acc_t<T>(y[at + c]) - v.mean[c * step], a = v.scale[c * step];
         const acc_t<T> du = du_of(centred * a + v.shift[c * step], at + c);
-        // An infinite value is no NaN then.
+        // A slope of 0 must not turn an infinite value into NaN.
         const acc_t<T> linear = slope[c * step] == 0 ? acc_t<T>(0) : slope[c * step] * centred;
         out[at + c] = rounded<T>(a * du + (linear + offset[c * step]));
       }

@@ -1,3 +1,4 @@
+// Depthwise convolutions and their gradients: slices the work for the loops of depthwise_loops.h.
 #include "depthwise.h"
 
 #include <ATen/Parallel.h>
@@ -17,11 +18,11 @@ using cpu::DepthwiseShape;
 
 constexpr auto channels_last = at::MemoryFormat::ChannelsLast;
 constexpr int64_t grain = 1 << 15;   // products that are worth a thread
-constexpr int64_t most_slices = 16;  // of a weight gradient, which are added up in order
+constexpr int64_t most_slices = 16;  // of a weight gradient; they are summed in order
 
 using LoopsFor = cpu::DepthwiseLoops (*)(int64_t kernel, int64_t stride);
 
-// nullptr without vectors of this width
+// nullptr if the CPU has neither AVX2 nor AVX-512
 const LoopsFor loops = cpu::with_isa([]<cpu::Isa isa>() -> LoopsFor {
   if constexpr (isa == cpu::Isa::baseline)
     return nullptr;
@@ -36,10 +37,10 @@ DepthwiseShape shape_of(const Conv& conv, const Tensor& input, const Tensor& wei
           conv.padding[0],       conv.padding[1]};
 }
 
-// (C, 1, kernel, kernel) as (kernel, kernel, C), or turned around.
-Tensor by_places(const Tensor& weight, bool turned) {
-  const auto places = weight.permute({2, 3, 1, 0});
-  return (turned ? places.flip({0, 1}) : places).contiguous();
+// The weight (C, 1, kernel, kernel) as (kernel, kernel, C), rotated by 180° if `rotated`.
+Tensor channels_innermost(const Tensor& weight, bool rotated) {
+  const auto taps = weight.permute({2, 3, 1, 0});
+  return (rotated ? taps.flip({0, 1}) : taps).contiguous();
 }
 
 template <typename F>
@@ -48,13 +49,13 @@ void for_rows(const DepthwiseShape& s, int64_t rows, int64_t width, const F& f) 
   at::parallel_for(0, s.batch * rows, std::max<int64_t>(grain / products, 1), f);
 }
 
-Tensor convolve(const DepthwiseShape& s, const Tensor& in, const Tensor& weight, bool turned) {
+Tensor convolve(const DepthwiseShape& s, const Tensor& in, const Tensor& weight, bool rotated) {
   auto out = at::empty({s.batch, s.channels, s.out_height, s.out_width},
                        in.options().memory_format(channels_last));
-  const auto places = by_places(weight, turned);
+  const auto taps = channels_innermost(weight, rotated);
   for_rows(s, s.out_height, s.out_width, [&](int64_t begin, int64_t end) {
     loops(s.kernel, s.stride)
-        .forward(s, begin, end, in.const_data_ptr<float>(), places.const_data_ptr<float>(),
+        .forward(s, begin, end, in.const_data_ptr<float>(), taps.const_data_ptr<float>(),
                  out.mutable_data_ptr<float>());
   });
   return out;
@@ -79,25 +80,25 @@ bool is_depthwise(const Conv& conv, const Tensor& input, const Tensor& weight) {
 }
 
 Tensor depthwise(const Conv& conv, const Tensor& input, const Tensor& weight) {
-  return convolve(shape_of(conv, input, weight), input, weight, /*turned=*/false);
+  return convolve(shape_of(conv, input, weight), input, weight, /*rotated=*/false);
 }
 
 Tensor depthwise_grad_input(const Conv& conv, const Tensor& dout, const Tensor& input,
                             const Tensor& weight) {
   const auto gradient = dout.contiguous(channels_last);
   auto s = shape_of(conv, input, weight);
-  if (s.stride == 1) {  // the convolution of dout with the weight turned around
+  if (s.stride == 1) {  // the convolution of dout with the rotated weight
     std::swap(s.height, s.out_height);
     std::swap(s.width, s.out_width);
     s.pad_height = s.kernel - 1 - s.pad_height;
     s.pad_width = s.kernel - 1 - s.pad_width;
-    return convolve(s, gradient, weight, /*turned=*/true);
+    return convolve(s, gradient, weight, /*rotated=*/true);
   }
   auto din = at::empty_like(input);
-  const auto places = by_places(weight, /*turned=*/false);
+  const auto taps = channels_innermost(weight, /*rotated=*/false);
   for_rows(s, s.height, s.width, [&](int64_t begin, int64_t end) {
     loops(s.kernel, s.stride)
-        .grad_input(s, begin, end, gradient.const_data_ptr<float>(), places.const_data_ptr<float>(),
+        .grad_input(s, begin, end, gradient.const_data_ptr<float>(), taps.const_data_ptr<float>(),
                     din.mutable_data_ptr<float>());
   });
   return din;

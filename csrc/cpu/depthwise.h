@@ -1,4 +1,4 @@
-// Depthwise convolutions on CPU in float, channels last (depthwise_loops.h).
+// Depthwise convolutions on CPU, in float and channels last (depthwise_loops.h).
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -7,9 +7,11 @@
 
 namespace fusedconvbn {
 
-// Whether the functions below take this convolution once its tensors are float. They win then; in
-// half types the weight gradient is where oneDNN is slow.
+// Whether the functions below support this convolution once its tensors are cast to float. They are
+// then faster than oneDNN, whose weight gradient is slow in half types too.
 bool is_depthwise(const Conv& conv, const at::Tensor& input, const at::Tensor& weight);
+
+// Whether they support it as it is.
 bool depthwise_applies(const Conv& conv, const at::Tensor& input, const at::Tensor& weight);
 
 at::Tensor depthwise(const Conv& conv, const at::Tensor& input, const at::Tensor& weight);

@@ -1,7 +1,7 @@
 // Depthwise convolutions of channels-last maps in float, on raw pointers.
 //
-// depthwise_loops_impl.h is compiled once per instruction set; depthwise_loops returns the table
-// of one.
+// depthwise_loops_impl.h is compiled once per instruction set. depthwise_loops returns the table of
+// one instruction set.
 #pragma once
 
 #include <cstdint>
@@ -11,8 +11,8 @@
 
 namespace fusedconvbn::cpu {
 
-// A square kernel and one stride; the padding may differ. `channels` is at least a vector, of 16
-// values.
+// The kernel is square and the stride the same in both dimensions; the padding may differ.
+// `channels` is at least 16, the values of a vector.
 struct DepthwiseShape {
   int64_t batch, channels, height, width, out_height, out_width, kernel, stride, pad_height,
       pad_width;
@@ -20,18 +20,18 @@ struct DepthwiseShape {
 
 // Weights and their sums are (kernel, kernel, channels).
 struct DepthwiseLoops {
-  // Rows [begin, end) of all samples of the result.
+  // Computes rows [begin, end) of the result, counted over all samples.
   void (*forward)(const DepthwiseShape&, int64_t begin, int64_t end, const float* in,
                   const float* weight, float* out);
-  // Rows [begin, end) of all samples of the input gradient.
+  // Computes rows [begin, end) of the input gradient, counted over all samples.
   void (*grad_input)(const DepthwiseShape&, int64_t begin, int64_t end, const float* dout,
                      const float* weight, float* din);
-  // sums += what rows [begin, end) of dout contribute to the weight gradient
+  // Adds the contribution of rows [begin, end) of dout to the weight gradient.
   void (*grad_weight)(const DepthwiseShape&, int64_t begin, int64_t end, const float* dout,
                       const float* in, double* sums);
 };
 
-// For a kernel of 3 or 5 and a stride of 1 or 2.
+// `kernel` is 3 or 5, `stride` 1 or 2.
 template <Isa isa>  // avx2 or avx512
 DepthwiseLoops depthwise_loops(int64_t kernel, int64_t stride);
 

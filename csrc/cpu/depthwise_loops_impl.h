@@ -1,18 +1,18 @@
-// Included by depthwise_loops_{avx2,avx512}.cpp, each with its own target, FUSEDCONVBN_ISA and
-// FUSEDCONVBN_VECTOR.
+// The loops of depthwise convolutions. depthwise_loops_{avx2,avx512}.cpp include this file, each
+// with its own target, FUSEDCONVBN_ISA and FUSEDCONVBN_VECTOR.
 #include "vector.h"
 
 namespace fusedconvbn::cpu {
 namespace {
 
-// f(c) for vectors of channels; the last one may lie over the one before it.
+// Calls f(c) for each vector of channels; the last vector may overlap the one before it.
 template <typename F>
 inline void for_vectors(int64_t channels, const F& f) {
   for (int64_t c = 0; c < channels; c += lanes) f(c + lanes <= channels ? c : channels - lanes);
 }
 
-// out[x] = Σ in[x·stride − pad + j]·weight[j] over a kernel, `count` results in a row at a time,
-// which share their inputs.
+// out[x] = Σ in[x·stride − pad + j]·weight[j] over a kernel, for `count` neighbouring results of a
+// row, which share their inputs.
 template <int64_t kernel, int64_t stride, int64_t count>
 inline void convolve(const DepthwiseShape& s, int64_t sample, int64_t y, int64_t x, const float* in,
                      const float* weight, float* out) {
@@ -54,8 +54,8 @@ void forward(const DepthwiseShape& s, int64_t begin, int64_t end, const float* i
   }
 }
 
-// din[y, x] = Σ dout[(y + pad − i)/stride, (x + pad − j)/stride]·weight[i, j] over the (i, j) that
-// leave no remainder
+// din[y, x] = Σ dout[(y + pad − i)/stride, (x + pad − j)/stride]·weight[i, j] over the (i, j) for
+// which both divisions leave no remainder.
 template <int64_t kernel>
 void grad_input(const DepthwiseShape& s, int64_t begin, int64_t end, const float* dout,
                 const float* weight, float* din) {
@@ -85,13 +85,13 @@ void grad_input(const DepthwiseShape& s, int64_t begin, int64_t end, const float
   }
 }
 
-// The sums of one vector of channels, each in a register, over a few rows of a sample.
+// Sums over a few rows of a sample at a time, with the sums of one vector of channels in registers.
 template <int64_t kernel, int64_t stride>
 void grad_weight(const DepthwiseShape& s, int64_t begin, int64_t end, const float* dout,
                  const float* in, double* sums) {
-  constexpr int64_t most = 512;  // products that are added up in float
+  constexpr int64_t most = 512;  // products that are summed in float
   const int64_t C = s.channels;
-  // Columns of dout whose window lies inside the map.
+  // The columns [first, last) of dout whose windows lie inside the map.
   const int64_t first = std::min((s.pad_width + stride - 1) / stride, s.out_width);
   const int64_t last =
       std::clamp((s.width + s.pad_width - kernel) / stride + 1, first, s.out_width);

@@ -1,5 +1,5 @@
-// The one place that chooses among the instruction sets for which the loops of this folder are
-// compiled.
+// Chooses among the instruction sets for which the loops of this folder are compiled. Nothing else
+// chooses.
 #pragma once
 
 #include <ATen/Version.h>
@@ -10,8 +10,8 @@ namespace fusedconvbn::cpu {
 
 enum class Isa { baseline, avx2, avx512 };
 
-// Calls f.operator()<isa>() with what this machine has: ATen's choice for its own kernels, which
-// the environment variable ATEN_CPU_CAPABILITY can lower.
+// Calls f.operator()<isa>() with the instruction set that ATen chose for its own kernels. The
+// environment variable ATEN_CPU_CAPABILITY can lower it.
 template <typename F>
 auto with_isa(const F& f) {
 #if defined(__x86_64__)

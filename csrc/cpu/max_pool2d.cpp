@@ -1,3 +1,4 @@
+// Max pooling on CPU: PyTorch's kernels, with their indices converted to offsets and back.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
@@ -10,7 +11,7 @@ using at::Tensor;
 
 namespace {
 
-// f(index in memory, row, column) for each value of a dense (N, C, H, W) map
+// Calls f(index in memory, row, column) for each value of a dense (N, C, H, W) map.
 template <typename F>
 void for_values(const Tensor& map, const F& f) {
   const int64_t height = map.size(2), width = map.size(3);
@@ -27,7 +28,8 @@ void for_values(const Tensor& map, const F& f) {
                    });
 }
 
-// Of each offset in the window the distance from its first value, in a map of `width`.
+// For each offset in the window, its distance in memory from the first value of the window, in a
+// map of `width`.
 std::array<int64_t, Pool::most_offsets> distances(const Pool& pool, int64_t width) {
   std::array<int64_t, Pool::most_offsets> distance{};
   for (int64_t k = 0; k < pool.offsets(); ++k)
@@ -36,14 +38,14 @@ std::array<int64_t, Pool::most_offsets> distances(const Pool& pool, int64_t widt
   return distance;
 }
 
-// From where PyTorch found the values, row·width + column.
+// Converts PyTorch's indices in the map, row·width + column, to offsets in the windows.
 Tensor offsets_in_windows(const Tensor& indices, const Pool& pool, int64_t width) {
   const auto distance = distances(pool, width);
   auto offsets = at::empty_like(indices, indices.options().dtype(at::kByte));
   const auto* const from = indices.const_data_ptr<int64_t>();
   auto* const to = offsets.mutable_data_ptr<uint8_t>();
-  // Two offsets may have one distance where a row of the window is longer than what it steps
-  // over.
+  // If a row of the window is longer than the distance to its next row, two offsets may have the
+  // same distance.
   if ((pool.kernel[1] - 1) * pool.dilation[1] >= pool.dilation[0] * width) {
     for_values(indices, [&](int64_t at, int64_t row, int64_t column) {
       const int64_t down = from[at] / width - row * pool.stride[0] + pool.padding[0];

@@ -1,5 +1,6 @@
-// For loops that need registers by name: a vector of floats, and windows of channels-last maps.
-// Included after the target is set, with FUSEDCONVBN_VECTOR, the floats in a vector.
+// A vector of floats and windows of channels-last maps, for loops that name their registers.
+// Include it after the target is set and FUSEDCONVBN_VECTOR, the number of floats in a vector, is
+// defined.
 namespace fusedconvbn::cpu {
 namespace {
 
@@ -13,7 +14,7 @@ inline void store(float* to, Vector v) { *reinterpret_cast<Vector*>(to) = v; }
 
 alignas(64) constexpr float zeros[most_channels] = {};
 
-// Pointers to the rows and columns of a window of a sample, or to zeros outside of it.
+// Pointers to the positions of a window of a sample; to zeros for positions outside the sample.
 template <int64_t rows, int64_t columns>
 struct Window {
   const float* at[rows][columns];

@@ -1,3 +1,4 @@
+// Winograd convolutions and their gradients: slices the work for the loops of winograd_loops.h.
 #include "winograd.h"
 
 #include <ATen/Parallel.h>
@@ -16,10 +17,10 @@ using at::Tensor;
 using cpu::WinogradShape;
 
 constexpr auto channels_last = at::MemoryFormat::ChannelsLast;
-constexpr int64_t unit = 32;         // channels, of which both maps have a multiple
-constexpr int64_t least_tiles = 64;  // of a thread, or the filters cost more than they save
-constexpr int64_t most_values =
-    int64_t(1) << 20;  // of a scratch buffer that is for filters, or tiles, of all threads
+constexpr int64_t unit = 32;         // the channels of both maps are multiples of it
+constexpr int64_t least_tiles = 64;  // per thread; for fewer, transforming the filters costs more
+// Values of a scratch buffer that all threads share, for filters or for tiles.
+constexpr int64_t most_values = int64_t(1) << 20;
 
 std::optional<cpu::WinogradLoops> choose_loops() {
   return cpu::with_isa([]<cpu::Isa isa>() -> std::optional<cpu::WinogradLoops> {
@@ -32,7 +33,7 @@ std::optional<cpu::WinogradLoops> choose_loops() {
 
 const auto loops = choose_loops();
 
-// f(begin, end) for parts of `count` in multiples of `unit`
+// Calls f(begin, end) in parallel for parts of `count` that begin at multiples of `unit`.
 template <typename F>
 void for_units(int64_t count, int64_t unit, const F& f) {
   at::parallel_for(0, at::divup(count, unit), 1, [&](int64_t begin, int64_t end) {
@@ -44,13 +45,13 @@ Tensor scratch(int64_t values, const Tensor& like) {
   return at::empty({values}, like.options().memory_format(std::nullopt));
 }
 
-// As many filters at a time as their u, or du, has room for.
+// How many filters fit into a buffer of most_values with their u or du.
 int64_t filters_at_a_time(const WinogradShape& s) {
-  return std::clamp<int64_t>(most_values / (cpu::winograd_places * s.channels) / unit * unit, unit,
-                             s.all_filters);
+  return std::clamp<int64_t>(most_values / (cpu::winograd_positions * s.channels) / unit * unit,
+                             unit, s.all_filters);
 }
 
-// f(shape, k) for filters k, k + 1, …, k + shape.filters − 1, a few at a time
+// Calls f(shape, k) for filters k, k + 1, …, k + shape.filters − 1, a few at a time.
 template <typename F>
 void for_filters(const WinogradShape& all, const F& f) {
   auto s = all;
@@ -60,15 +61,14 @@ void for_filters(const WinogradShape& all, const F& f) {
   }
 }
 
-Tensor convolve(const WinogradShape& all, const Tensor& in, const Tensor& weight, bool turned) {
+Tensor convolve(const WinogradShape& all, const Tensor& in, const Tensor& weight, bool rotated) {
   const Tensor kernel = weight.contiguous(channels_last);
   const cpu::WinogradWeight w{kernel.const_data_ptr<float>(), weight.size(0), weight.size(1),
-                              turned};
+                              rotated};
   auto out = at::empty({all.batch, all.all_filters, all.out_height(), all.out_width()},
                        in.options().memory_format(channels_last));
-  const auto u = scratch(cpu::winograd_places * all.channels * filters_at_a_time(all), in);
-  // Tiles of a thread at a time, which with their products stay in its cache, in blocks of the same
-  // size.
+  const auto u = scratch(cpu::winograd_positions * all.channels * filters_at_a_time(all), in);
+  // Each thread computes blocks of equal size, whose tiles and products stay in its cache.
   const int64_t threads = std::clamp<int64_t>(all.tiles() / 8, 1, at::get_num_threads());
   const int64_t most =
       std::clamp<int64_t>((1 << 15) / (all.channels + filters_at_a_time(all)), 16, 64);
@@ -76,7 +76,7 @@ Tensor convolve(const WinogradShape& all, const Tensor& in, const Tensor& weight
   const int64_t block = at::divup(at::divup(all.tiles(), threads * rounds), 8) * 8,
                 blocks = at::divup(all.tiles(), block);
   const int64_t own_values =
-      cpu::winograd_places * (block * (all.channels + filters_at_a_time(all)) + 2 * unit);
+      cpu::winograd_positions * (block * (all.channels + filters_at_a_time(all)) + 2 * unit);
   const auto own = scratch(threads * own_values, in);
   for_filters(all, [&](const WinogradShape& s, int64_t k) {
     for_units(s.filters, loops->panel, [&](int64_t begin, int64_t end) {
@@ -122,14 +122,14 @@ bool winograd_applies(const Conv& conv, const Tensor& input, const Tensor& weigh
 }
 
 Tensor winograd(const Conv& conv, const Tensor& input, const Tensor& weight) {
-  return convolve(shape_of(conv, input, weight), input, weight, /*turned=*/false);
+  return convolve(shape_of(conv, input, weight), input, weight, /*rotated=*/false);
 }
 
 Tensor winograd_grad_input(const Conv& conv, const Tensor& dout, const Tensor& weight) {
   const WinogradShape shape{dout.size(0),        weight.size(0),     0,
                             weight.size(1),      dout.size(2),       dout.size(3),
                             2 - conv.padding[0], 2 - conv.padding[1]};
-  return convolve(shape, dout.contiguous(channels_last), weight, /*turned=*/true);
+  return convolve(shape, dout.contiguous(channels_last), weight, /*rotated=*/true);
 }
 
 Tensor winograd_grad_weight(const Conv& conv, const Tensor& dout, const Tensor& input,
@@ -138,23 +138,23 @@ Tensor winograd_grad_weight(const Conv& conv, const Tensor& dout, const Tensor& 
   const Tensor gradient = dout.contiguous(channels_last);
   auto dweight = at::empty(weight.sizes(), input.options().memory_format(channels_last));
   const int64_t C = all.channels, most = filters_at_a_time(all),
-                size = cpu::winograd_places * most * C;
-  // Slices of the tiles, each with a sum of its own, where the sums are small; else the threads
-  // share the products.
+                size = cpu::winograd_positions * most * C;
+  // If the sums are small, the tiles are sliced and each slice has its own sums. Otherwise the
+  // threads share the products.
   const int64_t slices = std::clamp<int64_t>(std::min(most_values / size, all.tiles() / 256), 1, 8);
   const int64_t length = at::divup(all.tiles(), slices);
   const int64_t count =
       slices > 1 ? 64 : std::clamp<int64_t>(most_values / 16 / (C + most) / 64 * 64, 64, 256);
-  const int64_t v_size = cpu::winograd_places * count * C,
-                z_size = cpu::winograd_places * count * most;
+  const int64_t v_size = cpu::winograd_positions * count * C,
+                z_size = cpu::winograd_positions * count * most;
   const auto sums = scratch(slices * size, input),
              spread = scratch(slices * (v_size + z_size), input);
   for_filters(all, [&](const WinogradShape& s, int64_t k) {
     const auto add = [&](int64_t slice, const auto& for_each) {
-      auto *const v = spread.mutable_data_ptr<float>() + slice * (v_size + z_size), *const z =
-                                                                                        v + v_size;
+      auto* const v = spread.mutable_data_ptr<float>() + slice * (v_size + z_size);
+      auto* const z = v + v_size;
       auto* const du = sums.mutable_data_ptr<float>() + slice * size;
-      std::fill_n(du, cpu::winograd_places * s.filters * C, 0.f);
+      std::fill_n(du, cpu::winograd_positions * s.filters * C, 0.f);
       const int64_t end = std::min(s.tiles(), (slice + 1) * length);
       for (int64_t first = slice * length; first < end; first += count) {
         const int64_t now = std::min(count, end - first);
@@ -162,7 +162,7 @@ Tensor winograd_grad_weight(const Conv& conv, const Tensor& dout, const Tensor& 
           loops->spread(s, first, begin, end, count, input.const_data_ptr<float>(),
                         gradient.const_data_ptr<float>() + k, v, z);
         });
-        for_each(cpu::winograd_places * s.filters, unit, [&](int64_t begin, int64_t end) {
+        for_each(cpu::winograd_positions * s.filters, unit, [&](int64_t begin, int64_t end) {
           const int64_t p = begin / s.filters, of = p * s.filters;
           loops->products(s, p, begin - of, end - of, now, count, v, z, du);
         });

@@ -1,5 +1,5 @@
-// 3×3 convolutions of stride 1 on CPU in float, channels last, by Winograd's algorithm
-// (winograd_loops.h).
+// 3×3 convolutions of stride 1 on CPU by Winograd's algorithm (winograd_loops.h), in float and
+// channels last.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -8,11 +8,11 @@
 
 namespace fusedconvbn {
 
-// Whether the functions below take a convolution of stride 1 in float, by its options and the sizes
-// of its weight alone.
+// Whether the functions below support a float convolution with these options and this size of the
+// weight.
 bool winograd_takes(const Conv& conv, at::IntArrayRef weight);
 
-// Whether they also take this map, and win.
+// Whether they also support this map and are faster than oneDNN.
 bool winograd_applies(const Conv& conv, const at::Tensor& input, const at::Tensor& weight);
 
 at::Tensor winograd(const Conv& conv, const at::Tensor& input, const at::Tensor& weight);

@@ -9,11 +9,11 @@
 //       ⎜0 −1  1  0⎟       ⎜ ½  −½   ½⎟
 //       ⎝0  1  0 −1⎠       ⎝ 0   0   1⎠
 //
-// Over channels, ⊙ is one matrix product for each of the 16 places of a tile. Lavin and Gray,
-// arXiv:1509.09308.
+// Over channels, ⊙ is one matrix product for each of the 16 positions in a tile (Lavin and Gray,
+// arXiv:1509.09308).
 //
-// winograd_loops_impl.h is compiled once per instruction set; winograd_loops returns the table of
-// one.
+// winograd_loops_impl.h is compiled once per instruction set. winograd_loops returns the table of
+// one instruction set.
 #pragma once
 
 #include <cstdint>
@@ -23,11 +23,10 @@
 
 namespace fusedconvbn::cpu {
 
-constexpr int64_t winograd_places = 16;
+constexpr int64_t winograd_positions = 16;  // in a tile
 
-// Of the map that is read (`channels`) and of the filters at hand, `filters` of the `all_filters`
-// channels that the other map has. The input gradient reads dout, and writes what was read in
-// forward.
+// The map that is read has `channels` channels and the other one `all_filters`; a call computes
+// `filters` of those. For the input gradient, dout is the map that is read.
 struct WinogradShape {
   int64_t batch, channels, filters, all_filters, height, width, pad_height, pad_width;
 
@@ -38,36 +37,36 @@ struct WinogradShape {
   int64_t tiles() const { return batch * tile_rows() * tile_columns(); }
 };
 
-// A weight (filters, 3, 3, channels) in memory, and whether its two channel dimensions are
-// exchanged and g is turned around, as in the input gradient.
+// A weight (filters, 3, 3, channels) in memory. If `rotated`, as for the input gradient, its
+// channel dimensions are exchanged and g is rotated by 180°.
 struct WinogradWeight {
   const float* data;
   int64_t filters, channels;
-  bool turned;
+  bool rotated;
 };
 
 struct WinogradLoops {
-  int64_t
-      panel;  // filters that a product has at a time: u is (16, filters / panel, channels, panel)
+  // Filters that one product computes at a time: u is (16, filters / panel, channels, panel).
+  int64_t panel;
 
-  // u = G g Gᵀ of the filters [first + begin, first + end), of which u has `count`; begin and end
-  // are multiples of `panel`.
+  // u = G g Gᵀ for filters [first + begin, first + end). u holds filters [first, first + count);
+  // begin and end are multiples of `panel`.
   void (*filters)(WinogradWeight, int64_t first, int64_t count, int64_t begin, int64_t end,
                   float* u);
-  // Outputs of tiles [begin, end). scratch: 16·((end − begin)·(channels + filters) + 2·panel)
-  // values, end − begin rounded up to a multiple of 8
+  // Computes the outputs of tiles [begin, end). scratch has 16·((end − begin)·(channels + filters)
+  // + 2·panel) values, with end − begin rounded up to a multiple of 8.
   void (*outputs)(const WinogradShape&, int64_t begin, int64_t end, const float* in, const float* u,
                   float* scratch, float* out);
-  // v = Bᵀ d B, (16, stride, channels), of tiles [first + begin, first + end), and z = A dy Aᵀ,
-  // (16, stride, filters)
+  // v = Bᵀ d B, (16, stride, channels), and z = A dy Aᵀ, (16, stride, filters), for tiles
+  // [first + begin, first + end).
   void (*spread)(const WinogradShape&, int64_t first, int64_t begin, int64_t end, int64_t stride,
                  const float* in, const float* dout, float* v, float* z);
-  // du += Σ_tiles z·v, (16, filters, channels), for `count` tiles at place p and filters [begin,
-  // end)
+  // du += Σ_tiles z·v, (16, filters, channels), over `count` tiles, for position p and filters
+  // [begin, end).
   void (*products)(const WinogradShape&, int64_t p, int64_t begin, int64_t end, int64_t count,
                    int64_t stride, const float* v, const float* z, float* du);
-  // dweight = Gᵀ du G, (filters, 3, 3, channels), for filters [begin, end), of the sum of `count`
-  // du that lie `stride` apart
+  // dweight = Gᵀ du G, (filters, 3, 3, channels), for filters [begin, end). du is the sum of
+  // `count` arrays at a distance of `stride`.
   void (*filter_gradients)(const WinogradShape&, int64_t begin, int64_t end, int64_t count,
                            int64_t stride, const float* du, float* dweight);
 };

@@ -1,6 +1,7 @@
+// The loops of the Winograd convolutions, compiled for AVX-512.
 #if defined(__x86_64__)
-// All that is shared with other files comes before the target changes, so none of it is compiled
-// for this one.
+// Every header that other files share is included before the target changes, so that none of it is
+// compiled for this target.
 #include "winograd_loops.h"
 
 #if defined(__clang__)

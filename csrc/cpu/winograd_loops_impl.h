@@ -1,17 +1,16 @@
-// Included by winograd_loops_{avx2,avx512}.cpp, each with its own target, FUSEDCONVBN_ISA and
-// FUSEDCONVBN_VECTOR, the floats in a vector.
-
+// The loops of Winograd convolutions. winograd_loops_{avx2,avx512}.cpp include this file, each with
+// its own target, FUSEDCONVBN_ISA and FUSEDCONVBN_VECTOR.
 #include "vector.h"
 
 namespace fusedconvbn::cpu {
 namespace {
 
 constexpr int64_t panel = 2 * lanes;
-constexpr int64_t rows_at_a_time =
-    lanes / 2;  // of a product: with two vectors each, half of the registers
+// Rows of a product. Each takes two vectors, so together they take half of the registers.
+constexpr int64_t rows_at_a_time = lanes / 2;
 
-// c[i][j] (+)= Σ_k a[i·row + k·step]·b[k·b_row + j] for `rows_at_a_time` rows and one panel of
-// columns
+// c[i·c_row + j] (+)= Σ_k a[i·row + k·step]·b[k·b_row + j] for rows_at_a_time rows i and the
+// columns j of one panel.
 template <bool add>
 inline void multiply(int64_t depth, const float* a, int64_t row, int64_t step, const float* b,
                      int64_t b_row, float* c, int64_t c_row) {
@@ -55,9 +54,10 @@ inline Tile input_tile(const Tile& d) {  // Bᵀ d B
   return v;
 }
 
-struct Place {
+// The position of a tile in the map.
+struct Position {
   int64_t sample, row, column;
-  Place(const WinogradShape& s, int64_t tile)
+  Position(const WinogradShape& s, int64_t tile)
       : sample(tile / (s.tile_rows() * s.tile_columns())),
         row(tile / s.tile_columns() % s.tile_rows()),
         column(tile % s.tile_columns()) {}
@@ -66,10 +66,10 @@ struct Place {
 // v[p·plane + c] = (Bᵀ d B)_p
 inline void spread_input(const WinogradShape& s, int64_t tile, const float* in, float* v,
                          int64_t plane) {
-  const Place place(s, tile);
-  const Window<4, 4> window(in + place.sample * s.height * s.width * s.channels, s.height, s.width,
-                            s.channels, 2 * place.row - s.pad_height,
-                            2 * place.column - s.pad_width);
+  const Position position(s, tile);
+  const Window<4, 4> window(in + position.sample * s.height * s.width * s.channels, s.height,
+                            s.width, s.channels, 2 * position.row - s.pad_height,
+                            2 * position.column - s.pad_width);
   for (int64_t c = 0; c < s.channels; c += lanes) {
     Tile d;
     for (int64_t i = 0; i < 4; ++i)
@@ -83,10 +83,10 @@ inline void spread_input(const WinogradShape& s, int64_t tile, const float* in, 
 // z[p·plane + k] = (A dy Aᵀ)_p
 inline void spread_gradient(const WinogradShape& s, int64_t tile, const float* dout, float* z,
                             int64_t plane) {
-  const Place place(s, tile);
-  const Window<2, 2> window(dout + place.sample * s.out_height() * s.out_width() * s.all_filters,
-                            s.out_height(), s.out_width(), s.all_filters, 2 * place.row,
-                            2 * place.column);
+  const Position position(s, tile);
+  const Window<2, 2> window(dout + position.sample * s.out_height() * s.out_width() * s.all_filters,
+                            s.out_height(), s.out_width(), s.all_filters, 2 * position.row,
+                            2 * position.column);
   for (int64_t k = 0; k < s.filters; k += lanes) {
     Vector t[4][2];
     for (int64_t j = 0; j < 2; ++j) {
@@ -109,10 +109,10 @@ inline void spread_gradient(const WinogradShape& s, int64_t tile, const float* d
 // y = Aᵀ m A of m[p·plane + k]
 inline void gather_output(const WinogradShape& s, int64_t tile, const float* m, int64_t plane,
                           float* out) {
-  const Place place(s, tile);
-  const int64_t top = 2 * place.row, left = 2 * place.column, height = s.out_height(),
+  const Position position(s, tile);
+  const int64_t top = 2 * position.row, left = 2 * position.column, height = s.out_height(),
                 width = s.out_width();
-  float* const corner = out + ((place.sample * height + top) * width + left) * s.all_filters;
+  float* const corner = out + ((position.sample * height + top) * width + left) * s.all_filters;
   const bool right = left + 1 < width, below = top + 1 < height;
   for (int64_t k = 0; k < s.filters; k += lanes) {
     Vector t[2][4];
@@ -135,14 +135,14 @@ inline void gather_output(const WinogradShape& s, int64_t tile, const float* m, 
 void outputs(const WinogradShape& s, int64_t begin, int64_t end, const float* in, const float* u,
              float* scratch, float* out) {
   const int64_t count = end - begin, C = s.channels, K = s.filters;
-  const int64_t rows = (count + rows_at_a_time - 1) / rows_at_a_time *
-                       rows_at_a_time;  // the last ones may be anything
-  constexpr int64_t most = 256;         // channels added up in a row, as in `products`
-  const int64_t v_plane = rows * C + lanes,
-                m_plane = rows * K + lanes;  // planes not all at the same place of a cache
-  float *const v = scratch, *const m = scratch + winograd_places * v_plane;
+  // Rows beyond `count` are computed from whatever the scratch memory holds, and not read.
+  const int64_t rows = (count + rows_at_a_time - 1) / rows_at_a_time * rows_at_a_time;
+  constexpr int64_t most = 256;  // channels in one running sum, as in `products`
+  // One more vector per plane, so that the planes do not all fall into the same cache sets.
+  const int64_t v_plane = rows * C + lanes, m_plane = rows * K + lanes;
+  float *const v = scratch, *const m = scratch + winograd_positions * v_plane;
   for (int64_t t = 0; t < count; ++t) spread_input(s, begin + t, in, v + t * C, v_plane);
-  for (int64_t p = 0; p < winograd_places; ++p)
+  for (int64_t p = 0; p < winograd_positions; ++p)
     for (int64_t k = 0; k < K; k += panel)
       for (int64_t t = 0; t < count; t += rows_at_a_time)
         for (int64_t c = 0; c < C; c += most) {
@@ -163,7 +163,7 @@ void spread(const WinogradShape& s, int64_t first, int64_t begin, int64_t end, i
 
 void products(const WinogradShape& s, int64_t p, int64_t begin, int64_t end, int64_t count,
               int64_t stride, const float* v, const float* z, float* du) {
-  constexpr int64_t most = 64;  // products added up in a row: longer sums lose digits
+  constexpr int64_t most = 64;  // products in one running sum; longer sums lose digits
   const int64_t C = s.channels, K = s.filters;
   v += p * stride * C;
   z += p * stride * K;
@@ -196,26 +196,27 @@ inline Tile filter_tile(const float* g, int64_t step) {
 }
 
 void filters(WinogradWeight w, int64_t first, int64_t count, int64_t begin, int64_t end, float* u) {
-  constexpr int64_t block = 8;  // channels, gathered so that u is written in long runs
-  constexpr int64_t mirrored[4] = {3, 1, 2, 0};  // G g Gᵀ of a g that is turned around
-  const int64_t channels = w.turned ? w.filters : w.channels;
+  constexpr int64_t block = 8;  // channels gathered at a time, so that u is written in long runs
+  // The order of the rows and columns of G g Gᵀ for a rotated g.
+  constexpr int64_t mirrored[4] = {3, 1, 2, 0};
+  const int64_t channels = w.rotated ? w.filters : w.channels;
   for (int64_t k = begin; k < end; k += panel)
     for (int64_t c = 0; c < channels; c += block) {
-      float g[9][block][panel], tiles[winograd_places][block][panel];
+      float g[9][block][panel], tiles[winograd_positions][block][panel];
       for (int64_t q = 0; q < 9; ++q)
         for (int64_t i = 0; i < block; ++i)
           for (int64_t j = 0; j < panel; ++j)
-            g[q][i][j] = w.turned ? w.data[((c + i) * 9 + q) * w.channels + first + k + j]
-                                  : w.data[((first + k + j) * 9 + q) * w.channels + c + i];
+            g[q][i][j] = w.rotated ? w.data[((c + i) * 9 + q) * w.channels + first + k + j]
+                                   : w.data[((first + k + j) * 9 + q) * w.channels + c + i];
       for (int64_t i = 0; i < block; ++i)
         for (int64_t j = 0; j < panel; j += lanes) {
           const Tile t = filter_tile(&g[0][i][j], block * panel);
           for (int64_t y = 0; y < 4; ++y)
             for (int64_t x = 0; x < 4; ++x)
               store(&tiles[4 * y + x][i][j],
-                    w.turned ? t.at[mirrored[y]][mirrored[x]] : t.at[y][x]);
+                    w.rotated ? t.at[mirrored[y]][mirrored[x]] : t.at[y][x]);
         }
-      for (int64_t p = 0; p < winograd_places; ++p)
+      for (int64_t p = 0; p < winograd_positions; ++p)
         __builtin_memcpy(u + (p * count + k) * channels + c * panel, tiles[p], sizeof tiles[p]);
     }
 }
