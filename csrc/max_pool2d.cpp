@@ -1,5 +1,5 @@
-// Max pooling that saves a byte for each value of its result (kernels/pool.h). Composite, as
-// conv_bn is.
+// The public operator max_pool2d, which saves a byte for each value of its result (kernels/pool.h).
+// It is composite, as conv_bn is.
 #include <ATen/ops/max_pool2d.h>
 
 #include "chain/dispatch.h"
@@ -20,8 +20,8 @@ Tensor max_pool2d(const Tensor& input, at::IntArrayRef kernel_size, at::IntArray
     if (pool.offsets() <= Pool::most_offsets)
       return std::get<0>(max_pool2d_with_offsets(input, pool.packed()));
   }
-  return at::max_pool2d(input, kernel_size, stride, padding, dilation,
-                        ceil_mode);  // and its errors
+  // at::max_pool2d also raises the errors for arguments that are wrong.
+  return at::max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode);
 }
 
 }  // namespace fusedconvbn

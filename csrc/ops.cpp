@@ -1,3 +1,4 @@
+// Defines all operators of the library and the C++ functions that call the private ones.
 #include "ops.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -17,7 +18,7 @@ using at::Tensor;
 
 namespace {
 
-// dout is the caller's, and is left alone.
+// Copies the reference to dout, so that the kernel does not overwrite the dout of the caller.
 std::vector<Tensor> chain_backward_of_caller(const Tensor& dout, at::TensorList tensors,
                                              at::TensorList saved_maps, at::TensorList statistics,
                                              at::IntArrayRef links, at::ArrayRef<double> scalars,
@@ -46,8 +47,8 @@ bool winograd_takes_sizes(at::IntArrayRef weight_sizes, at::IntArrayRef stride,
 
 }  // namespace
 
-// All operators. Their kernels for Autograd, Autocast and Meta are registered in the folders of
-// these names, those of max pooling on a device in cpu and cuda.
+// All operators. Their Autograd, Autocast and Meta kernels are registered in the folders of these
+// names, and the device kernels of max pooling in cpu and cuda.
 TORCH_LIBRARY(fusedconvbn, m) {
   m.def(
       "conv_bn(Tensor input, Tensor weight, Tensor? bias=None, Tensor? bn_weight=None, "
@@ -96,8 +97,9 @@ TORCH_LIBRARY(fusedconvbn, m) {
   m.impl("max_pool2d", c10::DispatchKey::CompositeImplicitAutograd, TORCH_FN(max_pool2d));
   m.impl("_fold", c10::DispatchKey::CompositeImplicitAutograd, TORCH_FN(fold_batch_norm));
 
-  // For fusedconvbn/*.py: the names of the activations in the order of their numbers, whether a
-  // convolution runs by Winograd's algorithm once its map is large enough, and three switches.
+  // For fusedconvbn/*.py: the names of the activations in the order of their numbers; whether a
+  // convolution would use Winograd's algorithm if its map is large enough; and three calls that
+  // change the library's state.
   m.def("_activations() -> str[]", activation_names);
   m.def(
       "_winograd_takes(int[] weight_sizes, int[] stride, int[] dilation, bool transposed, "
@@ -112,8 +114,8 @@ TORCH_LIBRARY(fusedconvbn, m) {
 
 namespace {
 
-// Looked up when the library is loaded: a static of a function may be half made when another thread
-// forks.
+// The handles are looked up when the library is loaded. A static of a function could be half
+// initialised when another thread forks.
 template <typename F>
 auto handle(const char* name, F*) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<F>();

@@ -1,4 +1,4 @@
-// The public operators as C++ callers see them.
+// The public operators for C++ callers.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -8,7 +8,7 @@
 
 namespace fusedconvbn {
 
-// Conv → BatchNorm → activation; docs in fusedconvbn/functional.py.
+// Conv → BatchNorm → activation; documented in fusedconvbn/functional.py.
 at::Tensor conv_bn(
     const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
     const std::optional<at::Tensor>& bn_weight, const std::optional<at::Tensor>& bn_bias,
@@ -19,14 +19,14 @@ at::Tensor conv_bn(
     at::OptionalIntArrayRef output_padding, int64_t groups, std::string_view activation,
     std::string_view arithmetic, std::string_view process_group);
 
-// A chain with the running statistics of its norm links; docs in csrc/conv_bn_chain.cpp.
+// A chain with the running statistics of its norm links; documented in conv_bn_chain.cpp.
 at::Tensor conv_bn_chain(at::TensorList tensors, at::TensorList buffers, at::IntArrayRef links,
                          at::ArrayRef<double> scalars, at::IntArrayRef buffer_counts,
                          at::ArrayRef<double> momenta, at::IntArrayRef training,
                          std::string_view process_group, at::IntArrayRef saved,
                          const std::optional<at::Tensor>& input_statistics);
 
-// As at::max_pool2d, which it calls where the window has more offsets than a byte can tell apart.
+// Like at::max_pool2d, which it calls if the window has more offsets than fit into a byte.
 at::Tensor max_pool2d(const at::Tensor& input, at::IntArrayRef kernel_size, at::IntArrayRef stride,
                       at::IntArrayRef padding, at::IntArrayRef dilation, bool ceil_mode);
 

@@ -1,3 +1,4 @@
+// Folding of running statistics into a convolution, and their updates.
 #include "running.h"
 
 #include <ATen/SavedTensorHooks.h>
@@ -22,8 +23,8 @@ std::tuple<Tensor, Tensor> fold(const ConvArguments& conv, const NormArguments& 
   const auto mean = norm.running_mean->to(wide);
   auto shift = (conv.bias ? *conv.bias - mean : -mean) * scale;
   if (norm.bias) shift = shift + *norm.bias;
-  // The output channels are dimension 0; of a transposed weight (in, out/groups, …), those of each
-  // group in turn.
+  // The output channels are dimension 0 of the weight. A transposed weight is (in, out/groups, …),
+  // where the output channels of each group follow one another.
   if (!conv.conv.transposed) {
     std::vector<int64_t> per_channel(weight.dim(), 1);
     per_channel[0] = -1;
@@ -49,7 +50,7 @@ std::tuple<Tensor, Tensor> fold_batch_norm(const Tensor& weight, const Optional&
 
 namespace {
 
-// RunningChannel (kernels/channel_vectors.h) in ATen.
+// RunningChannel::move (kernels/channel_vectors.h) in ATen.
 Tensor moved(const Tensor& running, const Tensor& batch, const std::optional<double>& momentum,
              const Tensor& count) {
   const auto wide = running.to(batch.scalar_type());
@@ -58,16 +59,16 @@ Tensor moved(const Tensor& running, const Tensor& batch, const std::optional<dou
   return wide * (1 - part) + batch * part;
 }
 
-// torch.utils.checkpoint, but for its reentrant form, makes a forward again inside of backward,
-// under hooks that take what is saved, and stops it by an error as soon as it has all: behind most
-// chains, in the middle of the last one. That is no other batch.
+// Whether torch.utils.checkpoint, in its non-reentrant form, recomputes a forward. It does so
+// inside of backward, under hooks that take the saved tensors, and stops the forward by an error as
+// soon as it has them all. The same batch must not be counted twice.
 bool is_recomputation() {
   return torch::autograd::get_current_node() != nullptr && at::SavedTensorDefaultHooks::get_hooks();
 }
 
 bool is_batched(const Tensor& t) { return t.key_set().has(c10::DispatchKey::FuncTorchBatched); }
 
-// Whether t is a few values that a kernel may read, and write to, at once.
+// Whether a kernel can read and write the values of t directly.
 bool in_memory(const Tensor& t, at::ScalarType dtype, c10::Device device) {
   return !t.defined() || (t.device() == device && t.scalar_type() == dtype && t.is_contiguous() &&
                           !t.requires_grad());
@@ -86,8 +87,8 @@ bool in_memory(const RunningUpdate& update) {
          fits(update.bias) && in_memory(update.counter, at::kLong, statistics.device());
 }
 
-// As PyTorch's own batch norm writes them: without a new version, as that has them saved for
-// backward where it runs on the same statistics.
+// Writes without a new version, as PyTorch's batch norm does: a batch norm that used the same
+// running statistics may have saved them for backward.
 void write_to(const Tensor& running, const Tensor& value) {
   if (!is_plain(running)) {
     running.copy_(value);
@@ -151,9 +152,8 @@ void RunningUpdates::add_in_aten(const RunningUpdate& update, const std::optiona
                      : var * at::Scalar(c10::SymFloat(values) / c10::SymFloat(values - 1));
   const auto write = [&](const Tensor& running, const Tensor& batch) {
     auto value = moved(running, batch, momentum, count);
-    if (synchronised)
-      value = at::where(counts > 0, value,
-                        running.to(value.scalar_type()));  // else nobody has a sample
+    // No process has a sample if the count is 0.
+    if (synchronised) value = at::where(counts > 0, value, running.to(value.scalar_type()));
     writes_.push_back([running, value] { write_to(running, value); });
   };
   write(update.mean, mean);

@@ -1,5 +1,5 @@
-// Running statistics: read in eval mode, where they are folded into the convolution in front, and
-// updated in training.
+// Running statistics. In eval mode they are folded into the convolution in front of the norm, in
+// training they are updated.
 #pragma once
 
 #include <functional>
@@ -9,12 +9,13 @@
 
 namespace fusedconvbn {
 
-// BN with given statistics is a scale and a shift per output channel: one convolution with
+// Folds a norm into a convolution. With given statistics the norm is a scale and a shift per
+// channel, so the two are one convolution with
 //   weight' = a·weight      bias' = β + (bias − running_mean)·a
-// Both differentiable, in float for half types.
+// Returns both. They are differentiable, and float for half types.
 std::tuple<at::Tensor, at::Tensor> fold(const ConvArguments& conv, const NormArguments& norm);
 
-// The operator _fold.
+// The operator _fold, for Python.
 std::tuple<at::Tensor, at::Tensor> fold_batch_norm(const at::Tensor& weight, const Optional& bias,
                                                    const Optional& bn_weight,
                                                    const Optional& bn_bias,
@@ -22,22 +23,23 @@ std::tuple<at::Tensor, at::Tensor> fold_batch_norm(const at::Tensor& weight, con
                                                    const at::Tensor& running_var, double eps,
                                                    bool transposed, int64_t groups);
 
-// The running statistics of any number of norms, written together: what allocates, and so may fail,
-// comes before the first write. Of a forward that torch.utils.checkpoint recomputes they are left
-// alone.
+// The updates of the running statistics of any number of norms. They are written together, after
+// every allocation, so that none can fail after the first write. Nothing is updated in a forward
+// that torch.utils.checkpoint recomputes.
 class RunningUpdates {
  public:
   RunningUpdates();
 
-  // `statistics` as _chain_forward returns them, of a map of `sizes`, less `bias`, which the
-  // convolution left out. Of a batch without samples there are none, and it is counted alone.
+  // Adds an update. `statistics` are those that chain_forward returns for a map of `sizes`,
+  // computed without the convolution's `bias`. A batch without samples has no statistics; it is
+  // only counted.
   void add(const NormArguments& norm, const at::Tensor& statistics = {},
            c10::SymIntArrayRef sizes = {}, const Optional& bias = {}, bool synchronised = false);
 
   void write() const;
 
  private:
-  // What is traced, or of other types than the kernels': as operators.
+  // The update in ATen operators, for tracing and for dtypes that the kernels do not take.
   void add_in_aten(const RunningUpdate& update, const std::optional<double>& momentum,
                    const c10::SymInt& values, bool synchronised);
 

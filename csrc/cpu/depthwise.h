@@ -8,7 +8,7 @@
 namespace fusedconvbn {
 
 // Whether the functions below support this convolution once its tensors are cast to float. They are
-// then faster than oneDNN, whose weight gradient is slow in half types too.
+// then faster than oneDNN. (In half types only oneDNN's weight gradient is slow.)
 bool is_depthwise(const Conv& conv, const at::Tensor& input, const at::Tensor& weight);
 
 // Whether they support it as it is.

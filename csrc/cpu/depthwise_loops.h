@@ -12,7 +12,7 @@
 namespace fusedconvbn::cpu {
 
 // The kernel is square and the stride the same in both dimensions; the padding may differ.
-// `channels` is at least 16, the values of a vector.
+// `channels` is at least 16, the values of the widest vector.
 struct DepthwiseShape {
   int64_t batch, channels, height, width, out_height, out_width, kernel, stride, pad_height,
       pad_width;

@@ -9,14 +9,15 @@
 
 namespace fusedconvbn {
 
-// A functor for each: `forward` is act(u), `backward` is act'(u)·dout. Both let NaN through.
+// Each activation has a functor: `forward` is act(u), `backward` is act'(u)·dout. Both propagate
+// NaN.
 //
-// Cheap ones are comparisons and a few products: computing them twice costs nothing beside the
-// memory that is read for it.
+// A cheap activation consists of comparisons and a few products: computing it twice costs nothing
+// compared with reading its argument from memory.
 struct Cheap {
   static constexpr bool cheap = true;
 };
-struct Dear {
+struct Expensive {
   static constexpr bool cheap = false;
 };
 
@@ -66,7 +67,7 @@ struct LeakyRelu : Cheap {
   }
 };
 
-struct Elu : Dear {
+struct Elu : Expensive {
   static constexpr double usual = 1;
   double alpha;
   template <typename T>
@@ -81,7 +82,7 @@ struct Elu : Dear {
   }
 };
 
-struct Silu : Dear {  // u·σ(u)
+struct Silu : Expensive {  // u·σ(u)
   template <typename T>
   FUSEDCONVBN_INLINE T forward(T u) const {
     return u * sigmoid(u);
@@ -104,7 +105,7 @@ struct Hardswish : Cheap {  // u·relu6(u + 3)/6
   }
 };
 
-struct Gelu : Dear {  // u·Φ(u)
+struct Gelu : Expensive {  // u·Φ(u)
   template <typename T>
   FUSEDCONVBN_INLINE T forward(T u) const {
     return u * normal(u).below;
@@ -116,7 +117,7 @@ struct Gelu : Dear {  // u·Φ(u)
   }
 };
 
-struct GeluTanh : Dear {  // u·(1 + tanh v)/2,  v = √(2/π)·(u + 0.044715·u³)
+struct GeluTanh : Expensive {  // u·(1 + tanh v)/2,  v = √(2/π)·(u + 0.044715·u³)
   static constexpr double root = 0.79788456080286536, cubic = 0.044715;
 
   template <typename T>
@@ -135,8 +136,8 @@ struct GeluTanh : Dear {  // u·(1 + tanh v)/2,  v = √(2/π)·(u + 0.044715·u
   }
 };
 
-struct Mish : Dear {  // u·t,  t = tanh(log(1 + eᵘ)) = n/(n + 2),  n = eᵘ(eᵘ + 2);  t is 1 to the
-                      // last bit long before u = 20
+// u·t,  t = tanh(log(1 + eᵘ)) = n/(n + 2),  n = eᵘ(eᵘ + 2);  t rounds to 1 long before u = 20
+struct Mish : Expensive {
   template <typename T>
   FUSEDCONVBN_INLINE T forward(T u) const {
     const T e = exponential(clamp(u, T(-1e4), T(20))), n = e * (e + T(2));
@@ -151,7 +152,7 @@ struct Mish : Dear {  // u·t,  t = tanh(log(1 + eᵘ)) = n/(n + 2),  n = eᵘ(e
   }
 };
 
-struct Sigmoid : Dear {
+struct Sigmoid : Expensive {
   template <typename T>
   FUSEDCONVBN_INLINE T forward(T u) const {
     return sigmoid(u);
@@ -163,7 +164,7 @@ struct Sigmoid : Dear {
   }
 };
 
-struct Tanh : Dear {
+struct Tanh : Expensive {
   template <typename T>
   FUSEDCONVBN_INLINE T forward(T u) const {
     return hyperbolic_tangent(u);
@@ -175,8 +176,8 @@ struct Tanh : Dear {
   }
 };
 
-// The table of them: name and functor. Their order numbers them, in the packed form of a chain
-// (chain/chain.h) and in fusedconvbn/activations.py.
+// The table of activations: name and functor. Their order numbers them in the packed form of a
+// chain (chain/chain.h) and in fusedconvbn/activations.py.
 #define FUSEDCONVBN_ACTIVATIONS(ACTIVATION) \
   ACTIVATION(none, Identity)                \
   ACTIVATION(relu, Relu)                    \
@@ -198,7 +199,7 @@ enum class ActivationKind : int64_t { FUSEDCONVBN_ACTIVATIONS(FUSEDCONVBN_KIND) 
 struct ActivationEntry {
   std::string_view name;
   bool cheap, has_parameter;
-  double parameter;  // the usual one
+  double parameter;  // the default
 
   template <typename Functor>
   static constexpr ActivationEntry of(std::string_view name) {
@@ -218,7 +219,7 @@ struct Activation {
   double parameter = 0;  // the slope of leaky_relu, α of elu
 
   bool none() const { return kind == ActivationKind::none; }
-  // Whether act'(u) follows from act(u), which then is saved instead of u, as PyTorch does.
+  // Whether act'(u) follows from act(u). Then act(u) can be saved instead of u, as PyTorch does.
   bool slope_from_result() const { return kind == ActivationKind::relu; }
   bool cheap() const { return activation_table[size_t(kind)].cheap; }
 };

@@ -1,3 +1,4 @@
+// The registry of channel kernels by device, and the layout of the maps that they take.
 #include "channel_kernels.h"
 
 #include <array>
@@ -52,7 +53,8 @@ std::optional<ChannelLayout> channel_layout(const at::Tensor& y) {
     }
     return channels == 1 || y.stride(1) == 1;
   };
-  // One value per plane is both; then the channels are the long run. One channel likewise.
+  // A map with one value per plane, or with one channel, has both layouts. Take the one with the
+  // longer runs.
   const bool contiguous = y.is_contiguous();
   if (contiguous && (inner > 1 || channels == 1))
     return ChannelLayout{1, batch, channels, inner, false};

@@ -1,17 +1,18 @@
 // The device code of chains: four kernels over a feature map with channel dimension 1.
 //
-//   channel_stats        mean, var                   of y  (var is the biased one)
-//   channel_apply_       out = act(u)                u = (y − mean)·a + β [+ residual]
-//   channel_grad_stats   S1 = Σ du, S2 = Σ du·(y − mean), dγ, dβ       du = act'(u)·dout, written
-//   where asked for channel_grad_apply_  out = a·du − κ·S2·(y − mean) − (a/R)·S1
+//   channel_stats         mean and (biased) var of y
+//   channel_apply_        out = act(u),  u = (y − mean)·a + β [+ residual]
+//   channel_grad_stats    S1 = Σ du,  S2 = Σ du·(y − mean),  du = act'(u)·dout;  dγ, dβ and du are
+//                         written if requested
+//   channel_grad_apply_   out = a·du − κ·S2·(y − mean) − (a/R)·S1
 //
-// Every feature map of a call has the sizes and strides of y, which is dense with the channels
-// either outside the positions (contiguous) or innermost (channels last): see `channel_layout`.
-// `out` may be y or dout itself. What is not there, of maps and vectors, is undefined.
+// Every feature map of a call has the sizes and strides of y. y is dense, with the channels either
+// outside the positions (contiguous) or innermost (channels last): see `channel_layout`. `out` may
+// be y or dout itself. An absent map or vector is an undefined tensor.
 //
-// Vectors belong to groups, G = samples·C of them: those of a batch norm to a channel (samples 1),
-// those of a gate to a sample and channel (samples N). They are contiguous, of G values of
-// `statistics_dtype(y)`.
+// A vector has one value for each of G = samples·C groups: one per channel for a batch norm
+// (samples is 1), one per sample and channel for a gate (samples is N). Vectors are contiguous and
+// have the dtype `statistics_dtype(y)`.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -19,43 +20,43 @@
 #include "activation.h"
 #include "channel_vectors.h"
 
-// Exported: who has kernels for another device registers them from a library of its own.
+// Exported, so that another library can register kernels for another device.
 namespace [[gnu::visibility("default")]] fusedconvbn {
 
-// A norm of G groups. Without statistics it has mean 0 and r 1: a gate is one with γ = s, and where
-// there is nothing at all u = y.
+// A norm of G groups. Without statistics, mean is 0 and r is 1: a gate is a norm with γ = s only.
+// If all tensors are undefined, u = y.
 struct NormVectors {
-  at::Tensor statistics;  // (2 or more, G): mean, var, and, where they are counted, the R values of
-                          // all processes
+  at::Tensor statistics;    // (2 or more, G): mean, var and, if how.counted, R of all processes
   at::Tensor weight, bias;  // γ, β
   Normalisation how;
 };
 
-// The samples that have vectors of their own: all of them, or 1 where y has one vector a channel.
+// The number of samples with vectors of their own: N, or 1 if all samples share the vectors.
 int64_t samples_of(const at::Tensor& y, const NormVectors&);
 
-// act' is taken where `result`, act(u), says, or else at u, which is made again with `residual`, if
-// there is one. `du`, where it is asked for (with a residual it is), may be dout itself.
+// How grad_stats gets act': from `result`, which is act(u), if it is defined; otherwise from u,
+// which the kernel recomputes with `residual`, if that is defined. If `du` is defined, du is
+// written to it; it may be dout itself. See `writes_du`.
 struct GradSource {
   at::Tensor residual, result, du;
 };
 
-// Whether grad_stats writes du: with a residual or its result, whose gradient it is, and on CPU for
-// an activation that takes long, so that it is computed once.
+// Whether grad_stats must write du: if there is a residual, because du is its gradient, and on CPU
+// for an expensive activation, so that act' is computed only once.
 bool writes_du(const at::Tensor& y, const Activation& activation, const GradSource& source);
 
-// dγ and dβ, written where they are asked for.
+// dγ and dβ; each is written if it is defined.
 struct ParameterGrads {
   at::Tensor weight, bias;
 };
 
-// One batch for the running statistics of a norm, as the table of running.h has it.
+// An update of the running statistics of a norm by one batch (RunningChannel in channel_vectors.h).
 struct RunningUpdate {
-  at::Tensor mean, var,
-      counter;  // (C), (C) and a number; the counter, or the others, may be undefined
-  at::Tensor statistics, bias;  // of the batch, and what its mean is short of
+  at::Tensor mean, var;         // (C); may both be undefined
+  at::Tensor counter;           // num_batches_tracked; may be undefined
+  at::Tensor statistics, bias;  // of the batch, and the bias that is missing from their mean
   double momentum;              // NaN for the average of all batches
-  double values;                // R, or 0 where row 2 of the statistics has it
+  double values;                // R, or 0 if row 2 of the statistics has it
 };
 
 struct ChannelKernels {
@@ -66,38 +67,38 @@ struct ChannelKernels {
   at::Tensor (*grad_stats)(const at::Tensor& dout, const at::Tensor& y, int64_t samples,
                            const NormVectors&, const Activation&, const GradSource&,
                            const ParameterGrads&);
-  // `sums` are S1 and S2 of all processes; undefined where the statistics do not depend on y.
+  // `sums` are S1 and S2 of all processes; undefined if the statistics do not depend on y.
   void (*grad_apply_)(at::Tensor& out, const at::Tensor& dout, const at::Tensor& y,
                       const NormVectors&, const at::Tensor& sums, const Activation&);
   void (*update_running)(at::ArrayRef<RunningUpdate>);
 };
 
-// Called once per device by the library's static initialisers, so a build without a device lacks
-// only files.
+// Registers the kernels of a device. The static initialisers of each device's files construct one,
+// so a build without a device only leaves out files.
 struct RegisterChannelKernels {
   RegisterChannelKernels(c10::DeviceType device, const ChannelKernels& kernels);
 };
 
-// The kernels of the device of `y`; an error when this build has none.
+// The kernels of the device of `y`. Raises an error if this build has none.
 const ChannelKernels& channel_kernels(const at::Tensor& y);
 
-// Statistics and C-sized vectors are float for float and narrower, double for double.
+// The dtype of statistics and vectors: double for a double map, float for any other.
 c10::ScalarType statistics_dtype(const at::Tensor& y);
 
-// A feature map as `samples` × `outer` × C × `inner` values (contiguous), or `samples` × `outer` ×
-// C (channels last, inner 1), with vectors for each sample. Contiguous samples with vectors of
-// their own are as good as channels.
+// A feature map as samples × outer × C × inner values (contiguous) or samples × outer × C values
+// (channels last, inner is 1), with vectors for each sample. In a contiguous map, samples with
+// vectors of their own count as channels and `samples` is 1.
 struct ChannelLayout {
   int64_t samples, outer, channels, inner;
   bool channels_last;
-  int64_t count() const { return outer * inner; }  // values of a group
+  int64_t count() const { return outer * inner; }  // of the values of a group
   int64_t groups() const { return samples * channels; }
 };
 
-// The layout of y with one vector for all samples, or nothing when y is neither dense form.
+// The layout of y if all samples share the vectors; nullopt if y is in neither dense layout.
 std::optional<ChannelLayout> channel_layout(const at::Tensor& y);
 
-// The same of a map that is dense, with vectors for each of `samples`: 1 or all.
+// The layout of a dense map in which `samples` samples (1 or all) have vectors of their own.
 ChannelLayout dense_layout(const at::Tensor& y, int64_t samples = 1);
 
 }  // namespace fusedconvbn

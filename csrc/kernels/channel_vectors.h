@@ -1,4 +1,4 @@
-// The arithmetic of a norm link on the values of one channel (chain.h), shared by the CPU and CUDA
+// The arithmetic of a norm link on the statistics of one channel (chain.h), for the CPU and CUDA
 // kernels.
 #pragma once
 
@@ -8,9 +8,9 @@ namespace fusedconvbn {
 
 struct Normalisation {
   double eps = 0;
-  bool tutorial = false;  // its arithmetic
+  bool tutorial = false;  // whether the arithmetic is Arithmetic::tutorial
   double count = 1;       // R
-  bool counted = false;   // R of each channel is a row of the statistics
+  bool counted = false;   // whether R is a row of the statistics instead
 };
 
 // s of the table in chain.h
@@ -24,7 +24,8 @@ FUSEDCONVBN_INLINE acc inverse_std(const Normalisation& n, acc var) {  // r
   return n.tutorial ? 1 / (unbiased_std(n, var) + acc(n.eps)) : inverse_root(var + acc(n.eps));
 }
 
-// slope·(T − μ) + offset is what the statistics add to a·du in dT: −κ·S2·(T − μ) − (a/R)·S1.
+// The terms that batch statistics add to a·du in dT, as slope·(T − μ) + offset:
+// −κ·S2·(T − μ) − (a/R)·S1.
 template <typename acc>
 struct Linear {
   acc slope = 0, offset = 0;
@@ -34,7 +35,7 @@ struct Linear {
                             acc S2) {
     const acc R = n.counted ? (count < 1 ? acc(1) : count) : acc(n.count);
     acc rho = r;
-    if (n.tutorial) {  // in a constant channel S2 is 0 as well as s, and so is the term
+    if (n.tutorial) {  // in a constant channel s and S2 are 0, and the term is 0 too
       const acc s = unbiased_std(n, var);
       rho = s == 0 ? acc(0) : acc(n.count / (n.count - 1)) / s;
     }
@@ -44,17 +45,17 @@ struct Linear {
   }
 };
 
-// One batch more in the running statistics of a channel:
-//   running = (1 − momentum)·running + momentum·batch      of the mean + bias, and of the unbiased
-//   variance v·R/(R−1)
-// (Not running + momentum·(batch − running): that of an infinite one is NaN.)
+// Updates the running statistics of a channel by one batch:
+//   running = (1 − momentum)·running + momentum·batch
+// where batch is mean + bias, and for the variance the unbiased v·R/(R−1). (Written as
+// running + momentum·(batch − running), an infinite value would become NaN.)
 template <typename acc>
 struct RunningChannel {
   const acc *statistics, *bias;  // bias may be null
   int64_t channels;
-  double momentum;  // NaN: 1/n of the n-th batch, which is `count`
-  double values;    // R; 0: row 2 of the statistics has it, and where that is 0 nobody has a sample
-  double count;
+  double momentum;  // NaN for 1/count
+  double values;    // R; if 0, R is in row 2 of the statistics, where 0 means no sample anywhere
+  double count;     // of batches, with this one
 
   FUSEDCONVBN_INLINE void move(int64_t c, acc& mean, acc& var) const {
     const double R = values > 0 ? values : double(statistics[2 * channels + c]);

@@ -1,5 +1,5 @@
-// Roots, exp, expm1 and the normal distribution in a form that the compiler turns into vector code
-// on CPU; CUDA has its own.
+// Elementary functions: inverse root, exp, expm1, tanh, sigmoid and the normal distribution. On CPU
+// the compiler can vectorise them; on CUDA they call CUDA's own functions.
 #pragma once
 
 #include <bit>
@@ -9,28 +9,28 @@
 #if defined(__CUDACC__)
 #define FUSEDCONVBN_INLINE __host__ __device__ __forceinline__
 #else
-// Forced: the CPU loops are compiled once per instruction set, and a copy that is not inlined would
-// be shared between them.
+// Inlining is forced: the CPU loops are compiled once per instruction set, and they would all share
+// a function that is not inlined.
 #define FUSEDCONVBN_INLINE inline __attribute__((always_inline))
 #endif
 
 namespace fusedconvbn {
 
-// Lets NaN through.
+// Propagates NaN.
 template <typename T>
 FUSEDCONVBN_INLINE T clamp(T x, T low, T high) {
   return x < low ? low : x > high ? high : x;
 }
 
 #if !defined(__CUDACC__)
-// eˣ = 2ⁿ·(1 + p) with x = n·ln 2 + r, |r| ≤ ln 2 / 2, and p = eʳ − 1. Within the exponents of
-// normal numbers.
+// eˣ = 2ⁿ·(1 + p) with x = n·ln 2 + r, |r| ≤ ln 2 / 2, and p = eʳ − 1. x is clamped so that 2ⁿ is a
+// normal number.
 struct Exponential {
   float power, p;
 
   FUSEDCONVBN_INLINE explicit Exponential(float x) {
-    constexpr float shift =
-        0x1.8p23f;  // added and taken away it rounds; in between, n is in the lowest bits
+    // Adding and subtracting `shift` rounds; the lowest bits of the sum are n.
+    constexpr float shift = 0x1.8p23f;
     const float bounded = clamp(x, -87.f, 88.f), shifted = bounded * 0x1.715476p0f + shift,
                 n = shifted - shift;
     const float r = (bounded - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;  // ln 2 in two parts
@@ -61,7 +61,7 @@ FUSEDCONVBN_INLINE float exponential(float x) {
 }
 FUSEDCONVBN_INLINE double exponential(double x) { return ::exp(x); }
 
-// eˣ − 1, also right next to 0
+// eˣ − 1, accurate near 0 too
 FUSEDCONVBN_INLINE float exponential_minus_one(float x) {
 #if defined(__CUDACC__)
   return ::expm1f(x);
@@ -72,7 +72,7 @@ FUSEDCONVBN_INLINE float exponential_minus_one(float x) {
 }
 FUSEDCONVBN_INLINE double exponential_minus_one(double x) { return ::expm1(x); }
 
-// tanh x = m/(m + 2), m = e²ˣ − 1; it is ±1 to the last bit long before the bounds.
+// tanh x = m/(m + 2), m = e²ˣ − 1. It rounds to ±1 long before the bounds.
 template <typename T>
 FUSEDCONVBN_INLINE T hyperbolic_tangent(T x) {
   const T m = exponential_minus_one(T(2) * clamp(x, T(-20), T(20)));
@@ -84,7 +84,7 @@ FUSEDCONVBN_INLINE T sigmoid(T x) {
   return T(1) / (T(1) + exponential(-x));
 }
 
-// Of the normal distribution: the density φ, and Φ, the probability of a value below x.
+// The normal distribution at x: the density φ, and Φ, the probability of a value below x.
 template <typename T>
 struct Normal {
   T density, below;
@@ -99,8 +99,8 @@ FUSEDCONVBN_INLINE Normal<float> normal(float x) {
   return {0.39894228f * ::expf(-0.5f * x * x), ::normcdff(x)};
 #else
   // Φ(−|x|) = exp(−x²/2)·t·P(s), t = 1/(1 + 0.3·|x|), s = 1 − t. P is the polynomial of least
-  // relative error, 4·10⁻⁹, with P(0) = 1/2. Of s and not of t: next to 0, where Φ is largest, the
-  // rounding of t would count almost three times.
+  // relative error, 4·10⁻⁹, with P(0) = 1/2. It is a polynomial in s because near 0, where Φ is
+  // largest, the rounding error of t would enter a polynomial in t almost three times.
   constexpr float coefficients[] = {
       0.0205008443f, -0.0727188438f, 0.070454441f, 0.0107375775f, 0.0230420567f,
       -0.139630646f, -0.0810390115f, 0.618147194f, -0.829807281f, 0.5f};

@@ -1,4 +1,4 @@
-// Shapes, dtypes and strides of what the private operators return.
+// Meta kernels: the shapes, dtypes and strides of the results of the private operators.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
@@ -44,7 +44,7 @@ std::vector<Tensor> chain_backward_meta(const Tensor&, at::TensorList tensors, a
                                         at::TensorList, at::IntArrayRef links,
                                         at::ArrayRef<double> scalars, std::string_view,
                                         at::IntArrayRef, at::IntArrayRef needs_grad) {
-  // A convolution returns both gradients in the format of its result.
+  // A convolution returns the gradients of input and weight in the memory format of its result.
   const auto chain = unpack(links, scalars, tensors.size());
   check_indices("needs_grad", needs_grad, 0, int64_t(tensors.size()) - 1);
   auto grads = tensors.vec();

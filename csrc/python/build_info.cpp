@@ -1,5 +1,5 @@
-// The build's facts, in a module that needs no torch to import: it is what can still speak when
-// `_ops` does not load.
+// The module _C, which describes the build. It can be imported without torch, so it is available
+// even if the library with the operators does not load.
 #include <pybind11/pybind11.h>
 
 #include <string>
@@ -16,17 +16,17 @@ std::string compiler() {
 
 pybind11::dict build_info() {
   const std::string cuda = FUSEDCONVBN_CUDA_VERSION, architectures = FUSEDCONVBN_CUDA_ARCHITECTURES;
-  pybind11::dict facts;
-  facts["torch"] = FUSEDCONVBN_TORCH_VERSION;
-  facts["cuda"] = cuda.empty() ? pybind11::object(pybind11::none()) : pybind11::str(cuda);
-  facts["cuda_architectures"] = architectures;
-  facts["compiler"] = compiler();
+  pybind11::dict info;
+  info["torch"] = FUSEDCONVBN_TORCH_VERSION;
+  info["cuda"] = cuda.empty() ? pybind11::object(pybind11::none()) : pybind11::str(cuda);
+  info["cuda_architectures"] = architectures;
+  info["compiler"] = compiler();
 #if defined(__x86_64__)
-  facts["instruction_sets"] = pybind11::make_tuple("baseline", "avx2", "avx512");
+  info["instruction_sets"] = pybind11::make_tuple("baseline", "avx2", "avx512");
 #else
-  facts["instruction_sets"] = pybind11::make_tuple("baseline");
+  info["instruction_sets"] = pybind11::make_tuple("baseline");
 #endif
-  return facts;
+  return info;
 }
 
 }  // namespace
