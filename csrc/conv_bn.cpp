@@ -87,9 +87,8 @@ Tensor plain_convolution(const ConvArguments& arguments, const Tensor& input) {
   return run({}) + bias->to(dtype).reshape(per_channel);
 }
 
-// Eval mode: runs the chain conv → activation with the folded weight. Where the chain has no
-// advantage, and for a compiler if nothing requires grad, it calls PyTorch's own convolution
-// instead.
+// Eval mode: runs the chain conv → activation with the folded weight. If the chain has no
+// advantage, or for a compiler if nothing requires grad, runs PyTorch's own convolution.
 Tensor folded(const Tensor& input, const ConvArguments& conv, const NormArguments& norm) {
   const auto [weight, shift] = fold(conv, norm);
   const auto& activation = norm.norm.activation;

@@ -1,5 +1,4 @@
-// The convolution of a conv link and its gradients, in a memory format that the meta kernels can
-// predict.
+// The convolution of a conv link and its gradients, in a memory format that is known beforehand.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -27,9 +26,9 @@ bool steps_over_few_channels(const Conv& conv, const at::Tensor& input, const at
 at::Tensor convolution(const Conv& conv, const at::Tensor& input, const at::Tensor& weight,
                        const std::optional<at::Tensor>& bias);
 
-// The gradients of input, weight and bias, those that `needs_grad` names. The gradients of weight
-// and bias are float if a convolution of a half type runs in float, and have the input's dtype
-// otherwise.
+// The gradients of input, weight and bias, those that `needs_grad` names. Weight and bias have
+// float gradients if a convolution of a half type runs in float, and gradients of the input's dtype
+// if not.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> convolution_backward(const Conv& conv,
                                                                     const at::Tensor& dout,
                                                                     const at::Tensor& input,

@@ -17,8 +17,8 @@ bool any_requires_grad(at::TensorList tensors);
 
 bool any_has_tangent(at::TensorList tensors);
 
-// Whether the chain must run unfused: a C++ autograd function supports neither forward-mode AD nor
-// torch.func.
+// Whether the chain must run unfused, because a C++ autograd function supports neither forward-mode
+// AD nor torch.func.
 bool needs_unfused(at::TensorList tensors);
 
 }  // namespace fusedconvbn

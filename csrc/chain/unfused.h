@@ -1,5 +1,5 @@
-// A packed chain in differentiable ATen operators, for second derivatives, forward-mode AD and
-// torch.func.
+// A packed chain in differentiable ATen operators. Second derivatives, forward-mode AD and
+// torch.func run it.
 #pragma once
 
 #include "chain.h"

@@ -75,8 +75,7 @@ FUSEDCONVBN_INLINE void normalised_row(int64_t width, const T* y, Vectors<T> v, 
   }
 }
 
-// A row of a map in the accumulator type: the row itself, or a copy in the cache if the types
-// differ.
+// A row of a map in the accumulator type: the row itself or, if its type differs, a copy in cache.
 template <typename T>
 class Row {
  public:
@@ -309,8 +308,7 @@ struct GradBlock {
 // The argument of act': u, u + residual, or neither, because it follows from the result.
 enum class At { u, sum, result };
 
-// For a cheap activation. du is written if there is a residual, because it is the residual's
-// gradient.
+// For a cheap activation. du is the gradient of the residual: it is written if there is one.
 template <typename T, Step step, typename Act, At at>
 struct GradTerm : GradBlock<T> {
   static constexpr bool by_row = false;

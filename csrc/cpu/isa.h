@@ -1,5 +1,4 @@
-// Chooses among the instruction sets for which the loops of this folder are compiled. Nothing else
-// chooses.
+// The only code that chooses among the instruction sets for which the loops here are compiled.
 #pragma once
 
 #include <ATen/Version.h>

@@ -1,6 +1,5 @@
 // A vector of floats and windows of channels-last maps, for loops that name their registers.
-// Include it after the target is set and FUSEDCONVBN_VECTOR, the number of floats in a vector, is
-// defined.
+// Include it after setting the target and defining FUSEDCONVBN_VECTOR, the floats in a vector.
 namespace fusedconvbn::cpu {
 namespace {
 

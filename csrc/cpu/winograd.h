@@ -8,8 +8,7 @@
 
 namespace fusedconvbn {
 
-// Whether the functions below support a float convolution with these options and this size of the
-// weight.
+// Whether the functions below support a float convolution with these options and weight sizes.
 bool winograd_takes(const Conv& conv, at::IntArrayRef weight);
 
 // Whether they also support this map and are faster than oneDNN.

@@ -9,8 +9,8 @@
 //       ⎜0 −1  1  0⎟       ⎜ ½  −½   ½⎟
 //       ⎝0  1  0 −1⎠       ⎝ 0   0   1⎠
 //
-// Over channels, ⊙ is one matrix product for each of the 16 positions in a tile (Lavin and Gray,
-// arXiv:1509.09308).
+// Over channels, ⊙ is one matrix product for each of the 16 positions in a tile. See Lavin and
+// Gray, Fast Algorithms for Convolutional Neural Networks, arXiv:1509.09308.
 //
 // winograd_loops_impl.h is compiled once per instruction set. winograd_loops returns the table of
 // one instruction set.

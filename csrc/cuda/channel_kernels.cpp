@@ -1,4 +1,4 @@
-// The channel kernels on CUDA: tensors in, launches on the current stream.
+// The channel kernels on CUDA: takes tensors and launches the kernels on the current stream.
 #include "../kernels/channel_kernels.h"
 
 #include <ATen/ops/empty.h>
@@ -35,7 +35,7 @@ cuda::Vectors vectors_of(const NormVectors& norm, const Tensor& y, int64_t sampl
           samples * y.size(1), norm.how};
 }
 
-// run(map, scratch, result, stream)
+// Calls run(map, scratch, result, stream) with a new result, which it returns, and scratch memory.
 template <typename Run>
 Tensor reduce(const Tensor& y, int64_t samples, const Run& run) {
   const c10::cuda::CUDAGuard guard(y.device());
@@ -49,7 +49,7 @@ Tensor reduce(const Tensor& y, int64_t samples, const Run& run) {
   return result;
 }
 
-// run(map, vectors, stream)
+// Calls run(map, vectors, stream).
 template <typename Run>
 void elementwise(const Tensor& y, const NormVectors& norm, const Run& run) {
   const c10::cuda::CUDAGuard guard(y.device());
@@ -117,7 +117,7 @@ void update_running(at::ArrayRef<RunningUpdate> updates) {
                                    u.statistics.size(1),
                                    u.momentum,
                                    u.values};
-    // A norm that runs twice in a chain is updated twice, one after the other.
+    // A norm that occurs twice in a chain is updated by two launches, one after the other.
     const bool again = std::any_of(entries.begin(), entries.end(),
                                    [&](const auto& e) { return e.mean == entry.mean; });
     if (again || int64_t(entries.size()) == cuda::most_running_entries) launch();

@@ -1,17 +1,15 @@
-// How the four kernels walk a map:
+// Launches the four channel kernels. They walk a map like this:
 //
 //   contiguous      A plane (one sample, one channel) is read as the aligned vectors that cover it.
-//   Those that
-//                   stick out at its ends, as planes need not begin at a vector, are done value by
-//                   value.
-//   channels last   A thread stays on one vector of channels and goes down the rows. Where the
-//   channels are no whole
-//                   number of vectors, several rows are read as one of as many times the channels.
+//                   A plane need not begin at a vector: vectors that extend beyond its ends are
+//                   processed value by value.
+//   channels last   A thread stays on one vector of channels and goes down the rows. If the number
+//                   of channels is not a multiple of the vector, several rows are read as one.
 //
-// A reduction has two stages. In the first a block makes one partial result of each group it saw,
-// in the second they are merged. Both add in an order that depends on the shape and the device
-// alone. Reductions walk from the end of a map to its start and the others from the start: what was
-// written or read last is what the cache still has.
+// A reduction has two stages. In the first stage each block computes a partial result of every
+// group that it reads, and the second stage merges them. The order of both depends only on the
+// shape and the device. Reductions walk a map from its end and elementwise kernels from its start,
+// because the cache still holds the part that the previous kernel touched last.
 #include <algorithm>
 #include <numeric>
 #include <type_traits>
@@ -24,19 +22,20 @@ namespace fusedconvbn::cuda {
 namespace {
 
 constexpr unsigned threads = 256;  // of a block, at most
-// At least; a thread has 64 registers, or 128.
+// At least so many; a thread then has 64 registers, or 128 for double.
 constexpr unsigned blocks_per_multiprocessor = 4;
 template <typename acc>
 constexpr unsigned resident = sizeof(acc) == 8 ? 2 : blocks_per_multiprocessor;
-// Blocks at most. Channels last, each of them first reads the vectors of its channels: no more than
-// run at a time. Contiguous, more of them make the last wave smaller.
-constexpr int64_t most_reduction_blocks = 4736;  // the parts of which are merged
+// The most blocks for contiguous maps; more blocks make the last wave shorter. For channels-last
+// maps (RowPlan) no more blocks are used than run at a time, because each first reads the vectors
+// of its channels.
+constexpr int64_t most_reduction_blocks = 4736;  // fewer, because their partial results are merged
 constexpr int64_t most_plane_blocks = 16384;
-constexpr int64_t steps = 4;  // vectors a thread should do, before more blocks are used
+constexpr int64_t steps = 4;  // vectors that a thread should process before more blocks are used
 
 // -------------------------------------------------------------------------------------- contiguous
 
-// The aligned vectors that cover planes, `width` places for each: as many as a plane can touch.
+// The aligned vectors that cover the planes: `width` for each plane, the most that one can touch.
 template <int V>
 struct Planes {
   int64_t inner, width, channels;
@@ -45,24 +44,24 @@ struct Planes {
       : inner(inner), width(ceil_div(inner, V) + (inner % V != 0)), channels(channels) {}
 };
 
-// A place in planes, and how far it is to the next one of a thread.
+// The position of a vector in the planes, or the distance from a thread's vector to its next one.
 template <int V>
-struct Place {
+struct Position {
   int64_t plane, vector;
 
-  __device__ Place(const Planes<V>& planes, int64_t index)
+  __device__ Position(const Planes<V>& planes, int64_t index)
       : plane(index / planes.width), vector(index % planes.width) {}
-  __device__ __forceinline__ void advance(const Planes<V>& planes, const Place& step) {
+  __device__ __forceinline__ void advance(const Planes<V>& planes, const Position& step) {
     plane += step.plane, vector += step.vector;
     if (vector >= planes.width) vector -= planes.width, ++plane;
   }
 };
 
-// What a thread is to do at a place.
+// The work of a thread at a position.
 template <typename Op, int V>
 struct Piece {
-  int64_t plane, first;  // that of the plane and that of the vector
-  bool whole;
+  int64_t plane, first;  // the indices of the plane and of the vector's first value
+  bool whole;            // whether all values of the vector are in the plane
   typename Op::template Loaded<V> loaded;
 
   __device__ __forceinline__ void load(const Op& op, const Planes<V>& planes, int64_t number,
@@ -91,15 +90,15 @@ template <typename Op, int V>
 __global__ void __launch_bounds__(threads, resident<typename Op::acc>)
     elementwise_contiguous(Op op, Planes<V> planes, int64_t count) {
   constexpr int batch = Op::template in_flight<V, 1>;
-  const Place<V> step(planes, int64_t(gridDim.x) * threads);
-  Place<V> place(planes, int64_t(blockIdx.x) * threads + threadIdx.x);
-  while (place.plane < count) {
+  const Position<V> step(planes, int64_t(gridDim.x) * threads);
+  Position<V> position(planes, int64_t(blockIdx.x) * threads + threadIdx.x);
+  while (position.plane < count) {
     Piece<Op, V> pieces[batch];
 #pragma unroll
     for (int i = 0; i < batch; ++i) {
-      pieces[i].plane = place.plane;
-      if (place.plane < count) pieces[i].load(op, planes, place.plane, place.vector);
-      place.advance(planes, step);
+      pieces[i].plane = position.plane;
+      if (position.plane < count) pieces[i].load(op, planes, position.plane, position.vector);
+      position.advance(planes, step);
     }
 #pragma unroll
     for (int i = 0; i < batch; ++i) {
@@ -110,7 +109,7 @@ __global__ void __launch_bounds__(threads, resident<typename Op::acc>)
   }
 }
 
-// Block (c, k) reduces a part of `length` vectors of channel c. partial: (gridDim.y, C)
+// Each block reduces `length` vectors of channel blockIdx.x. partial: (gridDim.y, C)
 template <typename Op, int V>
 __global__ void __launch_bounds__(threads, resident<typename Op::acc>)
     reduce_contiguous(Op op, Planes<V> planes, int64_t samples, int64_t length,
@@ -119,8 +118,8 @@ __global__ void __launch_bounds__(threads, resident<typename Op::acc>)
   constexpr int batch = Op::template in_flight<V, 1>;
   const int64_t c = blockIdx.x, total = samples * planes.width, part = gridDim.y - 1 - blockIdx.y;
   const int64_t first = part * length, last = first + length < total ? first + length : total;
-  const Place<V> step(planes, threads);
-  Place<V> place(planes, first + threadIdx.x);  // of the channel's planes
+  const Position<V> step(planes, threads);
+  Position<V> position(planes, first + threadIdx.x);  // among the planes of the channel
   const auto groups = op.template groups<1>({0, c, planes.channels});
   typename Op::template Accumulator<1> accumulator;
   for (int64_t at = first + threadIdx.x; at < last; at += batch * threads) {
@@ -128,8 +127,8 @@ __global__ void __launch_bounds__(threads, resident<typename Op::acc>)
 #pragma unroll
     for (int i = 0; i < batch; ++i) {
       if (at + i * threads < last)
-        pieces[i].load(op, planes, place.plane * planes.channels + c, place.vector);
-      place.advance(planes, step);
+        pieces[i].load(op, planes, position.plane * planes.channels + c, position.vector);
+      position.advance(planes, step);
     }
 #pragma unroll
     for (int i = 0; i < batch; ++i)
@@ -148,10 +147,10 @@ __global__ void __launch_bounds__(threads, resident<typename Op::acc>)
 
 // ----------------------------------------------------------------------------------- channels last
 
-// The rows of each sample. A row has the channels `width / channels` times.
+// The rows of each sample. A row holds all channels `width / channels` times.
 struct Rows {
   int64_t samples, rows, width, channels;
-  int64_t columns;  // blocks that a row takes
+  int64_t columns;  // blocks per row
 
   int64_t folded() const { return width / channels; }
 };
@@ -170,8 +169,8 @@ struct Column {
   }
 };
 
-// Runs `op` on every (gridDim.y·blockDim.y)-th row, from the first of them or, backward, from the
-// last.
+// Runs `op` on every (gridDim.y·blockDim.y)-th row, from the first such row to the last or, if
+// `backward`, from the last to the first.
 template <int V, bool backward, typename Op, typename... Accumulator>
 __device__ __forceinline__ void go_down(const Op& op, const Rows& map, const Column<V>& column,
                                         Accumulator&... accumulator) {
@@ -231,9 +230,10 @@ __global__ void __launch_bounds__(threads, resident<typename Op::acc>)
 
 // ------------------------------------------------------------------------------------ second stage
 
-constexpr unsigned merged_groups = 8;  // of a block
+constexpr unsigned merged_groups = 8;  // per block
 
-// What comes of the sums of each group: (2, G), and where they are asked for r·S2 and S1.
+// Where the merged sums of each group go: result is (2, G); weight, which gets r·S2, and bias,
+// which gets S1, may be null.
 template <typename acc>
 struct Sink {
   acc *result, *weight, *bias;
@@ -248,7 +248,7 @@ __global__ void __launch_bounds__(threads, 2)
   const int64_t g = int64_t(blockIdx.x) * merged_groups + threadIdx.x;
   const int64_t start = g / channels * folded * channels + g % channels;
   Partial<double> merged{};
-  constexpr int batch = 4;  // loads under way at a time
+  constexpr int batch = 4;  // loads in flight
   for (int64_t k = threadIdx.y; g < groups && k < parts; k += batch * blockDim.y) {
     Partial<acc> next[batch];
 #pragma unroll
@@ -284,13 +284,13 @@ __global__ void __launch_bounds__(threads, 2)
 
 // ------------------------------------------------------------------------------------------ launch
 
-// How many rows are read as one for vectors of V values, or 0 where that cannot be.
+// How many rows are read as one for vectors of V values; 0 if the rows do not allow such vectors.
 int64_t folded_rows(const Map& map, int64_t V) {
   const int64_t folded = V / std::gcd(V, map.channels);
   return map.outer % folded == 0 ? folded : 0;
 }
 
-// f(std::integral_constant<int, V>) with the widest vector that every pointer allows,
+// Calls f(std::integral_constant<int, V>) for the widest vector to which all pointers are aligned.
 template <typename T, typename F>
 void with_plane_vector(std::initializer_list<const void*> pointers, const F& f) {
   if (aligned<T>(pointers, whole_vector<T>))
@@ -298,7 +298,7 @@ void with_plane_vector(std::initializer_list<const void*> pointers, const F& f) 
   f(std::integral_constant<int, 1>{});
 }
 
-// and that the rows do, of at most V values.
+// The same with the widest vector, of at most V values, that the rows allow too.
 template <typename T, int V, typename F>
 void with_row_vector(const Map& map, std::initializer_list<const void*> pointers, const F& f) {
   if constexpr (V > 1) {
@@ -311,13 +311,13 @@ void with_row_vector(const Map& map, std::initializer_list<const void*> pointers
 template <typename Op>
 constexpr int row_vector = std::min(whole_vector<typename Op::type>, Op::most_groups);
 
-// How many parts the work is cut into, when one part has `blocks` blocks and each block `units`
-// steps to do.
+// The number of parts to cut the work into, if one part takes `blocks` blocks and each block would
+// have `units` steps without cutting.
 int64_t parts_for(int64_t most, int64_t blocks, int64_t units) {
   return std::clamp<int64_t>(std::min(most / blocks, units / steps), 1, most);
 }
 
-// How rows are cut. A block is as wide as a row, or as an equal share of it of at most a warp.
+// How rows are cut. A block is as wide as a row or an equal share of it, and at most a warp.
 struct RowPlan {
   Rows map;
   dim3 block;
@@ -389,7 +389,7 @@ void elementwise(const Map& map, const Op& op, std::initializer_list<const void*
   }
 }
 
-// f with what the kernels take for `activation` (channel_operations.cuh)
+// Calls f with the Act for `activation` (channel_operations.cuh).
 template <typename F>
 void with_act(const Activation& activation, const F& f) {
   switch (activation.kind) {
@@ -408,7 +408,7 @@ using Bool = std::bool_constant<condition>;
 template <At where>
 using Where = std::integral_constant<At, where>;
 
-// f with where act' is taken
+// Calls f with the At for `source`.
 template <typename Act, typename F>
 void with_slope_at(const GradSource& source, const F& f) {
   if constexpr (!std::is_same_v<Act, Identity>) {
@@ -424,7 +424,7 @@ void with_slope_at(const GradSource& source, const F& f) {
 
 int64_t scratch_bytes(const Map& map) {
   const int64_t acc = map.dtype == Dtype::f64 ? sizeof(double) : sizeof(float);
-  // Of the vectors that the pointers may allow, the one that takes most.
+  // The pointers are not known here: take the vector size that needs the most scratch memory.
   int64_t parts = 1;
   with_dtype(map.dtype, [&]<typename T>(T) {
     if (!map.channels_last) {

@@ -1,14 +1,14 @@
-// What the four kernels do with a vector of values: Apply, GradApply, and, adding up, Stats and
-// GradStats. How they walk a map is in channel_launch.cu.
+// The operations of the four kernels on a vector of values: Apply and GradApply are elementwise,
+// Stats and GradStats are reductions. channel_launch.cu walks the map.
 //
-// Act is the functor of an activation or, for all but the most frequent ones, `Activation`: then it
-// is chosen once for a vector, alike in all threads. Kernels for each activation would be a
-// hundred.
+// Act is the functor of a frequent activation, or `Activation` for any other. An `Activation` is
+// looked up once per vector, with the same outcome in all threads. A kernel for each activation
+// would make about a hundred kernels.
 //
-// load<V> reads the V values at `at` and run<V, W> does them. They belong to W groups: one
-// (contiguous) or V (channels last); `most_groups` are those whose vectors there is room for in 64
-// registers. A thread loads `in_flight<V, W>` vectors before it does the first of them (`python
-// tests/kernels/build_cuda.py resources` shows what becomes of both).
+// load<V> reads the V values at `at` and run<V, W> processes them. They belong to W groups: one if
+// contiguous, V if channels last. `most_groups` is the largest W whose vectors fit into 64
+// registers. A thread loads `in_flight<V, W>` vectors before it processes the first of them.
+// (`python tests/kernels/build_cuda.py resources` shows the registers that result.)
 #pragma once
 
 #include <algorithm>
@@ -20,8 +20,7 @@
 namespace fusedconvbn::cuda {
 namespace {
 
-// How many vectors of V values, of each of `maps` maps, a thread loads at a time, from one channel
-// or more.
+// How many vectors of V values, in W groups, a thread loads at a time from each of `maps` maps.
 template <typename Act, typename T, int V, int W, int maps>
 constexpr int vectors_in_flight() {
   if (std::is_same_v<Act, Activation> || (W == 1 && V == 1)) return 1;
@@ -39,8 +38,8 @@ __device__ __forceinline__ void with_functor(const Act& functor, const F& f) {
 
 // ------------------------------------------------------------------------------- vectors of groups
 
-// The groups of neighbouring values: channels from `channel` on, and after the last one from the
-// first again, of the sample whose first group is `group`.
+// The groups of neighbouring values: the channels from `channel` on, continuing with the first
+// after the last one, of the sample whose first group is `group`.
 struct Lanes {
   int64_t group, channel, channels;
 };
@@ -50,7 +49,7 @@ struct Values {
   acc of[W];
 };
 
-// `absent` where there is no vector.
+// The values of the W groups from `lanes` on; all `absent` if the vector is null.
 template <int W, typename acc>
 __device__ __forceinline__ Values<acc, W> read(const acc* vector, const Lanes& lanes, acc absent) {
   constexpr int width = W < int(vector_bytes / sizeof(acc)) ? W : int(vector_bytes / sizeof(acc));
@@ -164,7 +163,7 @@ struct GradApply {
   T* out;
   const T *dout, *y;
   Vectors vectors;
-  const acc* sums;  // S1 and S2; null where the statistics do not depend on y
+  const acc* sums;  // S1 and S2; null if the statistics do not depend on y
   Act activation;
 
   template <int V>
@@ -206,9 +205,8 @@ struct GradApply {
         const acc centred = loaded.y.get(j) - g.norm.mean[w];
         const acc du =
             act.backward(centred * g.norm.scale[w] + g.norm.shift[w], loaded.dout.get(j));
-        const acc linear = g.slope[w] == acc(0)
-                               ? acc(0)
-                               : g.slope[w] * centred;  // an infinite value is no NaN then
+        // A slope of 0 must not turn an infinite value into NaN.
+        const acc linear = g.slope[w] == acc(0) ? acc(0) : g.slope[w] * centred;
         result[j] = g.norm.scale[w] * du + (linear + g.offset[w]);
       }
     });
@@ -218,8 +216,8 @@ struct GradApply {
 
 // -------------------------------------------------------------------------------------- reductions
 
-// The mean, which is origin + mean, and Σ (y − mean)² of `count` values. The origin is a value near
-// the mean, kept apart because their sum rounds more when |mean| ≫ std.
+// The mean and Σ (y − mean)² of `count` values. The mean is origin + mean, where the origin is a
+// value near the mean. The two are stored apart because their sum rounds more when |mean| ≫ std.
 template <typename acc>
 struct Moments {
   acc count, origin, mean, squares;
@@ -279,12 +277,12 @@ struct Stats {
     return cuda::load<V>(y, at);
   }
 
-  // Sums are taken from the first value that the thread sees: exact when |mean| ≫ std, and the
-  // values of one thread are too few for one that stands far out to spoil them.
+  // Sums are relative to the first value that the thread reads, so they are exact when |mean| ≫
+  // std. If that value is an outlier, it affects only the few values of this thread.
   template <int W>
   struct Accumulator {
     acc origin[W] = {}, sum[W] = {}, squares[W] = {};
-    int count = 0;  // of each group
+    int count = 0;  // values in each group
 
     __device__ Partial<acc> partial(int w) const {
       if (count == 0) return {0, 0, 0, 0};
@@ -314,8 +312,8 @@ struct Stats {
   }
 };
 
-// Where act' is taken: at u, at u + residual, or where act(u + residual) says. The latter two write
-// du.
+// The argument of act': u, u + residual, or neither, because it follows from the result. The latter
+// two write du.
 enum class At { u, sum, result };
 
 template <typename T, typename Act, At where>

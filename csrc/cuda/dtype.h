@@ -1,4 +1,4 @@
-// The type of a tensor as the kernels know it.
+// The dtype of a tensor in the enumeration of the CUDA kernels.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -1,5 +1,5 @@
-// kernel<<<grid, block, 0, stream>>>(args…), or, where this is compiled as plain C++, what the test
-// shim makes of it.
+// Launches a kernel: kernel<<<grid, block, 0, stream>>>(args…) or, in plain C++, the launch of the
+// test shim.
 #pragma once
 
 #include <cuda_runtime.h>

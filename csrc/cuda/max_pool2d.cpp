@@ -1,4 +1,4 @@
-// Max pooling on CUDA: tensors in, launches on the current stream.
+// Max pooling on CUDA: takes tensors and launches the kernels on the current stream.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <c10/cuda/CUDAException.h>
@@ -38,7 +38,7 @@ std::tuple<Tensor, Tensor> max_pool2d_cuda(const Tensor& given, at::IntArrayRef 
   const auto pool = Pool::unpack(packed);
   const auto format = given.suggest_memory_format();
   const auto input = given.contiguous(format);
-  // PyTorch's sizes, and its errors
+  // PyTorch's meta kernel computes the sizes and raises the errors.
   const auto like =
       std::get<0>(pool.with_indices(at::empty_like(input, input.options().device(at::kMeta))));
   auto output = at::empty(like.sizes(), input.options().memory_format(format));

@@ -1,6 +1,6 @@
-// A thread does a vector of channels at one position: of the result in forward, of the input in
-// backward, where it looks at every window that covers the position and adds up the gradients of
-// those whose value was found there.
+// The kernels of max pooling. A thread processes a vector of channels at one position: of the
+// result in forward, of the input in backward. In backward it reads every window that covers the
+// position and sums the gradients of those whose maximum is there.
 #include <cmath>
 
 #include "launch.cuh"
@@ -12,7 +12,7 @@ namespace {
 
 constexpr unsigned threads = 256;  // of a block, at most
 
-// A block does neighbouring vectors of one row.
+// The vector of a thread. A block processes neighbouring vectors of one row.
 template <int V>
 struct Item {
   int64_t sample, channel;
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(threads, 4)
 #pragma unroll
       for (int j = 0; j < V; ++j) {
         const acc value = values.get(j);
-        if (first || value > best[j] || value != value) {  // the last NaN, as PyTorch does
+        if (first || value > best[j] || value != value) {  // the last NaN wins, as in PyTorch
           best[j] = value;
           offset[j] = i * window.kernel[1] + k;
         }
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(threads, 4)
   *reinterpret_cast<Vector<uint8_t, V>*>(offsets + at) = bytes;
 }
 
-// The windows that cover `position`: those from `first` to `last`.
+// The windows that cover `position` in one dimension: `first` to `last`.
 struct Windows {
   int first, last;
 
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(threads, 4)
            sum);
 }
 
-// f(T{}, std::integral_constant<int, V>{}) with vectors that the channels are a whole number of.
+// Calls f(T{}, std::integral_constant<int, V>{}), where the channels are a multiple of V.
 template <typename F>
 void with_channel_vector(const PoolMap& map, std::initializer_list<const void*> pointers,
                          const void* offsets, const F& f) {
@@ -128,7 +128,7 @@ void with_channel_vector(const PoolMap& map, std::initializer_list<const void*> 
   });
 }
 
-// Blocks for `rows` of `items` vectors.
+// The blocks for `rows` rows of `items` vectors.
 struct Blocks {
   dim3 grid, block;
 

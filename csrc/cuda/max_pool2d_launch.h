@@ -1,4 +1,4 @@
-// Max pooling (pooling.h) on raw device pointers; each call puts its work on `stream` and returns.
+// Max pooling (kernels/pool.h) on raw device pointers. The calls queue their work on the stream.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -9,14 +9,14 @@
 
 namespace fusedconvbn::cuda {
 
-// samples × height × width × channels values in memory. Contiguous planes are samples of one
-// channel.
+// samples × height × width × channels values in memory. The planes of a contiguous map count as
+// samples of one channel.
 struct PoolMap {
   Dtype dtype;
   int64_t samples, height, width, channels, pooled_height, pooled_width;
 };
 
-// In rows and columns.
+// [0] is for rows, [1] for columns.
 struct PoolWindow {
   int kernel[2], stride[2], padding[2], dilation[2];
 };

@@ -1,4 +1,4 @@
-// The running statistics of all norms of a chain, a block for each.
+// Updates the running statistics of all norms of a chain; each block updates one norm.
 #include <algorithm>
 
 #include "channel_launch.h"

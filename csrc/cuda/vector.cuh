@@ -1,4 +1,4 @@
-// Neighbouring values that are read and written at once, and what they are added up in.
+// Vectors of neighbouring values that are read or written at once, and their accumulator type.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -73,7 +73,7 @@ bool aligned(std::initializer_list<const void*> pointers, int64_t V) {
   });
 }
 
-// f(T{}) with the type of `dtype`.
+// Calls f(T{}) with the type of `dtype`.
 template <typename F>
 void with_dtype(Dtype dtype, const F& f) {
   switch (dtype) {

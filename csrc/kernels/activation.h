@@ -9,8 +9,7 @@
 
 namespace fusedconvbn {
 
-// Each activation has a functor: `forward` is act(u), `backward` is act'(u)·dout. Both propagate
-// NaN.
+// The functors of the activations: `forward` is act(u), `backward` is act'(u)·dout. NaN propagates.
 //
 // A cheap activation consists of comparisons and a few products: computing it twice costs nothing
 // compared with reading its argument from memory.

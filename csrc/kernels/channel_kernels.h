@@ -91,7 +91,7 @@ c10::ScalarType statistics_dtype(const at::Tensor& y);
 struct ChannelLayout {
   int64_t samples, outer, channels, inner;
   bool channels_last;
-  int64_t count() const { return outer * inner; }  // of the values of a group
+  int64_t count() const { return outer * inner; }  // values per group
   int64_t groups() const { return samples * channels; }
 };
 

@@ -1,5 +1,4 @@
-// The arithmetic of a norm link on the statistics of one channel (chain.h), for the CPU and CUDA
-// kernels.
+// The arithmetic of a norm link (chain.h) on the vectors of one channel, for CPU and CUDA kernels.
 #pragma once
 
 #include "elementary.h"

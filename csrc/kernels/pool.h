@@ -1,6 +1,5 @@
 // 2-d max pooling that saves one byte for each value of its result: the offset of the maximum in
-// its window, row·kernel[1] + column. PyTorch saves the input, and an index of eight bytes per
-// value.
+// its window, row·kernel[1] + column. PyTorch saves the input, and eight bytes for each value.
 #pragma once
 
 #include <ATen/core/Tensor.h>
