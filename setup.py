@@ -1,7 +1,8 @@
-"""Builds the two compiled parts: `_ops` (the operators, free of Python) and `_C` (the build's facts).
+"""Builds the two compiled parts: `_ops` (the operators, free of Python) and `_C` (the build's
+facts), with the torch that is already installed.
 
-The build uses the torch that is already installed. Environment: FORCE_CUDA=1/0 (default: where torch has CUDA and nvcc
-is found), TORCH_CUDA_ARCH_LIST, MAX_JOBS, FUSEDCONVBN_SANITIZE=1 (AddressSanitizer and UBSan, for `make sanitize`).
+Environment: FORCE_CUDA=1/0 (default: where torch has CUDA and nvcc is found), TORCH_CUDA_ARCH_LIST,
+MAX_JOBS, FUSEDCONVBN_SANITIZE=1 (AddressSanitizer and UBSan, for `make sanitize`).
 """
 
 import importlib.util
@@ -14,7 +15,7 @@ from glob import glob
 from setuptools import Extension, setup
 
 if importlib.util.find_spec("torch") is None:
-    # pip builds in isolation but with the user's interpreter, whose packages hold the torch to build against.
+    # pip builds in isolation but with the user's interpreter, whose packages have the torch.
     paths = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
     if sys.prefix == sys.base_prefix:
         paths.append(site.getusersitepackages())
@@ -23,8 +24,9 @@ if missing := [
     name for name in ("torch", "pybind11", "ninja") if importlib.util.find_spec(name) is None
 ]:
     sys.exit(
-        f"fusedconvbn: {' and '.join(missing)} not found. Install torch first, then type `pip install .`; "
-        "under uv or `python -m build`, install torch, ninja, pybind11 and setuptools, and add "
+        f"fusedconvbn: {' and '.join(missing)} not found. Install torch first, then type "
+        "`pip install .`; under uv or `python -m build`, install torch, ninja, pybind11 and "
+        "setuptools, and add "
         "--no-build-isolation (uv) or --no-isolation (build)."
     )
 
@@ -42,18 +44,20 @@ force_cuda = os.environ.get("FORCE_CUDA")
 build_cuda = force_cuda == "1" if force_cuda else bool(torch.version.cuda and CUDA_HOME is not None)
 if build_cuda and not (torch.version.cuda and CUDA_HOME):
     sys.exit(
-        f"fusedconvbn: FORCE_CUDA=1 needs a CUDA build of torch and nvcc; found torch {torch.__version__} "
-        f"(CUDA {torch.version.cuda}) and CUDA_HOME={CUDA_HOME}"
+        "fusedconvbn: FORCE_CUDA=1 needs a CUDA build of torch and nvcc; found torch "
+        f"{torch.__version__} (CUDA {torch.version.cuda}) and CUDA_HOME={CUDA_HOME}"
     )
 
-# Headers of others are system headers: what the compiler warns of is ours. Of a folder that is given twice it leaves out the -I.
+# Headers of others are system headers, so that every warning is about our own code. The compiler
+# ignores the -I of a folder that it is also given with -isystem.
 headers = [
     *include_paths("cuda" if build_cuda else "cpu"),
     *(pybind11.get_include(), sysconfig.get_path("include")),
 ]
 system_headers = [flag for path in headers for flag in ("-isystem", path)]
 warnings = ["-Wall", "-Wextra", *system_headers]
-# Without trapping mathematics a select becomes a masked vector operation, and without errno a root one; no value changes.
+# Without trapping mathematics a select becomes a masked vector operation, and without errno a root
+# does; no value changes.
 cxx_flags = [
     "-std=c++20",
     "-O3",

@@ -34,6 +34,7 @@ struct MaxPool : torch::autograd::Function<MaxPool> {
     ctx->saved_data["channels_last"] =
         input.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
     ctx->mark_non_differentiable({offsets});
+    ctx->set_materialize_grads(false);  // no zeros for the gradient of the offsets
     return {output, offsets};
   }
 

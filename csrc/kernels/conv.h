@@ -29,11 +29,11 @@ inline std::vector<c10::SymInt> Conv::output_sizes(c10::SymIntArrayRef input,
       weight);
   std::vector<c10::SymInt> sizes{input[0], transposed ? weight[1] * groups : weight[0]};
   for (size_t d = 0; d < stride.size(); ++d) {
-    const auto reach = (weight[d + 2] - 1) * dilation[d] + 1;  // of the kernel, in input values
+    const auto reach = (weight[d + 2] - 1) * dilation[d] + 1;  // input values that the kernel spans
     sizes.push_back(
         transposed
             ? (input[d + 2] - 1) * stride[d] - 2 * padding[d] + reach + output_padding[d]
-            // ⌊(in + 2·padding − reach) / stride⌋ + 1, never above 0 when the kernel does not fit
+            // ⌊(in + 2·padding − reach) / stride⌋ + 1, but at most 0 if the kernel does not fit
             : (input[d + 2] + 2 * padding[d] - reach + stride[d]) / stride[d]);
   }
   return sizes;

@@ -118,11 +118,15 @@ def seconds_per_value(
     return flops_per_value(op, weight) / speed + (1.0 + read) * itemsize / device.bandwidth
 
 
-@torch.compiler.assume_constant_result  # a question to ask while compiling, not in the graph
 def _is_winograd(op: Conv, weight: Sequence[int]) -> bool:
     return torch.ops.fusedconvbn._winograd_takes(
         weight, op.stride, op.dilation, op.transposed, op.groups
     )
+
+
+# What torch.compiler.assume_constant_result does, without its import of Dynamo: the compiler asks,
+# and its graph has the answer.
+_is_winograd._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def parse_memory(memory: float | int | str) -> float | int | str:
