@@ -39,6 +39,7 @@ struct MaxPool : torch::autograd::Function<MaxPool> {
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list& grads) {
+    if (!grads[0].defined()) return {Tensor(), Tensor()};
     const auto saved = ctx->get_saved_variables();
     const auto &like = saved[0], &offsets = saved[1];
     const ArenaScope scope;
