@@ -117,12 +117,12 @@ void RunningUpdates::add(const NormArguments& norm, const Tensor& statistics,
                        .values = 0};
   c10::SymInt values = 0;
   if (moves) {
-    TORCH_CHECK_VALUE(!is_batched(statistics) ||
-                          (is_batched(*norm.running_mean) && is_batched(*norm.running_var)),
-                      "conv_bn: expected running_mean and running_var that vmap maps over, as the "
-                      "statistics of each of "
-                      "its calls are others, got one for all; map over them too, or give none "
-                      "(torch.func.replace_all_batch_norm_modules_ takes them away)");
+    TORCH_CHECK_VALUE(
+        !is_batched(statistics) ||
+            (is_batched(*norm.running_mean) && is_batched(*norm.running_var)),
+        "conv_bn: expected running_mean and running_var that vmap maps over, as the "
+        "statistics of each of its calls are others, got one for all; map over them "
+        "too, or give none (torch.func.replace_all_batch_norm_modules_ takes them away)");
     values = sizes[0];
     for (const auto& size : sizes.slice(2)) values = values * size;
     update = {.mean = *norm.running_mean,

@@ -220,7 +220,7 @@ void Backward::conv_backward(size_t i) {
   const auto& link = chain_[i];
   const Tensor in = std::move(state_.maps[i]);
   const bool bias = needs_grad(link.bias) && !bias_cancels(chain_, i);
-  // grad_stats sums half types in float, as ATen's convolution_backward does not.
+  // For half types grad_stats computes the bias gradient, because it sums in float.
   const bool half = in.scalar_type() == at::kBFloat16 || in.scalar_type() == at::kHalf;
   if (bias && half) {
     const auto dout = dense(grad_);

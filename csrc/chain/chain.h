@@ -103,7 +103,7 @@ struct PackedChain {
 
 Chain unpack(at::IntArrayRef links, at::ArrayRef<double> scalars, size_t tensor_count);
 
-// What a run of a chain returns (ops.h): T_n, the inner maps that are saved, the statistics.
+// The results of a chain (dispatch.h): T_n, the inner maps that are saved, and the statistics.
 using ChainResult = std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>>;
 
 // {links}, the index of the result, if a chain of so many links must save its result: act' of the

@@ -155,7 +155,7 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Conv& conv, const 
                                                  {false, true, false}))
                     .contiguous(format);
     }
-    // oneDNN would compute this in its weight gradient.
+    // Not by oneDNN, which computes it together with the weight gradient.
     if (needs_grad[2]) dbias = dout.sum({0, 2, 3});
     return {din, dweight, dbias};
   }

@@ -26,9 +26,8 @@ bool steps_over_few_channels(const Conv& conv, const at::Tensor& input, const at
 at::Tensor convolution(const Conv& conv, const at::Tensor& input, const at::Tensor& weight,
                        const std::optional<at::Tensor>& bias);
 
-// The gradients of input, weight and bias, those that `needs_grad` names. Weight and bias have
-// float gradients if a convolution of a half type runs in float, and gradients of the input's dtype
-// if not.
+// The gradients of input, weight and bias, those that `needs_grad` names. For weight and
+// bias they are float if a convolution of a half type runs in float, else of the input's dtype.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> convolution_backward(const Conv& conv,
                                                                     const at::Tensor& dout,
                                                                     const at::Tensor& input,

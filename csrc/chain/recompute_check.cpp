@@ -31,7 +31,7 @@ double shared_error(const at::Tensor& y) {
   }
 }
 
-// The relative rounding error of each single value of the map.
+// The relative rounding error of a value in the dtype of the map. It is independent in each value.
 double own_error(const at::Tensor& y) {
   switch (y.scalar_type()) {
     case at::kDouble:
@@ -73,8 +73,7 @@ void check_recomputed(const at::Tensor& y, const at::Tensor& found, const at::Te
   TORCH_CHECK(count == 0, "check_recompute: ", layer_name().empty() ? "conv_bn" : layer_name(),
               ": the statistics of ", count, " of ", wrong.numel(),
               " channels are not those of forward. Its input or weight was changed before backward "
-              "where autograd does "
-              "not see it, as by a write to .data");
+              "where autograd does not see it, as by a write to .data");
 }
 
 }  // namespace fusedconvbn

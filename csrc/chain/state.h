@@ -15,8 +15,8 @@ struct State {
   // The weight of conv link i, or its copy in the dtype of the maps.
   const at::Tensor& weight(size_t i) const;
 
-  // The tensors of link i, which reads y. For the kernels a gate is a norm that has
-  // a scale for each sample and channel.
+  // The tensors of link i, which reads y. For the kernels a gate is a norm with a scale for each
+  // sample and channel.
   NormVectors norm(size_t i, const at::Tensor& y) const;
   NormVectors gate(size_t i, const at::Tensor& y) const;
   at::Tensor slopes(size_t i, const at::Tensor& y) const;

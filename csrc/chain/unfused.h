@@ -8,7 +8,7 @@ namespace fusedconvbn {
 
 at::Tensor activate(const at::Tensor& u, const Activation& activation);
 
-// act(out [+ residual])
+// Returns act(out [+ residual]).
 at::Tensor finish(at::Tensor out, const std::optional<at::Tensor>& residual,
                   const Activation& activation);
 

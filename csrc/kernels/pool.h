@@ -51,8 +51,7 @@ inline Pool Pool::unpack(at::IntArrayRef v) {
   TORCH_CHECK_VALUE(
       v.size() == 9 && v[0] > 0 && v[1] > 0 && v[2] > 0 && v[3] > 0 && v[6] > 0 && v[7] > 0,
       "expected the kernel, stride, padding and dilation of a window in two dimensions and "
-      "ceil_mode, "
-      "got ",
+      "ceil_mode, got ",
       v);
   const Pool pool{{v[0], v[1]}, {v[2], v[3]}, {v[4], v[5]}, {v[6], v[7]}, v[8] != 0};
   TORCH_CHECK_VALUE(pool.offsets() <= most_offsets, "expected a window of at most ", most_offsets,
