@@ -5,7 +5,7 @@
 //                             batchnorm. Only the last norm link, behind which only a prelu may
 //                             follow, may have a residual, which is broadcast
 //   buffers                   of each norm link in turn: running_mean, running_var and
-//                             num_batches_tracked, as far as present
+//                             num_batches_tracked, without those that are absent
 //   buffer_counts             of each norm link, how many buffers it has: 0, 1 (the last), 2 (the
 //                             first two) or 3
 //   momenta                   of each norm link; NaN for None

@@ -268,8 +268,8 @@ void Backward::prelu_backward(size_t i) {
   pass_on(std::move(din), i);
 }
 
-// The backward of a link without statistics, or of one of which only the residual needs a gradient:
-// du = act'(u)·dout with u = T [+ residual].
+// The backward of a link without statistics, or of a link in which only the residual needs a
+// gradient: du = act'(u)·dout with u = T [+ residual].
 void Backward::activation_backward(size_t i) {
   const auto& activation = chain_[i].norm()->activation;
   const Tensor in = std::move(state_.maps[i]);

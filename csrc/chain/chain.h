@@ -79,7 +79,7 @@ struct Chain : std::vector<Link> {
 // A chain as it crosses the dispatcher; `unpack` is its inverse. (In Python: fusedconvbn/chain.py.)
 //
 //   tensors   T_0 or its parts; then of each link its weight, bias, residual and (2, C) running
-//             statistics, as far as present
+//             statistics, without those that are absent
 //   links     conv:   0, has_bias, transposed, groups, d,
 //                     stride[d], padding[d], dilation[d], output_padding[d]
 //             norm:   1, has_weight, has_bias, has_residual, arithmetic, activation

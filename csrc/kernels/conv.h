@@ -1,4 +1,4 @@
-// The options of a convolution.
+// The options of a convolution, and the size of its output.
 #pragma once
 
 #include <c10/core/SymIntArrayRef.h>
