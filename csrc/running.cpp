@@ -60,8 +60,8 @@ Tensor moved(const Tensor& running, const Tensor& batch, const std::optional<dou
 }
 
 // Whether torch.utils.checkpoint, in its non-reentrant form, recomputes a forward. It does so
-// inside of backward, under hooks that take the saved tensors, and stops the forward by an error as
-// soon as it has them all. The same batch must not be counted twice.
+// inside of backward, under hooks that take the saved tensors, and aborts the recomputation once
+// all are saved. The first forward has already counted this batch.
 bool is_recomputation() {
   return torch::autograd::get_current_node() != nullptr && at::SavedTensorDefaultHooks::get_hooks();
 }
@@ -87,8 +87,8 @@ bool in_memory(const RunningUpdate& update) {
          fits(update.bias) && in_memory(update.counter, at::kLong, statistics.device());
 }
 
-// Writes without a new version, as PyTorch's batch norm does: a batch norm that used the same
-// running statistics may have saved them for backward.
+// Does not bump the version counter, as PyTorch's batch norm does not: a backward that has saved
+// the same running statistics still passes the check for changes in place.
 void write_to(const Tensor& running, const Tensor& value) {
   if (!is_plain(running)) {
     running.copy_(value);
@@ -120,9 +120,9 @@ void RunningUpdates::add(const NormArguments& norm, const Tensor& statistics,
     TORCH_CHECK_VALUE(
         !is_batched(statistics) ||
             (is_batched(*norm.running_mean) && is_batched(*norm.running_var)),
-        "conv_bn: expected running_mean and running_var that vmap maps over, as the "
-        "statistics of each of its calls are others, got one for all; map over them "
-        "too, or give none (torch.func.replace_all_batch_norm_modules_ takes them away)");
+        "conv_bn: expected running_mean and running_var that vmap maps over, as each of its calls "
+        "has statistics of its own, got one tensor for all calls; map over them too, or pass None "
+        "(torch.func.replace_all_batch_norm_modules_ removes them)");
     values = sizes[0];
     for (const auto& size : sizes.slice(2)) values = values * size;
     update = {.mean = *norm.running_mean,

@@ -1,22 +1,24 @@
-// The channel kernels for any feature map. The kernels themselves take the two dense layouts
-// (channel_layout) and at least one value.
+// Wrappers that let the channel kernels of a chain take maps of any strides, and empty ones. The
+// kernels themselves take the two dense layouts (channel_layout) and at least one value.
 #pragma once
 
 #include "../kernels/channel_kernels.h"
 
 namespace fusedconvbn {
 
-// The map itself, or a copy in the dense layout that is closer to it.
+// The map itself if it is dense, or a copy in the memory format that it suggests.
 at::Tensor dense(const at::Tensor& t);
 
-// The same for T_i. T_0 always gets the layout that the meta kernels predict.
+// The same for map T_i of a chain. T_0, the input, is always in the memory format that it suggests,
+// as csrc/meta predicts the strides of the results from it.
 at::Tensor dense_input(const at::Tensor& t, size_t i);
 
-// `t` in the layout of `like`. Raises an error, which calls `t` by `name`, unless both have the
+// `t` in the layout of `like`. An error, whose message uses `name` for `t`, unless both have the
 // same sizes, dtype and device.
 at::Tensor dense_like(const char* name, const at::Tensor& t, const at::Tensor& like);
 
-// The kernels of the same names. For a map without values nothing is applied and sums are 0.
+// The kernels of the same names. If the map is empty, apply_ and grad_apply_ do nothing; grad_stats
+// returns zeros and writes zeros to the dγ and dβ that are needed.
 void apply_(at::Tensor& out, const at::Tensor& y, const NormVectors& norm,
             const Activation& activation, const at::Tensor& residual);
 at::Tensor grad_stats(const at::Tensor& dout, const at::Tensor& y, int64_t samples,

@@ -1,4 +1,5 @@
-// The device code of chains: four kernels over a feature map with channel dimension 1.
+// The device code of chains: four kernels over a feature map with channel dimension 1, and
+// one that updates running statistics.
 //
 //   channel_stats         mean and (biased) var of y
 //   channel_apply_        out = act(u),  u = (y − mean)·a + β [+ residual]
