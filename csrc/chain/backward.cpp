@@ -307,8 +307,7 @@ void Backward::norm_backward(size_t i) {
   const bool y_owned = recomputed_[i] || !y.is_same(in);
   const auto vectors = state_.norm(i, y);
   if (recompute_is_checked() && y.numel() && norm.batch_statistics())
-    check_recomputed(y, channel_kernels(y).stats(y, /*samples=*/1),
-                     vectors.statistics.slice(0, vectors.statistics.size(0) - 2));
+    check_recomputed(y, stats(y), vectors.statistics.slice(0, vectors.statistics.size(0) - 2));
 
   auto dout = dense_like("gradient", grad_, y);
   grad_owned_ |= !dout.is_same(grad_);

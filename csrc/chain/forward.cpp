@@ -3,7 +3,6 @@
 
 #include <ATen/ops/_prelu_kernel.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
 
 #include "../cpu/arena.h"
 #include "convolution.h"
@@ -17,8 +16,7 @@ namespace {
 
 // The batch statistics of y, (2, C) or, if synchronised, (5, C) (dispatch.h).
 Tensor batch_statistics(const Tensor& y, const std::string& process_group) {
-  const auto own = y.numel() ? channel_kernels(y).stats(y, /*samples=*/1)
-                             : at::zeros({2, y.size(1)}, y.options().dtype(statistics_dtype(y)));
+  const auto own = stats(y);
   return process_group.empty() ? own : joint_statistics(own, y.numel() / y.size(1), process_group);
 }
 

@@ -30,6 +30,11 @@ Tensor dense_like(const char* name, const Tensor& t, const Tensor& like) {
   return at::empty_like(like).copy_(t);
 }
 
+Tensor stats(const Tensor& y) {
+  return y.numel() ? channel_kernels(y).stats(y, /*samples=*/1)
+                   : at::zeros({2, y.size(1)}, y.options().dtype(statistics_dtype(y)));
+}
+
 void apply_(Tensor& out, const Tensor& y, const NormVectors& norm, const Activation& activation,
             const Tensor& residual) {
   if (y.numel()) channel_kernels(y).apply_(out, y, norm, activation, residual);

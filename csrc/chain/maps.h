@@ -17,8 +17,9 @@ at::Tensor dense_input(const at::Tensor& t, size_t i);
 // same sizes, dtype and device.
 at::Tensor dense_like(const char* name, const at::Tensor& t, const at::Tensor& like);
 
-// The kernels of the same names. If the map is empty, apply_ and grad_apply_ do nothing; grad_stats
-// returns zeros and writes zeros to the dγ and dβ that are needed.
+// The kernels of the same names. If the map is empty, apply_ and grad_apply_ do nothing; stats and
+// grad_stats return zeros, and grad_stats writes zeros to the dγ and dβ that are needed.
+at::Tensor stats(const at::Tensor& y);
 void apply_(at::Tensor& out, const at::Tensor& y, const NormVectors& norm,
             const Activation& activation, const at::Tensor& residual);
 at::Tensor grad_stats(const at::Tensor& dout, const at::Tensor& y, int64_t samples,

@@ -44,6 +44,14 @@ def chain(dtype=torch.float64, channels_last=False, requires_grad=True):
     return pack(draw(2, 3, 7, 5), links)
 
 
+def check_backward(packed, saved, needs_grad, **tolerances):
+    out, maps, statistics = ops._chain_forward(packed.tensors, *packed.options, saved)
+    arguments = (packed.tensors, maps, statistics, *packed.options, saved, needs_grad)
+    torch.library.opcheck(
+        ops._chain_backward.default, (torch.randn_like(out), *arguments), **tolerances
+    )
+
+
 @pytest.mark.thin(1)
 @pytest.mark.parametrize("saved", ([], [1], [2, 3]), ids=str)
 @pytest.mark.parametrize("channels_last", (False, True), ids=("nchw", "nhwc"))
@@ -55,22 +63,8 @@ def test_chain(dtype, channels_last, saved):
     torch.library.opcheck(ops._chain_forward.default, (*arguments, saved), **tolerances)
 
     packed = chain(dtype, channels_last, requires_grad=False)
-    arguments = (packed.tensors, *packed.options)
-    out, maps, statistics = ops._chain_forward(*arguments, saved)
     for needs_grad in (list(range(len(packed.tensors))), [1, 4]):
-        torch.library.opcheck(
-            ops._chain_backward.default,
-            (
-                torch.randn_like(out),
-                packed.tensors,
-                maps,
-                statistics,
-                *arguments[1:],
-                saved,
-                needs_grad,
-            ),
-            **tolerances,
-        )
+        check_backward(packed, saved, needs_grad, **tolerances)
 
 
 @pytest.mark.parametrize("formats", [(False, True), (True, False)], ids=("input", "weight"))
@@ -125,22 +119,8 @@ def test_chain_of_parts(dtype, channels_last, saved):
     torch.library.opcheck(ops._channel_stats.default, (packed.tensors[0].detach(), ""))
 
     packed = wide_chain(dtype, channels_last, requires_grad=False)
-    arguments = (packed.tensors, *packed.options)
-    out, maps, statistics = ops._chain_forward(*arguments, saved)
     needs_grad = [i for i, t in enumerate(packed.tensors) if i != 1 and t.shape != (2, 4)]
-    torch.library.opcheck(
-        ops._chain_backward.default,
-        (
-            torch.randn_like(out),
-            packed.tensors,
-            maps,
-            statistics,
-            *arguments[1:],
-            saved,
-            needs_grad,
-        ),
-        **tolerances,
-    )
+    check_backward(packed, saved, needs_grad, **tolerances)
 
 
 @pytest.mark.parametrize("training", ([1, 1], [1, 0], [0, 0]), ids=str)
