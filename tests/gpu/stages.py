@@ -41,7 +41,7 @@ ON_GPU = Sizes(
     device="cuda",
     network="resnet50",
     others=("efficientnet_b0", "mobilenet_v2", "densenet121", "resnet18"),
-    compiled=("compile", "compile, budget 0.5", "compile, budget 0.3"),
+    compiled=("compile", "compile, budget 0.5"),
     models=("--only", "bfloat16, channels last", "--rounds", "4"),
     kernels=("--rounds", "7"),
     profile=(),
@@ -126,17 +126,17 @@ def stages_of(out: Path, work: Path, rehearsal: bool) -> list[list[Stage]]:
     profile = ("--models", sizes.network, *batch, *sizes.profile)
     stages = [
         [Stage("setup", 180, [sys.executable, TESTS / "gpu/prepare.py", work, sizes.device])],
-        [Stage("smoke", 75, pytest(*sizes.smoke, xml=out / "smoke.xml"))],
+        [Stage("smoke", 75, pytest(*sizes.smoke, *processes, xml=out / "smoke.xml"))],
         [
             Stage(
-                "tests", 110, pytest(*sizes.tests, *processes, xml=out / "pytest.xml", seconds=90)
+                "tests", 125, pytest(*sizes.tests, *processes, xml=out / "pytest.xml", seconds=90)
             ),
             *(
-                Stage(tool, 110, pytest(KERNEL_TESTS, *which, seconds=110))
+                Stage(tool, 125, pytest(KERNEL_TESTS, *which, seconds=110))
                 for tool, which in sizes.sanitized.items()
             ),
             # What the compiler makes is kept on disk, for the stage that measures it.
-            Stage("compile", 110, models(warm, 128, only, sizes.compiled, 100, "--rounds", "1")),
+            Stage("compile", 125, models(warm, 128, only, sizes.compiled, 100, "--rounds", "1")),
         ],
         [Stage("kernels", 45, benchmark("kernels", out / "gpu-kernels.json", *sizes.kernels))],
         [Stage("models", 120, models(at_128, 128, only, (*fused, *sizes.compiled), 105))],
