@@ -10,8 +10,8 @@
 //                             first two) or 3
 //   momenta                   of each norm link; NaN for None
 //   training                  of each norm link: 1 to use batch statistics, 0 to use running ones
-//   process_group, saved,
-//   input_statistics          as for _chain_forward
+//   process_group, saved      as for _chain_forward
+//   statistics                as for _chain_forward, for its norm links in training
 //
 // A first gate may be the factor of any product. If it is not a gate by its shape, the product is
 // computed first and becomes T_0. In eval mode a batch norm is folded into the convolution in front
@@ -19,6 +19,7 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/batch_norm.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/prelu.h>
 #include <ATen/ops/stack.h>
@@ -232,9 +233,11 @@ size_t first_trained(const Model& model) {
 }
 
 // Runs links first … last - 1 of the model on T_first. `saved` holds indices of the whole model.
+// `known` are statistics of the first of these norm links that are in training; the statistics of
+// all of them are added to `found`.
 Tensor run(const Model& model, at::TensorList parts, size_t first, size_t last,
-           std::string_view process_group, at::IntArrayRef saved,
-           const std::optional<Tensor>& input_statistics, RunningUpdates& updates) {
+           std::string_view process_group, at::IntArrayRef saved, const Optional& known,
+           std::vector<Tensor>& found, RunningUpdates& updates) {
   const auto& links = model.links;
   // Whether norm link i is folded into the convolution in front of it.
   const auto folds = [&](size_t i) {
@@ -295,23 +298,30 @@ Tensor run(const Model& model, at::TensorList parts, size_t first, size_t last,
       for (const auto k : saved_result(*ending, ending_residual, pushed)) indices.push_back(k);
   }
   const auto group = training ? process_group : std::string_view();
-  const bool reads_statistics = links[first].norm && links[first].norm->training;
   const auto result =
       !grad && !training && is_traced(parts[0])
           ? unfused_chain(packed.tensors, packed.links, packed.scalars, group, {}, {})
-          : chain_forward(packed.tensors, packed.links, packed.scalars, group, indices,
-                          reads_statistics ? input_statistics : std::nullopt);
-  auto found = std::get<2>(result).begin();
+          : chain_forward(packed.tensors, packed.links, packed.scalars, group, indices, known);
+  auto next = std::get<2>(result).begin();
   for (size_t i = first; i < last; ++i) {
     if (!links[i].norm || folds(i)) continue;
-    const auto& statistics = *found++;
+    const auto& statistics = *next++;
     const auto& norm = *links[i].norm;
     if (!norm.training) continue;
+    found.push_back(statistics);
     const bool bias_left_out = i > first && links[i - 1].conv;
     updates.add(norm, statistics, links[i].sizes,
                 bias_left_out ? links[i - 1].conv->bias : Optional(), !process_group.empty());
   }
   return std::get<0>(result);
+}
+
+// The statistics behind those of the links that have run.
+Optional rest_of(const Optional& statistics, const std::vector<Tensor>& found) {
+  c10::SymInt used = 0;
+  for (const auto& s : found) used = used + s.sym_size(1);
+  if (!statistics || statistics->sym_size(1) <= used) return {};
+  return statistics->narrow_symint(1, used, statistics->sym_size(1) - used);
 }
 
 }  // namespace
@@ -320,13 +330,24 @@ Tensor conv_bn_chain(at::TensorList tensors, at::TensorList buffers, at::IntArra
                      at::ArrayRef<double> scalars, at::IntArrayRef buffer_counts,
                      at::ArrayRef<double> momenta, at::IntArrayRef training,
                      std::string_view process_group, at::IntArrayRef saved,
-                     const std::optional<Tensor>& input_statistics) {
+                     const Optional& statistics) {
+  return std::get<0>(conv_bn_chain_with_statistics(tensors, buffers, links, scalars, buffer_counts,
+                                                   momenta, training, process_group, saved,
+                                                   statistics));
+}
+
+std::tuple<Tensor, Tensor> conv_bn_chain_with_statistics(
+    at::TensorList tensors, at::TensorList buffers, at::IntArrayRef links,
+    at::ArrayRef<double> scalars, at::IntArrayRef buffer_counts, at::ArrayRef<double> momenta,
+    at::IntArrayRef training, std::string_view process_group, at::IntArrayRef saved,
+    const Optional& statistics) {
   const auto chain = unpack(links, scalars, tensors.size());
   const auto model =
       checked(tensors, buffers, chain, buffer_counts, momenta, training, process_group);
 
   RunningUpdates updates;
   Tensor output;
+  std::vector<Tensor> found;
   if (model.parts[0].sym_size(0) == 0 && process_group.empty() && model.in_training()) {
     output = run_empty(model, updates);
   } else {
@@ -344,16 +365,16 @@ Tensor conv_bn_chain(at::TensorList tensors, at::TensorList buffers, at::IntArra
     if (first > 0) {
       // These links need no gradient, so they save nothing, as in eager mode.
       const at::NoGradGuard no_grad;
-      parts = {run(model, parts, 0, first, process_group, {}, input_statistics, updates)};
+      parts = {run(model, parts, 0, first, process_group, {}, statistics, found, updates)};
     }
     output = run(model, parts, first, model.links.size(), process_group, inner,
-                 first == 0 ? input_statistics : std::nullopt, updates);
+                 rest_of(statistics, found), found, updates);
   }
   if (model.tail) output = activate(output + *model.tail, model.tail_activation);
   if (model.tail_slopes.defined())
     output = at::prelu(output, model.tail_slopes.to(output.scalar_type()));
   updates.write();
-  return output;
+  return {output, found.empty() ? output.new_empty({0}) : at::cat(found, 1)};
 }
 
 }  // namespace fusedconvbn

@@ -61,7 +61,11 @@ TORCH_LIBRARY(fusedconvbn, m) {
   m.def(
       "conv_bn_chain(Tensor[] tensors, Tensor(a!)[] buffers, int[] links, float[] scalars, "
       "int[] buffer_counts, float[] momenta, int[] training, str process_group=\"\", "
-      "int[] saved=[], Tensor? input_statistics=None) -> Tensor");
+      "int[] saved=[], Tensor? statistics=None) -> Tensor");
+  m.def(
+      "_conv_bn_chain(Tensor[] tensors, Tensor(a!)[] buffers, int[] links, float[] scalars, "
+      "int[] buffer_counts, float[] momenta, int[] training, str process_group=\"\", "
+      "int[] saved=[], Tensor? statistics=None) -> (Tensor output, Tensor statistics)");
   m.def(
       "max_pool2d(Tensor input, int[2] kernel_size, int[2] stride=[], int[2] padding=0, "
       "int[2] dilation=1, bool ceil_mode=False) -> Tensor");
@@ -69,7 +73,7 @@ TORCH_LIBRARY(fusedconvbn, m) {
   m.def("_channel_stats(Tensor input, str process_group) -> Tensor");
   m.def(
       "_chain_forward(Tensor[] tensors, int[] links, float[] scalars, str process_group, "
-      "int[] saved, Tensor? input_statistics=None) -> "
+      "int[] saved, Tensor? statistics=None) -> "
       "(Tensor output, Tensor[] saved_maps, Tensor[] statistics)");
   m.def(
       "_chain_backward(Tensor dout, Tensor[] tensors, Tensor[] saved_maps, Tensor[] statistics, "
@@ -93,6 +97,7 @@ TORCH_LIBRARY(fusedconvbn, m) {
                          c10::DispatchKey::FuncTorchBatchedDecomposition}) {
     m.impl("conv_bn", key, TORCH_FN(conv_bn));
     m.impl("conv_bn_chain", key, TORCH_FN(conv_bn_chain));
+    m.impl("_conv_bn_chain", key, TORCH_FN(conv_bn_chain_with_statistics));
   }
   m.impl("max_pool2d", c10::DispatchKey::CompositeImplicitAutograd, TORCH_FN(max_pool2d));
   m.impl("_fold", c10::DispatchKey::CompositeImplicitAutograd, TORCH_FN(fold_batch_norm));
@@ -132,8 +137,8 @@ const auto max_pool2d_backward_op =
 
 ChainResult chain_forward(at::TensorList tensors, at::IntArrayRef links,
                           at::ArrayRef<double> scalars, std::string_view process_group,
-                          at::IntArrayRef saved, const std::optional<Tensor>& input_statistics) {
-  return chain_forward_op.call(tensors, links, scalars, process_group, saved, input_statistics);
+                          at::IntArrayRef saved, const std::optional<Tensor>& statistics) {
+  return chain_forward_op.call(tensors, links, scalars, process_group, saved, statistics);
 }
 
 Tensor channel_stats(const Tensor& input, std::string_view process_group) {

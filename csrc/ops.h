@@ -24,7 +24,15 @@ at::Tensor conv_bn_chain(at::TensorList tensors, at::TensorList buffers, at::Int
                          at::ArrayRef<double> scalars, at::IntArrayRef buffer_counts,
                          at::ArrayRef<double> momenta, at::IntArrayRef training,
                          std::string_view process_group, at::IntArrayRef saved,
-                         const std::optional<at::Tensor>& input_statistics);
+                         const std::optional<at::Tensor>& statistics);
+
+// The operator _conv_bn_chain: the same, and the batch statistics of its norm links
+// in training, side by side.
+std::tuple<at::Tensor, at::Tensor> conv_bn_chain_with_statistics(
+    at::TensorList tensors, at::TensorList buffers, at::IntArrayRef links,
+    at::ArrayRef<double> scalars, at::IntArrayRef buffer_counts, at::ArrayRef<double> momenta,
+    at::IntArrayRef training, std::string_view process_group, at::IntArrayRef saved,
+    const std::optional<at::Tensor>& statistics);
 
 // Like at::max_pool2d, which it calls if the window has more offsets than fit into a byte.
 at::Tensor max_pool2d(const at::Tensor& input, at::IntArrayRef kernel_size, at::IntArrayRef stride,

@@ -14,7 +14,8 @@ from .activations import ACTIVATIONS
 _CONV, _NORM, _GATE, _PARTS, _PRELU = range(5)
 _ACTIVATIONS = tuple(ACTIVATIONS)
 _ARITHMETICS = ("batchnorm", "tutorial", "none", "running")
-SAVED = 8  # the index of the maps to save among the arguments of conv_bn_chain
+# Indices among the arguments of conv_bn_chain.
+BUFFERS, BUFFER_COUNTS, TRAINING, SAVED, STATISTICS = 1, 4, 6, 8, 9
 
 
 @dataclass
@@ -35,6 +36,18 @@ class Conv:
         """The options, in the order of ``torch.convolution``."""
         lists = (self.stride, self.padding, self.dilation)
         return (*lists, self.transposed, self.output_padding, self.groups)
+
+    def result_shape(self, input: Sequence[int], weight: Sequence[int]) -> list[int]:
+        """The shape of T', from those of T and of the weight."""
+        shape = [input[0], weight[1] * self.groups if self.transposed else weight[0]]
+        for d, stride in enumerate(self.stride):
+            size, padding = input[d + 2], 2 * self.padding[d]
+            reach = (weight[d + 2] - 1) * self.dilation[d] + 1
+            if self.transposed:
+                shape.append((size - 1) * stride - padding + reach + self.output_padding[d])
+            else:
+                shape.append((size + padding - reach) // stride + 1)
+        return shape
 
 
 @dataclass
@@ -97,7 +110,8 @@ class Packed:
 
     def call(self, saved: Sequence[int], statistics: Any = None) -> tuple[Any, ...]:
         """The arguments of ``conv_bn_chain``. `saved` are the indices of the inner maps to save;
-        the result of the first link has index 1."""
+        the result of the first link has index 1. `statistics` are those of the first norms in
+        training, side by side; the others are computed."""
         norms = (self.buffer_counts, self.momenta, self.training)
         return (
             self.tensors,

@@ -28,8 +28,7 @@ namespace {
 template <c10::DeviceType device, c10::DispatchKey key>
 ChainResult chain_forward_autocast(at::TensorList tensors, at::IntArrayRef links,
                                    at::ArrayRef<double> scalars, std::string_view process_group,
-                                   at::IntArrayRef saved,
-                                   const std::optional<Tensor>& input_statistics) {
+                                   at::IntArrayRef saved, const std::optional<Tensor>& statistics) {
   c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKeySet{key});
   const auto dtype = at::autocast::get_autocast_dtype(device);
   auto cast = tensors.vec();
@@ -46,7 +45,7 @@ ChainResult chain_forward_autocast(at::TensorList tensors, at::IntArrayRef links
       if (link.conv()) lower(link.bias);
     }
   }
-  return chain_forward(cast, links, scalars, process_group, saved, input_statistics);
+  return chain_forward(cast, links, scalars, process_group, saved, statistics);
 }
 
 }  // namespace

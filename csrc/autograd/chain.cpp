@@ -55,10 +55,10 @@ struct ChainFunction : torch::autograd::Function<ChainFunction> {
 
   static Tensor forward(AutogradContext* ctx, at::TensorList tensors, at::IntArrayRef links,
                         at::ArrayRef<double> scalars, std::string_view process_group,
-                        at::IntArrayRef saved, const std::optional<Tensor>* input_statistics,
+                        at::IntArrayRef saved, const std::optional<Tensor>* known_statistics,
                         ChainResult* result) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    *result = chain_forward(tensors, links, scalars, process_group, saved, *input_statistics);
+    *result = chain_forward(tensors, links, scalars, process_group, saved, *known_statistics);
     const auto& [output, saved_maps, statistics] = *result;
     const auto chain = unpack(links, scalars, tensors.size());
     auto variables = tensors.vec();
@@ -153,16 +153,16 @@ struct ChainFunction : torch::autograd::Function<ChainFunction> {
 ChainResult chain_forward_autograd(at::TensorList tensors, at::IntArrayRef links,
                                    at::ArrayRef<double> scalars, std::string_view process_group,
                                    at::IntArrayRef saved,
-                                   const std::optional<Tensor>& input_statistics) {
+                                   const std::optional<Tensor>& known_statistics) {
   if (needs_unfused(tensors))
     return unfused_chain(tensors, links, scalars, process_group, saved, {});
   if (!any_requires_grad(tensors)) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return chain_forward(tensors, links, scalars, process_group, saved, input_statistics);
+    return chain_forward(tensors, links, scalars, process_group, saved, known_statistics);
   }
   ChainResult result;
   std::get<0>(result) = ChainFunction::apply(tensors, links, scalars, process_group, saved,
-                                             &input_statistics, &result);
+                                             &known_statistics, &result);
   return result;
 }
 

@@ -17,11 +17,11 @@ at::Tensor channel_stats(const at::Tensor& input, std::string_view process_group
 //   - of each norm link that normalises, the (2, C) mean and biased variance. In a synchronised
 //     chain (5, C): mean, biased variance and number of values of all processes, then mean and
 //     biased variance of this one.
-// `input_statistics` are those of T_0, for a first link that uses batch statistics. They are
-// computed if not given.
+// `statistics` are those of the first norm links that use batch statistics, side by side. Those of
+// the other links are computed.
 ChainResult chain_forward(at::TensorList tensors, at::IntArrayRef links,
                           at::ArrayRef<double> scalars, std::string_view process_group,
-                          at::IntArrayRef saved, const std::optional<at::Tensor>& input_statistics);
+                          at::IntArrayRef saved, const std::optional<at::Tensor>& statistics);
 
 // The gradient of tensors[i] for each i in `needs_grad` (ascending), from dout, the gradient of
 // T_n. Index 0 stands for the whole T_0, even if T_0 has parts. A residual that is not read

@@ -33,6 +33,25 @@ Tensor statistics_of(const State& state, size_t i, const Tensor& y) {
   return batch_statistics(y, state.process_group);
 }
 
+// Gives the first norm links that use batch statistics those that are side by side in `known`.
+void set_statistics(State& state, const Tensor& known) {
+  int64_t channels = 0, used = 0;
+  for (const auto& part : state.tensors.slice(0, state.chain.parts)) channels += part.size(1);
+  for (size_t i = 0; i < state.chain.size() && used < known.size(1); ++i) {
+    const auto& link = state.chain[i];
+    if (const auto* conv = link.conv()) {
+      const auto& weight = state.tensor(link.weight);
+      channels = conv->transposed ? weight.size(1) * conv->groups : weight.size(0);
+    } else if (link.norm() && link.norm()->batch_statistics()) {
+      TORCH_CHECK_VALUE(used + channels <= known.size(1),
+                        "expected statistics of the first norm links, got shape ", known.sizes(),
+                        " for a link of ", channels, " channels behind ", used);
+      state.statistics[i] = known.narrow(1, used, channels).clone(at::MemoryFormat::Contiguous);
+      used += channels;
+    }
+  }
+}
+
 Tensor convolved(const State& state, size_t i, const Tensor& in) {
   const auto& link = state.chain[i];
   const bool has_bias = link.bias >= 0 && !bias_cancels(state.chain, i);
@@ -69,14 +88,11 @@ void run_links(State& state, size_t first, size_t last, const std::vector<bool>&
 
 ChainResult chain_forward_kernel(at::TensorList tensors, at::IntArrayRef links,
                                  at::ArrayRef<double> scalars, std::string_view process_group,
-                                 at::IntArrayRef saved,
-                                 const std::optional<Tensor>& input_statistics) {
+                                 at::IntArrayRef saved, const std::optional<Tensor>& known) {
   const ArenaScope scope;
   State state(tensors, links, scalars, process_group, saved);
   const auto& chain = state.chain;
-  if (input_statistics && input_statistics->defined() && chain[0].norm() &&
-      chain[0].norm()->batch_statistics())
-    state.statistics[0] = input_statistics->clone(at::MemoryFormat::Contiguous);
+  if (known && known->defined()) set_statistics(state, *known);
   state.make_input();
   run_links(state, 0, chain.size(), state.saved);
 

@@ -13,7 +13,7 @@ void run_links(State& state, size_t first, size_t last, const std::vector<bool>&
 ChainResult chain_forward_kernel(at::TensorList tensors, at::IntArrayRef links,
                                  at::ArrayRef<double> scalars, std::string_view process_group,
                                  at::IntArrayRef saved,
-                                 const std::optional<at::Tensor>& input_statistics);
+                                 const std::optional<at::Tensor>& statistics);
 at::Tensor channel_stats_kernel(const at::Tensor& y, std::string_view process_group);
 
 }  // namespace fusedconvbn

@@ -57,6 +57,30 @@ def test_each_gradient_alone(pattern, device):
         torch.testing.assert_close(grad.cpu(), value, rtol=1e-8, atol=1e-8, msg=str(needs_grad))
 
 
+def known_statistics(tensors, packed, chain):
+    """The statistics of the norms that use those of the batch, side by side."""
+    norms = [link for link in chain if isinstance(link, Norm) and link.arithmetic != "none"]
+    found = ops._chain_forward(tensors, *packed.options, [])[2]
+    batch = [s for s, n in zip(found, norms, strict=True) if n.arithmetic != "running"]
+    return torch.cat(batch, 1)
+
+
+def test_known_statistics_are_not_computed(device):
+    """They are used as they are, and those of some channels of a link are refused."""
+    chain = links("ncn", 6)
+    packed = pack(draw(2, 6, 4, 3), chain)
+    tensors = [t.detach().to(device) for t in packed.tensors]
+    known = known_statistics(tensors, packed, chain)
+    out, _, statistics = ops._chain_forward(tensors, *packed.options, [], known)
+    torch.testing.assert_close(torch.cat(statistics, 1), known, rtol=0, atol=0)
+    torch.testing.assert_close(out, ops._chain_forward(tensors, *packed.options, [])[0])
+    other = known * 2
+    _, _, statistics = ops._chain_forward(tensors, *packed.options, [], other)
+    torch.testing.assert_close(torch.cat(statistics, 1), other, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="expected statistics of the first norm links"):
+        ops._chain_forward(tensors, *packed.options, [], known[:, :7])
+
+
 PARTS = (1, 2, 3)  # channels
 
 
@@ -74,8 +98,10 @@ def test_a_list_is_a_virtual_concatenation(pattern, statistics, format, device):
     expected = torch.autograd.grad(expected_out, differentiable(packed, chain), dout)
     tensors = [t.detach().to(device).requires_grad_(t.requires_grad) for t in packed.tensors]
     given = None
-    if statistics:
+    if statistics and pattern[0] == "n":  # those of the first norm
         given = torch.cat([ops._channel_stats(t, "") for t in tensors[: len(parts)]], 1)
+    elif statistics:
+        given = known_statistics(tensors, packed, chain)
     for saved in plans(len(chain)):
         saved = []
 
