@@ -77,8 +77,9 @@ Tensor indices_in_map(const Tensor& offsets, const Pool& pool, const c10::SymInt
 Tensor differentiable_backward(const Tensor& dout, const Tensor& offsets, at::IntArrayRef packed,
                                c10::SymIntArrayRef sizes, bool channels_last) {
   const auto pool = Pool::unpack(packed);
-  return pool.backward_of_indices(dout, indices_in_map(offsets, pool, sizes[3]), sizes,
-                                  channels_last);
+  const auto format = channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+  const auto input = at::empty_symint(sizes, dout.options().memory_format(format));
+  return pool.backward_of_indices(dout, indices_in_map(offsets, pool, sizes[3]), input);
 }
 
 Tensor max_pool2d_backward_autograd(const Tensor& dout, const Tensor& offsets,

@@ -80,13 +80,22 @@ std::tuple<Tensor, Tensor> max_pool2d_cpu(const Tensor& input, at::IntArrayRef p
   return {output, offsets_in_windows(indices, pool, input.size(3))};
 }
 
+// A tensor of which nothing but the sizes and the layout may be read.
+Tensor without_memory(c10::SymIntArrayRef sizes, at::MemoryFormat format,
+                      const at::TensorOptions& options) {
+  const auto layout = at::empty_symint(sizes, options.device(at::kMeta).memory_format(format));
+  auto t = at::empty({0}, options);
+  t.unsafeGetTensorImpl()->set_sizes_and_strides(layout.sizes(), layout.strides());
+  return t;
+}
+
 Tensor max_pool2d_backward_cpu(const Tensor& dout, const Tensor& offsets, at::IntArrayRef packed,
                                c10::SymIntArrayRef sizes, bool channels_last) {
   const auto pool = Pool::unpack(packed);
-  const auto dense = offsets.contiguous(channels_last ? at::MemoryFormat::ChannelsLast
-                                                      : at::MemoryFormat::Contiguous);
+  const auto format = channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+  const auto dense = offsets.contiguous(format);
   const auto indices = indices_in_map(dense, pool, sizes[3].expect_int());
-  return pool.backward_of_indices(dout, indices, sizes, channels_last);
+  return pool.backward_of_indices(dout, indices, without_memory(sizes, format, dout.options()));
 }
 
 }  // namespace

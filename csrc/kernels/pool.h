@@ -35,9 +35,9 @@ struct Pool {
 
   // Values and indices, as PyTorch returns them.
   std::tuple<at::Tensor, at::Tensor> with_indices(const at::Tensor& input) const;
-  // The gradient of an input of `sizes`, in operators that autograd knows.
+  // The gradient of the input, of which the sizes and the layout are read.
   at::Tensor backward_of_indices(const at::Tensor& dout, const at::Tensor& indices,
-                                 c10::SymIntArrayRef sizes, bool channels_last) const;
+                                 const at::Tensor& input) const;
 };
 
 inline Pool Pool::of(at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
@@ -69,9 +69,7 @@ inline std::tuple<at::Tensor, at::Tensor> Pool::with_indices(const at::Tensor& i
 }
 
 inline at::Tensor Pool::backward_of_indices(const at::Tensor& dout, const at::Tensor& indices,
-                                            c10::SymIntArrayRef sizes, bool channels_last) const {
-  const auto format = channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
-  const auto input = at::empty_symint(sizes, dout.options().memory_format(format));  // not read
+                                            const at::Tensor& input) const {
   return at::max_pool2d_with_indices_backward(dout, input, kernel, stride, padding, dilation,
                                               ceil_mode, indices);
 }
