@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from ._imports import when_imported
-from .chain import Conv, Norm, Prelu, unpack
+from .chain import Conv, unpack
+from .recomputation import backward_reads, recomputation
 
 RECOMPUTED = "fusedconvbn.recomputed"  # the counter's row for what backward recomputes
 
 
-class _Chain:
+class Chain:
     """A packed chain, the shapes of its maps, and the FLOPs of each link. The links hold the
     indices of their tensors in `tensors`."""
 
@@ -30,7 +31,7 @@ class _Chain:
         ]
         for link, weight in zip(self.links, self.weights, strict=True):
             t = self.maps[-1]
-            self.maps.append(_result(link, t, weight) if isinstance(link, Conv) else t)
+            self.maps.append(link.result_shape(t, weight) if isinstance(link, Conv) else t)
 
     def forward(self, i: int) -> int:
         """FLOPs of the forward of link i."""
@@ -51,31 +52,11 @@ class _Chain:
             self.maps[i + 1], x, w, None, *link.options, mask, out_val=(x, w, None)
         )
 
-    def has_batch_statistics(self, i: int) -> bool:
-        return (
-            i < len(self.links)
-            and isinstance(self.links[i], Norm)
-            and self.links[i].arithmetic in ("batchnorm", "tutorial")
-        )
-
-
-def _result(conv: Conv, t: Sequence[int], weight: Sequence[int]) -> list[int]:
-    """The shape of a convolution's result."""
-    shape = [t[0], weight[1] * conv.groups if conv.transposed else weight[0]]
-    for d, stride in enumerate(conv.stride):
-        size, padding = t[d + 2], 2 * conv.padding[d]
-        reach = (weight[d + 2] - 1) * conv.dilation[d] + 1
-        if conv.transposed:
-            shape.append((size - 1) * stride - padding + reach + conv.output_padding[d])
-        else:
-            shape.append((size + padding - reach) // stride + 1)
-    return shape
-
 
 def forward_flops(
     tensors: Sequence[Tensor], links: Sequence[int], scalars: Sequence[float], *_: Any, **__: Any
 ) -> int:
-    chain = _Chain(tensors, links, scalars)
+    chain = Chain(tensors, links, scalars)
     return sum(chain.forward(i) for i in range(len(chain.links)))
 
 
@@ -90,57 +71,38 @@ def backward_flops(
     saved: Sequence[int],
     needs_grad: Sequence[int],
 ) -> tuple[int, int]:
-    """FLOPs of the gradients, as eager counts them, and of the recomputation: the decisions of the
-    C++ backward of a chain, without its tensors."""
-    chain = _Chain(tensors, links, scalars)
-    map_needs_grad, is_read = _backward_reads(chain, saved, needs_grad)
-    available = {*saved, *([0] if chain.whole else [])}
-    gradients = recomputed = 0
+    """FLOPs of the gradients, as eager counts them, and of the recomputation."""
+    chain = Chain(tensors, links, scalars)
+    gradients, recomputed = backward_links(chain, saved, needs_grad)
+    of_gradients = sum(
+        chain.gradients(i, input, chain.links[i].weight in needs_grad)
+        for i, input in gradients
+        if isinstance(chain.links[i], Conv)
+    )
+    return of_gradients, sum(chain.forward(i) for i in recomputed)
 
-    def recompute(i: int) -> None:
-        nonlocal recomputed
-        first = max((m for m in available if m < i), default=0)
-        recomputed += sum(chain.forward(m) for m in range(first, i))
-        conv = [m for m in range(first + 1, i - 1) if isinstance(chain.links[m - 1], Conv)]
-        available.update(m for m in (*conv, i - 1) if m > first and is_read[m])
-        available.add(i)
-        if first > 0 and first not in saved and not is_read[first]:
-            available.discard(first)
 
+def backward_links(
+    chain: Chain, saved: Sequence[int], needs_grad: Sequence[int]
+) -> tuple[list[tuple[int, bool]], list[int]]:
+    """The links whose gradients backward computes, each with whether that of its input is needed,
+    and the links that it runs again: the decisions of the C++ backward of a chain, without its
+    tensors."""
+    map_needs_grad, is_read = backward_reads(chain.links, saved, needs_grad)
+    kept_at_first = {*saved, *([0] if chain.whole else [])}
+    available = set(kept_at_first)
+    gradients: list[tuple[int, bool]] = []
+    recomputed: list[int] = []
     i = len(chain.links) - 1
     while i >= 0 and map_needs_grad[i + 1]:
         if is_read[i] and i not in available:
-            recompute(i)
-        if isinstance(chain.links[i], Conv):
-            gradients += chain.gradients(i, map_needs_grad[i], chain.links[i].weight in needs_grad)
+            first, kept = recomputation(chain.links, i, available, kept_at_first, is_read)
+            recomputed += range(first, i)
+            available.difference_update({first} - kept)
+            available.update(kept, [i])
+        gradients.append((i, map_needs_grad[i]))
         i -= 1
     return gradients, recomputed
-
-
-def _backward_reads(
-    chain: _Chain, saved: Sequence[int], needs_grad: Sequence[int]
-) -> tuple[list[bool], list[bool]]:
-    """Of each map, whether its gradient is needed; of each link, whether its backward reads its
-    input."""
-    count = len(chain.links)
-    map_needs_grad, is_read = [0 in needs_grad], []
-    for i, link in enumerate(chain.links):
-        given: list[int | None] = [link.weight, getattr(link, "residual", None)]
-        # The gradient of a convolution's bias in front of batch statistics is 0.
-        cancels = isinstance(link, Conv) and chain.has_batch_statistics(i + 1)
-        if isinstance(link, (Conv, Norm)) and not cancels:
-            given.append(link.bias)
-        map_needs_grad.append(map_needs_grad[i] or any(t in needs_grad for t in given))
-        reads = isinstance(link, (Conv, Prelu)) or link.weight in needs_grad
-        if isinstance(link, Norm):
-            # ReLU's slope is read from the result of the last link, where that is saved.
-            from_result = i + 1 == count and count in saved and link.activation == "relu"
-            others = map_needs_grad[i] or link.weight in needs_grad or link.bias in needs_grad
-            reads = not (link.activation == "none" or from_result) or (
-                link.arithmetic != "none" and others
-            )
-        is_read.append(map_needs_grad[i + 1] and reads)
-    return map_needs_grad, is_read
 
 
 def _register() -> None:
