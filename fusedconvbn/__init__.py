@@ -10,6 +10,7 @@ from . import dtensor, flops
 from .conversion import fold, revert_sync_batchnorm
 from .functional import conv_bn
 from .fusion.api import fuse, is_fused, unfuse
+from .fusion.fit import fit
 from .fusion.report import explain
 from .fusion.sequential import FusedConvBNSequential
 from .memory import empty_cache, track_memory
@@ -43,6 +44,7 @@ __all__ = [
     "conv_bn",
     "empty_cache",
     "explain",
+    "fit",
     "fold",
     "fuse",
     "is_fused",

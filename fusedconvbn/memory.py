@@ -110,10 +110,10 @@ def track_memory(device: torch.device | str = "cpu") -> Iterator[MemoryReport]:
 
 @contextlib.contextmanager
 def saved_storages(
-    device: torch.device, saw: Callable[[int], None] | None = None
+    device: torch.device, saw: Callable[[StorageWeakRef, int], None] | None = None
 ) -> Iterator[dict[StorageWeakRef, int]]:
     """Collects what autograd saves for backward: distinct storages and their bytes. `saw` is called
-    with the bytes of each new storage."""
+    with each storage that is saved, as often as it is."""
     # The weak references keep no memory, but as long as they exist no other storage can get the
     # same identity; an address alone could be used again.
     storages: dict[StorageWeakRef, int] = {}
@@ -124,8 +124,8 @@ def saved_storages(
         if _counts(tensor, device):
             storage = tensor.untyped_storage()
             reference = StorageWeakRef(storage)
-            if saw is not None and reference not in storages:
-                saw(storage.nbytes())
+            if saw is not None:
+                saw(reference, storage.nbytes())
             storages[reference] = storage.nbytes()
         return tensor.detach(), tensor._version
 

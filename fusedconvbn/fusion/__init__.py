@@ -2,6 +2,7 @@
 
     api          fuse, unfuse
     report       explain
+    fit          fit
     backend      the backend of torch.compile
     find         captures a whole model with example inputs, and makes its plan
     model        a fused model, which captures its graphs when it is called
@@ -22,7 +23,13 @@
     pooling      replaces pools by ones that save less
 
     profile      measures what a graph saves for backward
+    clock        estimates how long a step of a graph takes
+    step         predicts the memory of a step, with
+    chain_stand_in  what a chain allocates, and
+    workspaces      what PyTorch's operators allocate inside
     plan         decides which maps are saved under a budget
+    curve        decides which parts run again in backward, too
+    segments     makes parts run again in backward
     calibration  measures how long recomputing them takes
     copies       copies of models
     progress     a progress bar

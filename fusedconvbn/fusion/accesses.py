@@ -2,6 +2,7 @@
 
 import operator
 from collections import defaultdict
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -61,12 +62,12 @@ class Accesses:
         writes, readers: the nodes that write to it, and that read it.
     """
 
-    def __init__(self, graph: fx.Graph) -> None:
-        self.order = {node: i for i, node in enumerate(graph.nodes)}
+    def __init__(self, nodes: Iterable[fx.Node]) -> None:
+        self.order = {node: i for i, node in enumerate(nodes)}
         self.aliases: dict[int | None, list[fx.Node]] = defaultdict(list)
         self.writes: dict[int | None, list[fx.Node]] = defaultdict(list)
         self.readers: dict[int | None, list[fx.Node]] = defaultdict(list)
-        for node in graph.nodes:
+        for node in self.order:
             self.aliases[storage(node)].append(node)
             for target in mutated(node):
                 self.writes[storage(target)].append(node)

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from ..options import refuse_lazy
 from .copies import copied
-from .plan import Plan, parse_memory
+from .plan import Memory, Peak, Plan, parse_memory
 
 if TYPE_CHECKING:
     from .find import Findings
@@ -24,6 +24,7 @@ def fuse(
     memory: float | int | str = "auto",
     inplace: bool = False,
     calibrate: bool = False,
+    optimizer: str = "adam",
 ) -> nn.Module:
     r"""The same network with less memory: its convolutions, batch norms and activations run as
     chains, which save some of their feature maps for backward and recompute the others.
@@ -53,7 +54,12 @@ def fuse(
             copy of the model runs. Without ``example_inputs`` the first call does all this.
         memory: what may be saved for backward. A float is a fraction of what eager saves for
             ``example_inputs``; an int, or a string like ``"6GiB"``, is a number of bytes; the plan
-            is the fastest one within this budget. ``"min"`` saves nothing that can be recomputed.
+            is the fastest one within this budget. Below what ``"min"`` saves, whole parts of the
+            model run again in backward, and save their inputs alone; such a plan needs no more
+            memory at its peak than ``"min"``. A string like ``"peak 12GiB"`` is a budget for all
+            that is live at any moment of a step: parameters, buffers, inputs, gradients, the state
+            of the optimizer, and what forward and backward need. ``"min"`` recomputes every inner
+            map of the chains.
             ``"auto"`` recomputes as many maps as it takes to come down to 0.53 of eager's bytes, or
             all of them if that is not enough; on CPU it begins with the maps that are nearly free
             to recompute, and recomputes these below 0.53, too.
@@ -61,6 +67,9 @@ def fuse(
             buffers.
         calibrate: measure on the model's device how long recomputing each map takes, instead of
             estimating it from FLOPs and bytes. Needs ``example_inputs``.
+
+        optimizer: whose state a peak has to hold: ``"sgd"`` (with momentum), ``"adam"``,
+            ``"adamw"``, or ``"none"``.
 
     Returns:
         The fused model. ``print`` and :func:`fusedconvbn.is_fused` show that it is fused.
@@ -81,6 +90,7 @@ def fuse(
     """
     memory = checked(model, example_inputs, memory, calibrate)
     model = uncompiled(model)
+    memory = with_static(memory, model, example_inputs, optimizer)
     plan, example = Plan(memory), None
     from .find import find  # imports TorchDynamo, which takes as long as torch itself
     from .model import fused
@@ -125,9 +135,7 @@ def is_fused(model: nn.Module) -> bool:
     return hasattr(type(model), "_fusion")
 
 
-def checked(
-    model: nn.Module, example_inputs: Any, memory: Any, calibrate: bool
-) -> float | int | str:
+def checked(model: nn.Module, example_inputs: Any, memory: Any, calibrate: bool) -> Memory:
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
         raise TypeError(
             "fuse: expected model to be an nn.Module that is not scripted, got "
@@ -140,6 +148,22 @@ def checked(
         what = "calibrate=True" if calibrate else f"memory={memory!r}"
         raise ValueError(f"fuse: expected example_inputs with {what}, got None")
     return memory
+
+
+OPTIMIZERS = {"none": 0, "sgd": 1, "adam": 2, "adamw": 2}  # states of the parameters' size
+
+
+def with_static(memory: Memory, model: nn.Module, example_inputs: Any, optimizer: str) -> Memory:
+    """A peak that knows what a step needs all the time."""
+    if optimizer not in OPTIMIZERS:
+        known = ", ".join(map(repr, OPTIMIZERS))
+        raise ValueError(f"fuse: expected optimizer to be one of {known}, got {optimizer!r}")
+    if not isinstance(memory, Peak):
+        return memory
+    inputs = [t for t in pytree.tree_leaves(example_inputs) if isinstance(t, Tensor)]
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    held = sum(t.nbytes for t in (*model.parameters(), *model.buffers(), *inputs))
+    return Peak(memory.nbytes, held + OPTIMIZERS[optimizer] * trained)
 
 
 def uncompiled(model: nn.Module) -> nn.Module:

@@ -7,7 +7,7 @@ import torch
 from torch import fx
 
 from .model import fused_graph
-from .plan import Plan, parse_memory
+from .plan import Peak, Plan, parse_memory
 
 _OPTIONS = ("memory", "inner")
 
@@ -38,7 +38,13 @@ def backend(
                 f"got {name!r}"
             )
     inner = options.get("inner")
-    plan = Plan(parse_memory(options.get("memory", "auto")))
+    memory = parse_memory(options.get("memory", "auto"))
+    if isinstance(memory, Peak):
+        raise ValueError(
+            "backend 'fusedconvbn': expected memory for what is saved, got a peak, which "
+            "fusedconvbn.fuse takes"
+        )
+    plan = Plan(memory)
     fused = fused_graph(module, example_inputs, plan, {}, compiled=inner is not None).module
     if inner is None:
         return fused.forward

@@ -1,5 +1,6 @@
 """Captures a whole model with its example inputs, and decides which of its maps are saved."""
 
+import functools
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from ..memory import saved_storages
 from .calibration import measured_seconds
 from .capture import capture_whole, captured, groups_of, paths_of
 from .copies import copied, copy_of
+from .curve import Curve
 from .graph import Graph
 from .model import original_forward
 from .plan import InnerMap, Plan
@@ -37,7 +39,7 @@ class Findings:
         graphs: the captured graphs.
         untraceable: by the place of a graph break, its reason. With breaks there are several
             graphs, or a part of the model is in none.
-        eager, least: bytes that the model saves unfused, and with no inner map saved.
+        eager, least, saved: bytes that the model saves unfused, with no inner map saved, and fused.
     """
 
     plan: Plan
@@ -45,14 +47,18 @@ class Findings:
     untraceable: dict[str, str] = field(default_factory=dict)
     eager: int = 0
     least: int = 0
+    saved: int = 0
 
     @property
     def maps(self) -> list[InnerMap]:
         return [m for graph in self.graphs for m in graph.maps]
 
-    @property
-    def saved(self) -> int:
-        return self.least + sum(m.nbytes for m in self.maps if m.name in self.plan.saved)
+    @functools.cached_property
+    def curve(self) -> Curve | None:
+        """The plans for all budgets. Segments are for a graph that is the whole model."""
+        if len(self.graphs) != 1 or self.graphs[0].runs != 1:
+            return None
+        return Curve.of(self.graphs[0])
 
 
 def find(
@@ -76,14 +82,18 @@ def find(
         if calibrate:
             for graph in found.graphs:
                 graph.maps = measured_seconds(graph.maps, graph.links)
-        _plan(found)
+        decide(found)
     return found
 
 
-def _plan(found: Findings) -> None:
+def decide(found: Findings) -> None:
+    """Makes the plan for the maps that were found."""
     if found.graphs:
         step_flops = sum(graph.step_flops * graph.runs for graph in found.graphs)
-        found.plan.decide(found.maps, found.eager, found.least, step_flops, found.graphs[0].device)
+        device = found.graphs[0].device
+        curve = found.curve if found.plan.has_budget else None
+        found.plan.decide(found.maps, found.eager, found.least, step_flops, device, curve)
+        found.saved = found.plan.spent
         found.plan.complete = True
 
 

@@ -13,10 +13,19 @@ from .match import Link, Match
 from .matcher import Matcher
 from .nodes import nbytes_of, value, values_of
 from .normal_form import to_normal_form
-from .plan import CPU, Device, InnerMap, device_figures, flops_per_value, seconds_per_value
+from .plan import (
+    CPU,
+    Boundary,
+    Device,
+    InnerMap,
+    device_figures,
+    flops_per_value,
+    seconds_per_value,
+)
 from .pooling import rewrite_pooling
 from .profile import Profile, device_of, profile
 from .rewrite import rewrite
+from .segments import Intervals, boundaries, cut
 
 
 @dataclass
@@ -27,7 +36,8 @@ class Graph:
     Attributes:
         module: runs it.
         matches: its chains.
-        maps: the inner maps of the chains, in order.
+        maps: the inner maps of the chains, in order; where it was measured, those that need a
+            gradient.
         links: the links that compute those maps.
         calls: the nodes that run the chains, with the chains.
         runs: how often it runs in one forward of the model.
@@ -39,6 +49,7 @@ class Graph:
         step_flops: floating point operations of the convolutions in an unfused training step.
         device: the figures of the device that it runs on.
         eager, least: what it saves unfused, and with no inner map saved.
+        example_inputs: those that Dynamo gave.
     """
 
     module: fx.GraphModule
@@ -55,6 +66,7 @@ class Graph:
     eager: Profile | None = None
     least: Profile | None = None
     calls: list[tuple[fx.Node, Match]] = field(default_factory=list)
+    example_inputs: Sequence[Any] = ()
     _inside: "list[Graph]" = field(default_factory=list)  # of its checkpoints
 
     @classmethod
@@ -79,7 +91,7 @@ class Graph:
             measured: whether to measure what is saved unfused and fused.
             compiled: whether a compiler gets the result; it has its own pooling and checkpoints.
         """
-        found = cls(module)
+        found = cls(module, example_inputs=example_inputs)
         if not compiled:
             run_checkpoints(module)
         if measured:
@@ -99,7 +111,12 @@ class Graph:
             3 * _flops(op, node) for node in graph.nodes if (op := conv_of(node)) is not None
         )
         found.device = device_figures(device_of([value(n) for n in graph.nodes]))
-        found.links = [link for match in found.matches for link in match.inner()]
+        found.links = [
+            link
+            for match in found.matches
+            for link in match.inner()
+            if not measured or value(link.result).requires_grad  # nothing is saved otherwise
+        ]
         found.maps = [inner_map(link, found.device) for link in found.links]
         found.calls = rewrite(graph, found.matches)
         if found.matches and not compiled:
@@ -125,6 +142,17 @@ class Graph:
         # Maps inside a checkpoint live only during its backward, which recomputes them anyway.
         for inner in self._inside:
             inner.save([link.name for link in inner.links])
+
+    def cut(self, segments: Mapping[tuple[Boundary, Boundary], bool]) -> None:
+        """Makes segments, where this capture allows them. `segments` says whether they draw random
+        numbers. The maps to save must be known."""
+        nodes = list(self.module.graph.nodes)
+        at, intervals = boundaries(nodes, self.calls), Intervals(nodes)
+        found = [(at.get(a, -1), at.get(b, -1), random) for (a, b), random in segments.items()]
+        for first, last, random in sorted(found, reverse=True):  # so that no index changes
+            if first >= 0 and last in intervals.ends(first):
+                cut(self.module, nodes[first:last], random)
+        self.module.recompile()
 
 
 def _flops(conv: tuple[fx.Node, Conv], node: fx.Node) -> int:

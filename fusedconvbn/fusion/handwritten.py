@@ -110,7 +110,7 @@ def _by_hand(product: _Product) -> tuple[fx.Node, str, list[fx.Node]] | None:
 def name_activations(graph: fx.Graph) -> None:
     """Replaces ``x * sigmoid(x)`` by ``F.silu(x)``, and other activations written by hand
     likewise."""
-    accesses = Accesses(graph)
+    accesses = Accesses(graph.nodes)
     for root in list(graph.nodes):
         if (
             root.op not in ("call_function", "call_method")

@@ -53,7 +53,7 @@ class Matcher:
         self.graph = graph
         self.groups = groups or {}
         self.names = Names(paths)
-        self.accesses = Accesses(graph)
+        self.accesses = Accesses(graph.nodes)
         self.order = self.accesses.order
         self.region = self._regions()
         self.counters = self._counters()

@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 
 from .calls import is_training
 from .capture import captured, global_hooks, groups_of, is_capturing, paths_of
+from .curve import Curve
 from .graph import Graph
 from .plan import Plan
 
@@ -225,8 +226,19 @@ def fused_graph(
     graph = Graph.of(module, example_inputs, paths, groups, measured=measured, compiled=compiled)
     unknown = [m for m in graph.maps if m.name not in plan.known]
     if measured and unknown:
-        plan.decide(unknown, graph.eager.saved, graph.least.saved, graph.step_flops, graph.device)
+        # Segments are for a graph that is the whole model, whose plan is made at once.
+        whole = not plan.known and not compiled
+        plan.decide(
+            unknown,
+            graph.eager.saved,
+            graph.least.saved,
+            graph.step_flops,
+            graph.device,
+            Curve.of(graph) if whole and plan.has_budget else None,
+        )
     graph.save(plan.of(graph.maps, graph.device))
+    if torch.is_grad_enabled() and not compiled:
+        graph.cut(plan.segments)
     return graph
 
 

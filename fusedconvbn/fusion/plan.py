@@ -10,10 +10,14 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd, prod
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..chain import Conv, Norm
+
+if TYPE_CHECKING:
+    from .curve import Curve, Point
 
 # "auto" saves a map only if recomputing it takes longer than moving so many times its bytes.
 _PRICE = 15.0
@@ -67,8 +71,11 @@ def device_figures(device: torch.device) -> Device:
     return H100
 
 
+Boundary = tuple[str, str]  # of a segment: "before" or "after", and the name of a chain
+
+
 class OutOfReach(ValueError):
-    """A budget below what a model saves with no inner map saved."""
+    """A budget below the least that is possible."""
 
 
 @dataclass(frozen=True)
@@ -113,12 +120,12 @@ def seconds_per_value(
             else (weight[1] * op.groups, weight[0])
         )
         read = into / out * prod([1 / s if op.transposed else s for s in op.stride])
-        if itemsize == 4 and _is_winograd(op, weight):
+        if itemsize == 4 and is_winograd(op, weight):
             speed *= device.winograd
     return flops_per_value(op, weight) / speed + (1.0 + read) * itemsize / device.bandwidth
 
 
-def _is_winograd(op: Conv, weight: Sequence[int]) -> bool:
+def is_winograd(op: Conv, weight: Sequence[int]) -> bool:
     return torch.ops.fusedconvbn._winograd_takes(
         weight, op.stride, op.dilation, op.transposed, op.groups
     )
@@ -126,26 +133,44 @@ def _is_winograd(op: Conv, weight: Sequence[int]) -> bool:
 
 # What torch.compiler.assume_constant_result does, without its import of Dynamo: the compiler asks,
 # and its graph has the answer.
-_is_winograd._dynamo_marked_constant = True  # type: ignore[attr-defined]
+is_winograd._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def parse_memory(memory: float | int | str) -> float | int | str:
-    """``"auto"``, ``"min"``, a fraction as a float, bytes as an int.
+@dataclass(frozen=True)
+class Peak:
+    """A budget for the peak of a whole step.
+
+    Attributes:
+        nbytes: the budget.
+        static: of it, what parameters, buffers, inputs and the optimizer take all the time.
+    """
+
+    nbytes: int
+    static: int = 0
+
+
+Memory = float | int | str | Peak
+
+
+def parse_memory(memory: float | int | str) -> Memory:
+    """``"auto"``, ``"min"``, a fraction as a float, bytes as an int, or a peak.
 
     Raises:
         ValueError, TypeError: it is none of these.
     """
     rule = (
-        'expected memory "auto", "min", a fraction of eager\'s bytes above 0, or a size like "6GiB"'
+        'expected memory "auto", "min", a fraction of eager\'s bytes above 0, a size like "6GiB", '
+        'or a peak like "peak 12GiB"'
     )
     if isinstance(memory, str):
         if memory in ("auto", "min"):
             return memory
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B", memory.strip())
+        found = re.fullmatch(r"(peak\s+)?(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B", memory.strip())
         if not found:
             raise ValueError(f"{rule}, got {memory!r}")
-        base = 1024 if found[3] else 1000
-        return int(float(found[1]) * base ** " KMGT".index(found[2] or " "))
+        base = 1024 if found[4] else 1000
+        nbytes = int(float(found[2]) * base ** " KMGT".index(found[3] or " "))
+        return Peak(nbytes) if found[1] else nbytes
     if isinstance(memory, bool) or not isinstance(memory, (int, float)):
         raise TypeError(f"{rule}, got {memory!r}")
     if not memory > 0 or memory == float("inf"):
@@ -192,6 +217,17 @@ def knapsack(maps: Iterable[InnerMap], budget: int | None, price: float = 0.0) -
     return frozenset(saved)
 
 
+def relaxed_seconds(maps: Iterable[InnerMap], budget: int) -> float:
+    """A lower bound of the seconds that recomputing takes within a budget: of plans that may save a
+    fraction of a map."""
+    room, seconds = budget, 0.0
+    for m in sorted(maps, key=lambda m: m.nbytes / max(m.seconds, 1e-12)):
+        share = min(1.0, room / max(m.nbytes, 1))
+        room -= share * m.nbytes
+        seconds += (1 - share) * m.seconds
+    return seconds
+
+
 def auto_plan(
     maps: Iterable[InnerMap], budget: int, price: float, step_flops: int
 ) -> frozenset[str]:
@@ -220,56 +256,112 @@ class Plan:
 
     Attributes:
         memory: the budget, as the user wrote it.
-        saved: the names of the maps that are saved.
+        saved: the names of the maps that are saved; inside a segment, while its backward runs.
+        segments: their first and last boundaries, and whether they draw random numbers.
         known: the names of the maps that were decided about.
         spent: the bytes that the graphs save that were decided about.
+        added_flops, added_seconds: of recomputing in a step of these graphs.
         parts: the number of graphs that the model breaks into, or 0 if it is one graph.
         complete: whether the whole model was captured; a map that is not known then comes from a
             branch that was not taken.
     """
 
-    def __init__(self, memory: float | int | str) -> None:
+    def __init__(self, memory: Memory) -> None:
         self.memory = memory
         self.saved: set[str] = set()
+        self.segments: dict[tuple[Boundary, Boundary], bool] = {}
         self.known: set[str] = set()
         self.complete = memory == "min"
         self.parts = 0
-        self.spent = 0
+        self.spent = self.added_flops = 0
+        self.added_seconds = 0.0
+
+    @property
+    def has_budget(self) -> bool:
+        return not isinstance(self.memory, str)
 
     def decide(
-        self, maps: Sequence[InnerMap], eager: int, least: int, step_flops: int, device: Device
+        self,
+        maps: Sequence[InnerMap],
+        eager: int,
+        least: int,
+        step_flops: int,
+        device: Device,
+        curve: "Curve | None" = None,
     ) -> None:
         """Decides about the maps of graphs that save `eager` bytes unfused and `least` bytes with
-        no inner map saved.
+        no inner map saved, and, with the `curve` of the graph, about its segments.
 
         Raises:
-            OutOfReach: the budget is less than `least`.
+            OutOfReach: the budget is less than the least that is possible.
         """
-        saved = self._choice(maps, eager, least, step_flops, device)
-        self.saved |= saved
         self.known |= {m.name for m in maps}
-        self.spent += least + sum(m.nbytes for m in maps if m.name in saved)
+        if not self.has_budget:
+            saved = self._named_plan(maps, eager, least, step_flops, device)
+        else:
+            if isinstance(self.memory, Peak):
+                budget, point = 0, self._with_peak(curve)
+            else:
+                budget = self._budget(eager)
+                point = None if curve is None else curve.within(budget)
+            if point is not None:
+                self.saved |= point.names
+                self.segments |= curve.segments(point)
+                self._add(point.saved, point.flops, point.seconds)
+                return
+            floor = least if curve is None else curve.floor()
+            if budget < least:
+                raise OutOfReach(self._out_of_reach(budget, floor, eager))
+            saved = knapsack(maps, budget - least)
+        self.saved |= saved
+        again = [m for m in maps if m.name not in saved]
+        nbytes = least + sum(m.nbytes for m in maps if m.name in saved)
+        self._add(nbytes, sum(m.flops for m in again), sum(m.seconds for m in again))
 
-    def _choice(
+    def _add(self, nbytes: int, flops: int, seconds: float) -> None:
+        self.spent += nbytes
+        self.added_flops += flops
+        self.added_seconds += seconds
+
+    def _with_peak(self, curve: "Curve | None") -> "Point":
+        if curve is None:
+            raise ValueError(
+                "fuse: expected a model that is one graph for a peak as memory, got one that "
+                "breaks into several; fusedconvbn.explain says where"
+            )
+        point = curve.with_peak(self.memory.nbytes - self.memory.static)
+        if point is None:
+            least = self.memory.static + curve.lowest_peak()
+            raise OutOfReach(
+                f"fuse: expected memory with a peak of at least {least} bytes, the least that is "
+                f"possible, got {self.memory.nbytes}"
+            )
+        return point
+
+    def _named_plan(
         self, maps: Sequence[InnerMap], eager: int, least: int, step_flops: int, device: Device
     ) -> frozenset[str]:
-        memory = self.memory
-        if memory == "min":
+        if self.memory == "min":
             return frozenset()
-        if memory == "auto":
-            budget = max(int(AUTO_FRACTION * eager) - least, 0)
-            if device.auto_saves_less:
-                return auto_plan(maps, budget, device.price_per_byte, step_flops)
-            return knapsack(maps, budget)
-        budget = int(memory * eager) if isinstance(memory, float) else memory - self.spent
-        if budget < least:
-            found = f"{memory!r}, which is {budget} bytes" if isinstance(memory, float) else memory
-            raise OutOfReach(
-                f"fuse: expected memory of at least {least + self.spent} bytes "
-                f"({least / max(eager, 1):.3f} of the {eager} bytes that eager saves for these "
-                f"inputs), the least that is possible, got {found}"
-            )
-        return knapsack(maps, budget - least)
+        budget = max(int(AUTO_FRACTION * eager) - least, 0)
+        if device.auto_saves_less:
+            return auto_plan(maps, budget, device.price_per_byte, step_flops)
+        return knapsack(maps, budget)
+
+    def _budget(self, eager: int) -> int:
+        return (
+            int(self.memory * eager) if isinstance(self.memory, float) else self.memory - self.spent
+        )
+
+    def _out_of_reach(self, budget: int, floor: int, eager: int) -> str:
+        found = self.memory
+        if isinstance(found, float):
+            found = f"{found!r}, which is {budget} bytes"
+        return (
+            f"fuse: expected memory of at least {floor + self.spent} bytes "
+            f"({floor / max(eager, 1):.3f} of the {eager} bytes that eager saves for these "
+            f"inputs), the least that is possible, got {found}"
+        )
 
     def of(self, maps: Sequence[InnerMap], device: Device) -> set[str]:
         """The names of the maps of a capture that are saved. With "auto" the price alone decides

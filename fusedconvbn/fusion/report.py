@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..memory import MIB
-from .api import args_and_kwargs, checked, uncompiled
+from .api import args_and_kwargs, checked, uncompiled, with_static
 from .match import Match
 from .plan import OutOfReach, knapsack
+from .segments import boundaries
 
 if TYPE_CHECKING:
     from .find import Findings
+
+
+_MOST_BARS = 30  # of a picture
 
 
 @dataclass
@@ -30,12 +34,23 @@ class MapReport:
 @dataclass
 class ChainReport:
     """A chain: its calls, the bytes that these save for backward unfused, and the bytes that it
-    saves."""
+    saves: 0 in a segment."""
 
     name: str
     before: int
     after: int
     maps: list[MapReport]
+
+
+@dataclass
+class FrontPoint:
+    """A plan: the bytes that it saves, the peak of its step in bytes, beside the parameters (0
+    where the model breaks into several graphs), and what recomputing adds to a step."""
+
+    saved: int
+    peak: int
+    added_flops: int
+    added_seconds: float
 
 
 @dataclass
@@ -55,8 +70,10 @@ class Report:
         least: bytes that it saves with no inner map saved.
         step_flops: floating point operations of the convolutions in an unfused training step.
         added_flops: floating point operations that recomputing adds.
-        front: (bytes saved, added FLOPs, added seconds as the planner estimates them) of the
-            fastest plans for budgets from least to most.
+        added_seconds: that recomputing adds, as the planner estimates it.
+        segments: the first and the last call of each part of the model that saves its inputs alone
+            and runs again in backward.
+        front: the fastest plans, from the one that saves everything to the one that saves least.
         out_of_reach: why the plan is that of ``"min"``, where the budget is too small.
     """
 
@@ -72,7 +89,9 @@ class Report:
     least: int
     step_flops: int
     added_flops: int
-    front: list[tuple[int, int, float]]
+    added_seconds: float
+    segments: list[str]
+    front: list[FrontPoint]
     out_of_reach: str = ""
 
     def to_dict(self) -> dict[str, Any]:
@@ -80,11 +99,7 @@ class Report:
         chains = [
             {**vars(chain), "maps": [dict(vars(m)) for m in chain.maps]} for chain in self.chains
         ]
-        front = [
-            {"saved": saved, "added_flops": flops, "added_seconds": seconds}
-            for saved, flops, seconds in self.front
-        ]
-        return {**vars(self), "chains": chains, "front": front}
+        return {**vars(self), "chains": chains, "front": [dict(vars(p)) for p in self.front]}
 
     def __str__(self) -> str:
         width = max([len(c.name) for c in self.chains] + [len("elsewhere")])
@@ -111,6 +126,7 @@ class Report:
             f"{least:.3f}; {100 * self.added_share:.1f} % more convolution FLOPs in a step; "
             f"{self.fused_pairs} of {self.pairs} pairs of convolution and batch norm fused"
         )
+        lines += [f"runs again in backward: {segment}" for segment in self.segments]
         if self.out_of_reach:
             lines.append(f"the plan is that of memory='min': {self.out_of_reach}")
         lines += [f"not fused: {name}: {reason}" for name, reason in self.refused.items()]
@@ -123,7 +139,8 @@ class Report:
         return self.added_flops / max(self.step_flops, 1)
 
     def plot(self, path: str | Path) -> None:
-        """Draws the bytes of each chain before and after, and what other budgets would cost.
+        """Draws what each budget costs, with this plan, and the bytes of the chains that save most
+        unfused, before and after.
 
         Raises:
             ImportError: matplotlib is not installed.
@@ -133,27 +150,38 @@ class Report:
         matplotlib.use("Agg")
         from matplotlib import pyplot
 
-        figure, (bars, front) = pyplot.subplots(
-            1, 2, figsize=(13, max(4, 0.22 * len(self.chains))), layout="constrained"
+        chains = sorted(self.chains, key=lambda c: -c.before)[:_MOST_BARS]
+        figure, axes = pyplot.subplots(
+            1,
+            1 + bool(chains),
+            figsize=(14 if chains else 7, 2 + max(3.5, 0.3 * len(chains))),
+            layout="constrained",
+            squeeze=False,
         )
-        names = [c.name if len(c.name) <= 48 else c.name[:47] + "…" for c in self.chains]
-        rows = range(len(names))
-        bars.barh([row - 0.2 for row in rows], [c.before / MIB for c in self.chains], 0.4)
-        bars.barh([row + 0.2 for row in rows], [c.after / MIB for c in self.chains], 0.4)
-        bars.set_yticks(rows, names, fontsize=6)
-        bars.invert_yaxis()
-        bars.set_xlabel("MiB saved for backward")
-        bars.legend(["eager", "fused"])
-        bars.set_title(f"{self.model}: {self.eager / MIB:.0f} → {self.saved / MIB:.0f} MiB")
-
-        shares = [saved / max(self.eager, 1) for saved, _, _ in self.front]
-        front.plot(shares, [100 * f / max(self.step_flops, 1) for _, f, _ in self.front], ".-")
-        front.plot([self.saved / max(self.eager, 1)], [100 * self.added_share], "o")
-        front.set_xlabel("bytes saved for backward, of eager's")
-        front.set_ylabel("added convolution FLOPs of a step, %")
-        front.set_title("plans for other budgets")
-        front.legend(["fastest plan within", "this plan"])
-        front.grid(alpha=0.3)
+        curve = axes[0, 0]
+        shares = [p.saved / max(self.eager, 1) for p in self.front]
+        curve.plot(shares, [1e3 * p.added_seconds for p in self.front], ".-")
+        here = self.saved / max(self.eager, 1), 1e3 * self.added_seconds
+        curve.plot(*here, "o", markersize=10)
+        curve.annotate(f"  {here[0]:.2f}, {here[1]:.0f} ms", here)
+        curve.set_xlabel("bytes saved for backward, of eager's")
+        curve.set_ylabel("ms that recomputing adds to a step, as estimated")
+        curve.set_title(f"{self.model}: {self.eager / MIB:.0f} → {self.saved / MIB:.0f} MiB")
+        curve.legend(["fastest plan for each budget", "this plan"])
+        curve.set_xlim(0, 1)
+        curve.set_ylim(bottom=0)
+        curve.grid(alpha=0.3)
+        if chains:
+            bars, rows = axes[0, 1], range(len(chains))
+            bars.barh([row - 0.2 for row in rows], [c.before / MIB for c in chains], 0.4)
+            bars.barh([row + 0.2 for row in rows], [c.after / MIB for c in chains], 0.4)
+            names = [c.name if len(c.name) <= 48 else c.name[:47] + "…" for c in chains]
+            bars.set_yticks(rows, names, fontsize=9)
+            bars.invert_yaxis()
+            bars.set_xlabel("MiB saved for backward")
+            bars.legend(["eager", "fused"])
+            left_out = len(self.chains) - len(chains)
+            bars.set_title(f"chains{f', without {left_out} smaller ones' if left_out else ''}")
         figure.savefig(path, dpi=120)
         pyplot.close(figure)
 
@@ -164,14 +192,16 @@ def explain(
     *,
     memory: float | int | str = "auto",
     calibrate: bool = False,
+    optimizer: str = "adam",
 ) -> Report:
     """What :func:`fusedconvbn.fuse` would do to a model, and why it would leave some layers
     unfused.
 
     Args:
         model: not changed. A model that is already fused is planned anew, with ``memory``.
-        example_inputs, memory, calibrate: as for :func:`fusedconvbn.fuse`; ``example_inputs`` are
-            required. Where a budget is too small, the report is that of ``"min"`` and says so.
+        example_inputs, memory, calibrate, optimizer: as for :func:`fusedconvbn.fuse`;
+            ``example_inputs`` are required. Where a budget is too small, the report is that of
+            ``"min"`` and says so.
 
     Returns:
         Report: can be printed, drawn with ``plot(path)``, and converted with ``to_dict()``.
@@ -183,6 +213,7 @@ def explain(
         raise ValueError("explain: expected example_inputs, got None")
     memory = checked(model, example_inputs, memory, calibrate)
     model, reason = uncompiled(model), ""
+    memory = with_static(memory, model, example_inputs, optimizer)
     args, kwargs = args_and_kwargs(example_inputs)
     from .find import find
 
@@ -196,20 +227,28 @@ def explain(
 
 def _report(name: str, found: "Findings", out_of_reach: str) -> Report:
     chains: list[ChainReport] = []
+    segments: list[str] = []
     for graph in found.graphs:
         maps = {m.name: m for m in graph.maps}
+        at = boundaries(list(graph.module.graph.nodes), graph.calls)
+        rows = [(at[a], at[b]) for a, b in found.plan.segments if a in at and b in at]
+        for first, last in sorted(rows):
+            inside = [m for _, m in graph.calls if first <= at["before", m.links[0].name] < last]
+            segments.append(f"{inside[0].links[0].name} … {inside[-1].links[-1].name}")
         for call, match in graph.calls:
-            inner = [maps[link.name] for link in match.inner()]
-            saved = [m.name in found.plan.saved for m in inner]
+            index = at["before", match.links[0].name]
+            again = any(first <= index < last for first, last in rows)
+            inner = [maps[link.name] for link in match.inner() if link.name in maps]
+            saved = [m.name in found.plan.saved and not again for m in inner]
             before = graph.runs * sum(graph.eager.by_node.get(n, 0) for n in match.stands_for)
-            after = graph.runs * graph.least.by_node.get(call.name, 0)
+            after = 0 if again else graph.runs * graph.least.by_node.get(call.name, 0)
             after += sum(m.nbytes for m, is_saved in zip(inner, saved, strict=True) if is_saved)
             of_maps = [
                 MapReport(m.name, m.nbytes, is_saved, 0 if is_saved else m.flops)
                 for m, is_saved in zip(inner, saved, strict=True)
             ]
             chains.append(ChainReport(_title(match), before, after, of_maps))
-    graphs, maps = found.graphs, found.maps
+    graphs = found.graphs
     refused: dict[str, str] = {}
     for graph in graphs:
         refused |= graph.refused
@@ -225,21 +264,27 @@ def _report(name: str, found: "Findings", out_of_reach: str) -> Report:
         found.saved,
         found.least,
         sum(graph.step_flops * graph.runs for graph in graphs),
-        sum(m.flops for m in maps if m.name not in found.plan.saved),
+        found.plan.added_flops,
+        found.plan.added_seconds,
+        segments,
         _front(found),
         out_of_reach,
     )
 
 
-def _front(found: "Findings", points: int = 32) -> list[tuple[int, int, float]]:
+def _front(found: "Findings", points: int = 32) -> list[FrontPoint]:
+    if found.curve is not None:
+        return [FrontPoint(p.saved, p.peak, p.flops, p.seconds) for p in found.curve.front()]
     maps = found.maps
     total = sum(m.nbytes for m in maps)
     front = []
-    for i in range(points + 1):
+    for i in reversed(range(points + 1)):
         saved = knapsack(maps, total * i // points)
-        recomputed = [m for m in maps if m.name not in saved]
-        nbytes = found.least + total - sum(m.nbytes for m in recomputed)
-        front.append((nbytes, sum(m.flops for m in recomputed), sum(m.seconds for m in recomputed)))
+        again = [m for m in maps if m.name not in saved]
+        nbytes = found.least + total - sum(m.nbytes for m in again)
+        front.append(
+            FrontPoint(nbytes, 0, sum(m.flops for m in again), sum(m.seconds for m in again))
+        )
     return front
 
 

@@ -10,6 +10,7 @@ from torch import fx
 from ..chain import Norm, pack
 from .calls import CAT
 from .match import Match
+from .nodes import value
 
 
 def rewrite(graph: fx.Graph, matches: Sequence[Match]) -> list[tuple[fx.Node, Match]]:
@@ -51,10 +52,14 @@ def _channel_stats(
     graph: fx.Graph, parts: list[fx.Node], group: str, known: dict[Any, fx.Node]
 ) -> fx.Node:
     """The statistics of a concatenation; those of each part are computed once for all chains."""
+
+    def call(function: Any, *args: Any) -> fx.Node:
+        node = graph.call_function(function, args)
+        node.meta["example_value"] = function(*fx.map_arg(args, value))
+        return node
+
     for part in parts:
         if (part, group) not in known:
-            detached = graph.call_method("detach", (part,))
-            known[part, group] = graph.call_function(
-                torch.ops.fusedconvbn._channel_stats, (detached, group)
-            )
-    return graph.call_function(torch.cat, ([known[part, group] for part in parts], 1))
+            detached = call(torch.detach, part)
+            known[part, group] = call(torch.ops.fusedconvbn._channel_stats, detached, group)
+    return call(torch.cat, [known[part, group] for part in parts], 1)

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 import pickle
 import subprocess
 import sys
@@ -550,8 +551,32 @@ def test_sources_are_found_by_the_command(capsys, tmp_path):
     )
     printed = capsys.readouterr().out
     assert "20 of 20 pairs" in printed and drawn.stat().st_size > 10_000
-    main(["explain", "torchvision:resnet18", "--batch", "2", "--size", "64", "--budget", "0.1"])
+    main(["explain", "torchvision:resnet18", "--batch", "2", "--size", "64", "--budget", "0.001"])
     assert "expected memory of at least" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="expected a source"):
         main(["explain", "resnet18"])
+    source = tmp_path / "made.py"
+    source.write_text("from fusing import unit\ndef net():\n    return unit(3, 8)")
+    main(["explain", f"{source}:net", "--size", "16"])
+    assert "1 of 1 pairs" in capsys.readouterr().out
     assert fusedconvbn.fuse is fuse
+
+
+def test_fit_is_a_command(capsys, tmp_path, monkeypatch):
+    from fusedconvbn.__main__ import main
+
+    monkeypatch.setattr(sys.modules["fusedconvbn.fusion.fit"], "_PLANS", ("eager", "auto"))
+    numbers = tmp_path / "out.json"
+    main(
+        (
+            "fit torchvision:resnet18 --size 64 --memory 256MiB --optimizer adam --dtype bfloat16 "
+            f"--device h200 --contiguous --json {numbers}"
+        ).split()
+    )
+    printed = capsys.readouterr().out
+    assert "resnet18, 3×64×64, bfloat16, optimizer adam, in 256.00 MiB" in printed
+    eager, auto = json.loads(numbers.read_text())["plans"]
+    assert f"eager  {eager['batch']:6}" in printed and "ms a sample, h200" in printed
+    assert auto["batch"] > eager["batch"] > 0
+    with pytest.raises(SystemExit, match="fit: expected memory in bytes"):
+        main(["fit", "torchvision:resnet18", "--memory", "much"])

@@ -1,0 +1,194 @@
+"""Segments: parts of a captured graph that save nothing but their inputs. Backward runs them again,
+with the batch statistics and the random states of the first run.
+
+A segment is an interval of the graph's nodes, so nothing outside it lies between two of its nodes.
+It begins and ends next to a chain, whose name is the same in every capture of the model.
+"""
+
+import operator
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
+
+from ..chain import BUFFER_COUNTS, BUFFERS, STATISTICS, TRAINING
+from . import pooling
+from .accesses import Accesses, mutated
+from .match import Match
+from .nodes import storage, value
+from .plan import Boundary
+
+_CHAIN = torch.ops.fusedconvbn.conv_bn_chain
+_CHAIN_WITH_STATISTICS = torch.ops.fusedconvbn._conv_bn_chain
+_STATISTICS = torch.ops.fusedconvbn._channel_stats
+# Of functions without side effects, but for those that the rules below find.
+_LIBRARIES = ("torch", "operator", "_operator", "math", "builtins", pooling.__name__)
+
+
+def boundaries(
+    nodes: Sequence[fx.Node], calls: Sequence[tuple[fx.Node, Match]]
+) -> dict[Boundary, int]:
+    """Where segments may begin and end, by name: the index of the next node."""
+    order = {node: i for i, node in enumerate(nodes)}
+    found: dict[Boundary, int] = {}
+    for call, match in calls:
+        found["before", match.links[0].name] = order[call]
+        found["after", match.links[0].name] = order[call] + 1
+    return found
+
+
+class Intervals:
+    """Which intervals of a graph's nodes can be segments."""
+
+    def __init__(self, nodes: Sequence[fx.Node]) -> None:
+        self.nodes, accesses = nodes, Accesses(nodes)
+        self._order = accesses.order
+        self._last_writes = {
+            memory: max(accesses.order[n] for n in writers)
+            for memory, writers in accesses.writes.items()
+            if memory is not None
+        }
+        self._latest = [self._latest_begin(node, accesses) for node in nodes]
+
+    def _latest_begin(self, node: fx.Node, accesses: Accesses) -> int:
+        """The last index at which a segment with this node in it may begin; -1 if there is none."""
+        if not _runs_twice(node):
+            return -1
+        latest = len(self.nodes)
+        for target in mutated(node):  # in memory that the segment itself must allocate
+            aliases = [accesses.order[n] for n in accesses.aliases[storage(target)]]
+            if storage(target) is None or self.nodes[min(aliases)].op == "placeholder":
+                return -1
+            latest = min(latest, min(aliases))
+        return latest
+
+    def ends(self, first: int) -> Iterator[int]:
+        """Behind which nodes a segment that begins at `first` may end: all of its nodes can run
+        twice, and nobody writes, then or later, to what they read from outside."""
+        for i in range(first, len(self.nodes)):
+            outside = [n for n in self.nodes[i].all_input_nodes if self._order[n] < first]
+            if self._latest[i] < first or any(self._last_write(n) >= first for n in outside):
+                return
+            yield i + 1
+
+    def _last_write(self, node: fx.Node) -> int:
+        return self._last_writes.get(storage(node), -1)
+
+
+def _runs_twice(node: fx.Node) -> bool:
+    """Whether a node may run twice: it computes tensors, or numbers, and changes no state but
+    memory."""
+    if node.op not in ("call_function", "call_method") or isinstance(
+        node.target, torch._ops.HigherOrderOperator
+    ):
+        return False
+    if node.op == "call_function" and not node.target.__module__.startswith(_LIBRARIES):
+        return False
+    if isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        return node.target in (_CHAIN, _STATISTICS) or not _is_mutable(node.target)
+    if node.target is torch._C._log_api_usage_once:
+        return True
+    results = pytree.tree_leaves(value(node))
+    return bool(results) and all(
+        isinstance(t, (Tensor, int, float, torch.SymInt, torch.SymFloat)) for t in results
+    )
+
+
+def _is_mutable(target: Any) -> bool:
+    overloads = (
+        [target]
+        if isinstance(target, torch._ops.OpOverload)
+        else [getattr(target, name) for name in target.overloads()]
+    )
+    return any(overload._schema.is_mutable for overload in overloads)
+
+
+def _run_segment(
+    first: fx.GraphModule,
+    again: fx.GraphModule,
+    random: bool,
+    buffers: Sequence[Tensor],
+    *inputs: Any,
+) -> Any:
+    """Runs a segment. `first` returns its results and what the second run is given: the batch
+    statistics. The first run alone gets the `buffers`, to which it writes."""
+    known: tuple[Tensor, ...] | None = None
+
+    def run(*inputs: Any) -> Any:
+        nonlocal known
+        if known is not None:
+            return again(*inputs, *known)
+        results, known = first(*buffers, *inputs)
+        return results
+
+    return checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=random)
+
+
+def cut(module: fx.GraphModule, nodes: Sequence[fx.Node], random: bool) -> None:
+    """Makes these nodes of a graph a segment. `random`: whether they draw random numbers."""
+    graph, inside = module.graph, set(nodes)
+    chains = [node for node in nodes if node.target is _CHAIN]
+    buffers = list(dict.fromkeys(n for node in chains for n in node.args[BUFFERS]))
+    inputs = list(dict.fromkeys(n for node in nodes for n in reads(node) if n not in inside))
+    results = [node for node in nodes if not inside.issuperset(node.users)]
+    known = [n for n in nodes if n.target is _STATISTICS or (n in chains and any(n.args[TRAINING]))]
+
+    first = fx.Graph()
+    written = {n: first.placeholder(f"buffer_{n.name}") for n in buffers}
+    env = {n: first.placeholder(n.name) for n in inputs}
+    statistics = {}
+    for node in nodes:
+        if node in chains:
+            args = [fx.map_arg(a, env.__getitem__) for a in _without_buffers(node)]
+            args[BUFFERS] = [written[n] for n in node.args[BUFFERS]]
+            both = first.call_function(_CHAIN_WITH_STATISTICS, tuple(args))
+            env[node] = first.call_function(operator.getitem, (both, 0))
+            statistics[node] = first.call_function(operator.getitem, (both, 1))
+        else:
+            env[node] = statistics[node] = first.node_copy(node, env.__getitem__)
+    outputs = tuple(env[n] for n in results)
+    first.output((outputs, tuple(statistics[n] for n in known)))
+
+    again = fx.Graph()
+    env = {n: again.placeholder(n.name) for n in inputs}
+    statistics = {n: again.placeholder(f"known_{n.name}") for n in known}
+    for node in nodes:
+        if node in chains:
+            args = [fx.map_arg(a, env.__getitem__) for a in _without_buffers(node)]
+            args[BUFFER_COUNTS] = [0] * len(args[BUFFER_COUNTS])
+            args[STATISTICS] = statistics.get(node)
+            env[node] = again.call_function(_CHAIN, tuple(args))
+        else:
+            env[node] = statistics.get(node) or again.node_copy(node, env.__getitem__)
+    again.output(tuple(env[n] for n in results))
+    again.eliminate_dead_code()
+
+    name = f"_segment_{sum(1 for _ in module.children())}"
+    parts = {f"{name}_first": first, f"{name}_again": again}
+    with graph.inserting_before(nodes[-1].next):
+        for part, body in parts.items():
+            module.add_module(part, fx.GraphModule({}, body))
+        bodies = [graph.get_attr(part) for part in parts]
+        call = graph.call_function(_run_segment, (*bodies, random, buffers, *inputs))
+        for i, node in enumerate(results):
+            result = graph.call_function(operator.getitem, (call, i))
+            result.meta = dict(node.meta)
+            node.replace_all_uses_with(result, lambda user: user not in inside)
+    for node in reversed(nodes):
+        graph.erase_node(node)
+
+
+def _without_buffers(chain: fx.Node) -> list[Any]:
+    args = list(chain.args)
+    args[BUFFERS] = []
+    return args
+
+
+def reads(node: fx.Node) -> list[fx.Node]:
+    """What a node reads in both runs."""
+    args = _without_buffers(node) if node.target is _CHAIN else node.args
+    leaves = pytree.tree_leaves(([*args], node.kwargs))
+    return [n for n in leaves if isinstance(n, fx.Node)]

@@ -1,0 +1,259 @@
+"""Segments: parts of a model that save their inputs alone and run again in backward."""
+
+import copy
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fusing import Block, model, same, saved, tensors_of, unit
+from torch import Tensor, nn
+from zoo import MODELS
+
+from fusedconvbn import explain, fuse, track_memory
+from fusedconvbn.fusion.plan import OutOfReach
+
+
+def deep(blocks: int = 4) -> nn.Sequential:
+    """A network that saves little with segments."""
+    return nn.Sequential(
+        unit(3, 8), *(Block() for _ in range(blocks)), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+
+
+def least(made: nn.Module, *inputs: Any) -> int:
+    """The smallest budget of a model."""
+    return explain(made, inputs).front[-1].saved
+
+
+def segmented(made: nn.Module, *inputs: Any) -> nn.Module:
+    """The model fused with the smallest budget, for which it has segments."""
+    fused = fuse(copy.deepcopy(made), inputs, memory=least(made, *inputs), inplace=True)
+    assert fused._fusion.plan.segments
+    return fused
+
+
+def test_a_small_network():
+    x = torch.randn(4, 3, 12, 10)
+    fused = same(deep(), x, memory=0.15)
+    assert fused._fusion.plan.segments
+    plain = fuse(deep().double(), x.double(), memory="min")
+    assert saved(fused, x.double()) < 0.8 * saved(plain, x.double())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet18",
+        pytest.param("densenet121", marks=pytest.mark.slow),
+        pytest.param("efficientnet_b0", marks=pytest.mark.slow),
+        pytest.param("googlenet", marks=pytest.mark.slow),
+        pytest.param("shufflenet_v2_x1_0", marks=pytest.mark.slow),
+        pytest.param("mobilenet_v3_large", marks=pytest.mark.slow),
+        pytest.param("regnet_y_400mf", marks=pytest.mark.slow),
+        pytest.param("deeplabv3_resnet50", marks=pytest.mark.slow),
+        pytest.param("r3d_18", marks=pytest.mark.slow),
+    ],
+)
+def test_a_step_is_that_without_segments(name):
+    """Results and running statistics to the bit; dropout and stochastic depth included."""
+    made, images = MODELS[name]()
+    made, images = made.double().train(), images.double()
+    fused, plain = segmented(made, images), fuse(made, images, memory="min")
+    assert saved(fused, images) < saved(plain, images)
+
+    def run(net: nn.Module) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
+        net = copy.deepcopy(net)
+        torch.manual_seed(7)
+        results = tensors_of(net(images))
+        sum(r.square().mean() for r in results).backward()
+        grads = [p.grad for p in net.parameters() if p.grad is not None]
+        return results, grads, [*net.buffers()], torch.get_rng_state()
+
+    ours, theirs = run(fused), run(plain)
+    for a, b in zip([*ours[0], *ours[2]], [*theirs[0], *theirs[2]], strict=True):
+        assert torch.equal(a, b)
+    scale = max(g.abs().max() for g in theirs[1])
+    for a, b in zip(ours[1], theirs[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12 * scale.item())
+    assert torch.equal(ours[3], theirs[3])  # no random number was drawn twice
+
+
+def test_the_second_run_has_the_random_numbers_of_the_first():
+    x = torch.randn(4, 3, 12, 10)
+    layers = list(deep())
+    made = nn.Sequential(*layers[:2], nn.Dropout(0.5), layers[2], nn.Dropout2d(0.3), *layers[3:])
+    fused = same(made, x, memory=0.15)
+    assert any(fused._fusion.plan.segments.values())
+    quiet = same(deep(), x, memory=0.15)
+    assert not any(quiet._fusion.plan.segments.values())  # whose states need not be saved
+
+
+def test_batches_are_counted_once():
+    x = torch.randn(4, 3, 12, 10)
+    fused = segmented(deep(), x)
+    for _ in range(3):
+        fused(x).sum().backward()
+    assert {m.num_batches_tracked.item() for m in fused.modules() if hasattr(m, "eps")} == {3}
+
+
+def test_backward_runs_as_often_as_it_is_asked_for():
+    x = torch.randn(4, 3, 12, 10).double().requires_grad_()
+    made = deep().double()
+    fused = segmented(made, x.detach())
+    grads = []
+    for net in (fused, made):
+        result = net(x).square().sum()
+        first = torch.autograd.grad(result, x, retain_graph=True)[0]
+        grads.append(torch.autograd.grad(result, x)[0])
+        assert torch.equal(first, grads[-1])
+    torch.testing.assert_close(*grads)
+    grads = []
+    for net in (fused, made):
+        (first,) = torch.autograd.grad(net(x).square().sum(), x, create_graph=True)
+        grads.append(torch.autograd.grad(first.square().sum(), [*net.parameters()]))
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-7)
+
+
+def test_other_sizes_and_modes_keep_the_segments():
+    x, other = torch.randn(4, 3, 12, 10), torch.randn(6, 3, 12, 10)
+    made = deep()
+    fused = segmented(made, x)
+    assert saved(fused, other) == pytest.approx(1.5 * saved(fused, x), rel=0.01)
+    fused.eval()
+    made.load_state_dict(fused.state_dict())
+    made.eval()
+    torch.testing.assert_close(fused(x), made(x))
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), made(x))
+
+
+@pytest.mark.parametrize("frozen", ("stem", "norms", "all but the last"))
+def test_what_needs_no_gradient_gets_none(frozen):
+    x, made = torch.randn(4, 3, 12, 10), deep()
+    for name, p in made.named_parameters():
+        last = name.startswith("4.")
+        kind = {"stem": name.startswith("0."), "norms": "bn" in name}.get(frozen, not last)
+        p.requires_grad_(not kind)
+    same(made, x, memory=0.9)
+
+
+def test_under_autocast():
+    x, made = torch.randn(4, 3, 24, 20), deep()
+    with torch.autocast("cpu", torch.bfloat16):
+        fused = segmented(made, x)
+
+        plain = fuse(copy.deepcopy(made), x, memory="min", inplace=True)
+    grads = []
+    for net in (fused, plain):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = net(x).float().square().sum()
+        loss.backward()  # outside of autocast, whose state the second run needs
+        grads.append([p.grad for p in net.parameters()])
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_memory_that_is_written_to_is_no_input():
+    """Neither memory that a later call overwrites, nor a batch norm that is in no chain."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = self.first(x)
+        kept = x + 1
+        y = self.second(kept)
+        kept.mul_(2)  # nothing else has saved it
+        y = F.batch_norm(y, self.mean, self.var, training=True)
+        return self.third(y) + kept
+
+    made = model(forward, first=deep(1)[:2], second=nn.Identity(), third=deep(2)[1:3])
+    made.register_buffer("mean", torch.zeros(8))
+    made.register_buffer("var", torch.ones(8))
+    same(made, torch.randn(4, 3, 12, 10), memory=0.5)
+
+
+def test_a_write_inside_a_segment():
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = self.first(x)
+        x = self.second(x).clone()
+        x[:, 0] = 0
+        x.add_(1)
+        return self.third(x)
+
+    made = model(forward, first=unit(3, 8), second=deep(2)[1:3], third=deep(3)[1:])
+    x = torch.randn(4, 3, 12, 10)
+    same(made, x, memory=0.15)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet18",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("efficientnet_b0", "densenet121")),
+    ],
+)
+def test_the_curve(name):
+    """A smaller budget neither takes less time nor has a higher peak, and saves what was said."""
+    made, images = MODELS[name]()
+    report = explain(made.train(), images)
+    points = report.front
+    assert points[-1].saved < 0.9 * report.least
+    for more, less in itertools.pairwise(points):
+        assert less.saved <= more.saved
+        assert less.added_seconds >= more.added_seconds - 1e-12
+        assert less.peak <= more.peak
+    for point in points[:: len(points) // 3]:
+        fused = fuse(made, images, memory=point.saved)
+        assert saved(fused, images) == pytest.approx(point.saved, rel=0.03)
+
+
+def test_a_budget_below_the_least():
+    x = torch.randn(4, 3, 12, 10)
+    nbytes = least(deep(), x)
+    fuse(deep(), x, memory=nbytes)
+    with pytest.raises(OutOfReach, match=f"at least {nbytes} bytes"):
+        fuse(deep(), x, memory=nbytes - 1)
+
+
+@pytest.mark.parametrize("share", (0.85, 0.6))
+@pytest.mark.parametrize("name", ("resnet18", "mobilenet_v2"))
+def test_a_budget_for_the_peak_of_a_step(name, share):
+    """Parameters, buffers, images, gradients and the optimizer's state included."""
+    made, images = MODELS[name]()
+    images = torch.randn(8, 3, 160, 160)
+    trained = sum(p.nbytes for p in made.parameters())
+    held = 2 * trained + images.nbytes + sum(b.nbytes for b in made.buffers())  # and a momentum
+
+    def peak(net: nn.Module) -> int:
+        net(images).sum().backward()
+        net.zero_grad()
+        with track_memory() as memory:
+            net(images).sum().backward()
+        net.zero_grad()
+        return held + memory.peak
+
+    budget = int(share * peak(made))
+    if name == "resnet18" and share < 0.8:
+        with pytest.raises(OutOfReach, match="a peak of at least"):
+            fuse(made, images, memory=f"peak {budget}B", optimizer="sgd")
+    else:
+        fused = fuse(made, images, memory=f"peak {budget}B", optimizer="sgd")
+        plan, found = fused._fusion.plan, peak(fused)
+        assert found <= 1.01 * budget
+        # The largest maps are a tenth of this budget; and there may be no more maps to save.
+        assert found > 0.9 * budget or plan.saved == plan.known
+
+
+def test_errors_of_a_budget_for_the_peak():
+    x = torch.randn(4, 3, 12, 10)
+    with pytest.raises(ValueError, match="one of 'none', 'sgd', 'adam', 'adamw', got 'lamb'"):
+        fuse(deep(), x, memory="peak 1GiB", optimizer="lamb")
+    with pytest.raises(ValueError, match="one graph for a peak as memory"):
+        fuse(nn.Sequential(deep(), Breaks()), x, memory="peak 1GiB")
+
+
+class Breaks(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return x + 1
