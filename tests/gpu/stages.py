@@ -98,7 +98,7 @@ def stages_of(out: Path, work: Path, rehearsal: bool) -> list[list[Stage]]:
     The stages of one list, none of which is timed, run at the same time."""
     sizes = REHEARSAL if rehearsal else ON_GPU
     processes = ("-n", "2" if rehearsal else "8") if importlib.util.find_spec("xdist") else ()
-    fused = ("fuse 1.0", "fuse auto", "fuse 0.55", "fuse min")
+    fused = ("fuse 1.0", "fuse auto", "fuse 0.55", "fuse min", "fuse 0.2", "fuse 0.1")
 
     def benchmark(script: str, output: Path, *options: str) -> Command:
         command: Command = [sys.executable, ROOT / "benchmarks" / f"{script}.py"]
