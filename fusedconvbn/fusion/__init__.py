@@ -28,7 +28,9 @@
     chain_stand_in  what a chain allocates, and
     workspaces      what PyTorch's operators allocate inside
     plan         decides which maps are saved under a budget
-    curve        decides which parts run again in backward, too
+    parts        the parts of a graph between chains
+    layouts      which parts may run again in backward
+    curve        the fastest plan for each budget
     segments     makes parts run again in backward
     calibration  measures how long recomputing them takes
     copies       copies of models

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from zoo import MODELS
 
 from fusedconvbn import explain, fuse, track_memory
-from fusedconvbn.fusion.plan import OutOfReach
+from fusedconvbn.fusion import graph
+from fusedconvbn.fusion.plan import H200, OutOfReach
 
 
 def deep(blocks: int = 4) -> nn.Sequential:
@@ -257,3 +258,12 @@ class Breaks(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         torch._dynamo.graph_break()
         return x + 1
+
+
+def test_the_curve_where_all_of_a_budget_would_lift_the_peak(monkeypatch):
+    monkeypatch.setattr(graph, "device_figures", lambda device: H200)
+    made, _ = MODELS["mobilenet_v2"]()
+    images = torch.empty(4, 3, 160, 160).to(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16):
+        report = explain(made.to(memory_format=torch.channels_last).train(), images)
+    assert report.front[-1].saved < 0.9 * report.least
