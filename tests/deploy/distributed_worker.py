@@ -387,10 +387,11 @@ class Dense(nn.Module):
         return torch.relu(self.bn2(self.conv2(out)) + x)
 
 
-def check_fused_model(split: str, memory: str) -> None:
+def check_fused_model(split: str, memory: str | float) -> None:
     model = Dense().double()
     unfused = copy.deepcopy(model)
     fused = fusedconvbn.fuse(model, torch.randn(2, 3, 6, 5, dtype=torch.float64), memory=memory)
+    assert bool(fused._fusion.plan.segments) == (memory == 0.1)
     fused = nn.SyncBatchNorm.convert_sync_batchnorm(fused)
     samples = SAMPLES[dist.get_world_size()][split]
     first = sum(samples[: dist.get_rank()])

@@ -66,7 +66,7 @@ def test_synchronised(pool, world_size, check):
     pool(world_size).run(check)
 
 
-@pytest.mark.parametrize("memory", ["auto", "min"])
+@pytest.mark.parametrize("memory", ["auto", "min", 0.1])
 @pytest.mark.parametrize("split", ["even", "uneven", "empty"])
 def test_a_fused_model(pool, split, memory):
     pool(2).run(worker.check_fused_model, split, memory)
