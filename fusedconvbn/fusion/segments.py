@@ -89,7 +89,7 @@ def _runs_twice(node: fx.Node) -> bool:
         return False
     if isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
         return node.target in (_CHAIN, _STATISTICS) or not _is_mutable(node.target)
-    if node.target is torch._C._log_api_usage_once:
+    if node.target in (torch._C._log_api_usage_once, operator.setitem):
         return True
     results = pytree.tree_leaves(value(node))
     return bool(results) and all(
