@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from .graph import Graph
 from .layouts import Layout, Row
 from .plan import Boundary, knapsack, relaxed_seconds
-from .profile import Profile
 from .step import step_memory
 
 _TRIES = 4  # to reach a peak
@@ -47,12 +46,12 @@ class Curve:
         """None for a graph that cannot be simulated, as one that needs values, or that writes to
         statistics that it has read."""
         try:
-            return cls(graph, graph.least)
+            return cls(graph)
         except RuntimeError:
             return None
 
-    def __init__(self, graph: Graph, least: Profile) -> None:
-        self.row = Row(graph, least)
+    def __init__(self, graph: Graph) -> None:
+        self.row = Row(graph)
         self._least = self.row.least(())
 
     def within(self, budget: int) -> Point | None:

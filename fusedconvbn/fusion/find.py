@@ -20,7 +20,7 @@ from .copies import copied, copy_of
 from .curve import Curve
 from .graph import Graph
 from .model import original_forward
-from .plan import InnerMap, Plan
+from .plan import InnerMap, Peak, Plan
 from .progress import progress
 
 _ADVICE = (
@@ -87,7 +87,18 @@ def find(
 
 
 def decide(found: Findings) -> None:
-    """Makes the plan for the maps that were found."""
+    """Makes the plan for the maps that were found.
+
+    Raises:
+        OutOfReach: the budget is below the least that is possible.
+        ValueError: the budget is a peak, and the model is not one graph.
+    """
+    found.saved = found.least
+    if isinstance(found.plan.memory, Peak) and found.curve is None:
+        raise ValueError(
+            "fuse: expected a model that is one graph for a peak as memory, got one that breaks, "
+            "or needs values; fusedconvbn.explain says where"
+        )
     if found.graphs:
         step_flops = sum(graph.step_flops * graph.runs for graph in found.graphs)
         device = found.graphs[0].device

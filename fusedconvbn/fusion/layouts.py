@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from .graph import Graph
 from .parts import Part, is_weight, parts_of
 from .plan import InnerMap
-from .profile import Profile
 from .segments import Intervals
 from .step import step_memory
 
@@ -90,8 +89,9 @@ Layout = tuple[Segment, ...]
 class Row:
     """The parts of a graph, and its layouts."""
 
-    def __init__(self, graph: Graph, least: Profile) -> None:
-        self.graph, self.parts, self.nbytes = graph, parts_of(graph, least), least.nbytes
+    def __init__(self, graph: Graph) -> None:
+        least = graph.least
+        self.graph, self.parts, self.nbytes = graph, parts_of(graph), least.nbytes
         self._maker = {s: i for i, part in enumerate(self.parts) for s in part.makes}
         self._last_read = {s: i for i, part in enumerate(self.parts) for s in part.reads}
         self._saved = saved = set().union(*(part.saves for part in self.parts))

@@ -63,8 +63,9 @@ class Part:
         self.random |= other.random
 
 
-def parts_of(graph: Graph, least: Profile) -> list[Part]:
+def parts_of(graph: Graph) -> list[Part]:
     """The parts of a graph, between the boundaries that the fewest bytes cross."""
+    least = graph.least
     nodes = list(graph.module.graph.nodes)
     names = {index: name for name, index in boundaries(nodes, graph.calls).items()}
     start = next(i for i, node in enumerate(nodes) if node.op not in ("placeholder", "get_attr"))

@@ -323,12 +323,7 @@ class Plan:
         self.added_flops += flops
         self.added_seconds += seconds
 
-    def _with_peak(self, curve: "Curve | None") -> "Point":
-        if curve is None:
-            raise ValueError(
-                "fuse: expected a model that is one graph for a peak as memory, got one that "
-                "breaks into several; fusedconvbn.explain says where"
-            )
+    def _with_peak(self, curve: "Curve") -> "Point":
         point = curve.with_peak(self.memory.nbytes - self.memory.static)
         if point is None:
             least = self.memory.static + curve.lowest_peak()

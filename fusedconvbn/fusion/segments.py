@@ -51,26 +51,14 @@ class Intervals:
             for memory, writers in accesses.writes.items()
             if memory is not None
         }
-        self._latest = [self._latest_begin(node, accesses) for node in nodes]
-
-    def _latest_begin(self, node: fx.Node, accesses: Accesses) -> int:
-        """The last index at which a segment with this node in it may begin; -1 if there is none."""
-        if not _runs_twice(node):
-            return -1
-        latest = len(self.nodes)
-        for target in mutated(node):  # in memory that the segment itself must allocate
-            aliases = [accesses.order[n] for n in accesses.aliases[storage(target)]]
-            if storage(target) is None or self.nodes[min(aliases)].op == "placeholder":
-                return -1
-            latest = min(latest, min(aliases))
-        return latest
+        self._runs_twice = [_runs_twice(node) for node in nodes]
 
     def ends(self, first: int) -> Iterator[int]:
         """Behind which nodes a segment that begins at `first` may end: all of its nodes can run
-        twice, and nobody writes, then or later, to what they read from outside."""
+        twice, and nobody, they included, writes to what they read from outside, then or later."""
         for i in range(first, len(self.nodes)):
             outside = [n for n in self.nodes[i].all_input_nodes if self._order[n] < first]
-            if self._latest[i] < first or any(self._last_write(n) >= first for n in outside):
+            if not self._runs_twice[i] or any(self._last_write(n) >= first for n in outside):
                 return
             yield i + 1
 
@@ -80,12 +68,14 @@ class Intervals:
 
 def _runs_twice(node: fx.Node) -> bool:
     """Whether a node may run twice: it computes tensors, or numbers, and changes no state but
-    memory."""
+    memory that is known."""
     if node.op not in ("call_function", "call_method") or isinstance(
         node.target, torch._ops.HigherOrderOperator
     ):
         return False
-    if node.op == "call_function" and not node.target.__module__.startswith(_LIBRARIES):
+    if node.op == "call_function" and not _module(node.target).startswith(_LIBRARIES):
+        return False
+    if any(storage(target) is None for target in mutated(node)):
         return False
     if isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
         return node.target in (_CHAIN, _STATISTICS) or not _is_mutable(node.target)
@@ -95,6 +85,12 @@ def _runs_twice(node: fx.Node) -> bool:
     return bool(results) and all(
         isinstance(t, (Tensor, int, float, torch.SymInt, torch.SymFloat)) for t in results
     )
+
+
+def _module(function: Any) -> str:
+    """Where a function, or the class of a method, is defined."""
+    owner = getattr(function, "__objclass__", function)
+    return getattr(owner, "__module__", None) or ""
 
 
 def _is_mutable(target: Any) -> bool:
