@@ -15,7 +15,9 @@ from fusedconvbn import explain, fuse, track_memory
 from fusedconvbn.fusion import graph
 from fusedconvbn.fusion.capture import capture_whole, paths_of
 from fusedconvbn.fusion.curve import Curve, Point
+from fusedconvbn.fusion.layouts import Row
 from fusedconvbn.fusion.plan import H200, OutOfReach
+from fusedconvbn.fusion.profile import profile
 from fusedconvbn.fusion.segments import Intervals, boundaries
 
 
@@ -247,12 +249,23 @@ class Growing(nn.Module):
         return x
 
 
-def test_concatenations():
-    x = torch.randn(4, 3, 12, 10)
-    for point in explain(Growing(), x).front:
-        fused = fuse(Growing(), x, memory=point.saved)
-        assert saved(fused, x) == pytest.approx(point.saved, rel=0.01)
-    assert fused._fusion.plan.segments
+@pytest.mark.parametrize("network", (deep, Growing))
+def test_the_bytes_of_each_segment(network):
+    """What a plan with it alone saves is exact."""
+    made, x = network(), torch.randn(4, 3, 12, 10)
+
+    def captured() -> graph.Graph:
+        module, inputs = capture_whole(made, type(made).forward, (x,), {})
+        return graph.Graph.of(module, inputs, paths_of(made))
+
+    row = Row(captured())
+    segments = [segment for found in row._segments for segment in found]
+    assert len(segments) > 5
+    for segment in segments:
+        parts = row.parts[segment.first : segment.last]
+        cut = captured()
+        cut.cut({(parts[0].begin, parts[-1].end): False})
+        assert profile(cut.module, cut.example_inputs).saved == row.least((segment,))
 
 
 @pytest.mark.parametrize(
