@@ -324,30 +324,18 @@ Optional rest_of(const Optional& statistics, const std::vector<Tensor>& found) {
   return statistics->narrow_symint(1, used, statistics->sym_size(1) - used);
 }
 
-}  // namespace
-
-Tensor conv_bn_chain(at::TensorList tensors, at::TensorList buffers, at::IntArrayRef links,
-                     at::ArrayRef<double> scalars, at::IntArrayRef buffer_counts,
-                     at::ArrayRef<double> momenta, at::IntArrayRef training,
-                     std::string_view process_group, at::IntArrayRef saved,
-                     const Optional& statistics) {
-  return std::get<0>(conv_bn_chain_with_statistics(tensors, buffers, links, scalars, buffer_counts,
-                                                   momenta, training, process_group, saved,
-                                                   statistics));
-}
-
-std::tuple<Tensor, Tensor> conv_bn_chain_with_statistics(
-    at::TensorList tensors, at::TensorList buffers, at::IntArrayRef links,
-    at::ArrayRef<double> scalars, at::IntArrayRef buffer_counts, at::ArrayRef<double> momenta,
-    at::IntArrayRef training, std::string_view process_group, at::IntArrayRef saved,
-    const Optional& statistics) {
+// The chain's result. The batch statistics of its norm links in training are added to `found`.
+Tensor run_chain(at::TensorList tensors, at::TensorList buffers, at::IntArrayRef links,
+                 at::ArrayRef<double> scalars, at::IntArrayRef buffer_counts,
+                 at::ArrayRef<double> momenta, at::IntArrayRef training,
+                 std::string_view process_group, at::IntArrayRef saved, const Optional& statistics,
+                 std::vector<Tensor>& found) {
   const auto chain = unpack(links, scalars, tensors.size());
   const auto model =
       checked(tensors, buffers, chain, buffer_counts, momenta, training, process_group);
 
   RunningUpdates updates;
   Tensor output;
-  std::vector<Tensor> found;
   if (model.parts[0].sym_size(0) == 0 && process_group.empty() && model.in_training()) {
     output = run_empty(model, updates);
   } else {
@@ -374,7 +362,30 @@ std::tuple<Tensor, Tensor> conv_bn_chain_with_statistics(
   if (model.tail_slopes.defined())
     output = at::prelu(output, model.tail_slopes.to(output.scalar_type()));
   updates.write();
-  return {output, found.empty() ? output.new_empty({0}) : at::cat(found, 1)};
+  return output;
+}
+
+}  // namespace
+
+Tensor conv_bn_chain(at::TensorList tensors, at::TensorList buffers, at::IntArrayRef links,
+                     at::ArrayRef<double> scalars, at::IntArrayRef buffer_counts,
+                     at::ArrayRef<double> momenta, at::IntArrayRef training,
+                     std::string_view process_group, at::IntArrayRef saved,
+                     const Optional& statistics) {
+  std::vector<Tensor> found;
+  return run_chain(tensors, buffers, links, scalars, buffer_counts, momenta, training,
+                   process_group, saved, statistics, found);
+}
+
+std::tuple<Tensor, Tensor> conv_bn_chain_with_statistics(
+    at::TensorList tensors, at::TensorList buffers, at::IntArrayRef links,
+    at::ArrayRef<double> scalars, at::IntArrayRef buffer_counts, at::ArrayRef<double> momenta,
+    at::IntArrayRef training, std::string_view process_group, at::IntArrayRef saved,
+    const Optional& statistics) {
+  std::vector<Tensor> found;
+  const auto output = run_chain(tensors, buffers, links, scalars, buffer_counts, momenta, training,
+                                process_group, saved, statistics, found);
+  return {output, found.empty() ? output.new_empty({2, 0}) : at::cat(found, 1)};
 }
 
 }  // namespace fusedconvbn
