@@ -56,7 +56,7 @@ class Findings:
     @functools.cached_property
     def curve(self) -> Curve | None:
         """The plans for all budgets. Segments are for a graph that is the whole model."""
-        if len(self.graphs) != 1 or self.graphs[0].runs != 1:
+        if self.untraceable or len(self.graphs) != 1:
             return None
         return Curve.of(self.graphs[0])
 

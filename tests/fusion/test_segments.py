@@ -342,8 +342,11 @@ def test_errors_of_a_budget_for_the_peak():
     x = torch.randn(4, 3, 12, 10)
     with pytest.raises(ValueError, match="one of 'none', 'sgd', 'adam', 'adamw', got 'lamb'"):
         fuse(deep(), x, memory="peak 1GiB", optimizer="lamb")
-    with pytest.raises(ValueError, match="one graph for a peak as memory"):
-        fuse(nn.Sequential(deep(), Breaks()), x, memory="peak 1GiB")
+    for broken in (nn.Sequential(deep(), Breaks()), nn.Sequential(Breaks(), deep())):
+        with pytest.raises(ValueError, match="one graph for a peak as memory"):
+            fuse(broken, x, memory="peak 1GiB")
+    one = nn.Sequential(Breaks(), deep())  # what is in front of the break is no graph
+    assert explain(one, x).front[-1].peak == 0
 
 
 class Breaks(nn.Module):
