@@ -30,6 +30,7 @@ class Sizes:
     compiled: Sequence[str]
     models: Sequence[str]  # options of the benchmarks
     kernels: Sequence[str]
+    peaks: Sequence[str]
     profile: Sequence[str]
     smoke: Sequence[str | Path]  # of pytest
     tests: Sequence[str | Path]
@@ -40,10 +41,11 @@ class Sizes:
 ON_GPU = Sizes(
     device="cuda",
     network="resnet50",
-    others=("efficientnet_b0", "mobilenet_v2", "densenet121", "resnet18"),
+    others=("mobilenet_v2", "efficientnet_b0", "densenet121", "resnet18"),
     compiled=("compile", "compile, budget 0.5"),
     models=("--only", "bfloat16, channels last", "--rounds", "4"),
     kernels=("--rounds", "7"),
+    peaks=("--batch", "64"),
     profile=(),
     smoke=(TESTS / "gpu", "-m", "gpu and smoke"),
     tests=(TESTS, "-m", "gpu and not smoke", "-k", "not compute_sanitizer"),
@@ -61,6 +63,7 @@ REHEARSAL = Sizes(
     compiled=("compile, budget 0.5",),
     models=("--only", "bfloat16, channels last, 2 threads", "--rounds", "2", "--size", "32"),
     kernels=("--rounds", "2", "--mebibytes", "4"),
+    peaks=("--models", "resnet18", "--batch", "2", "--size", "64"),
     profile=("--size", "32"),
     smoke=(TESTS / "gpu", "-m", "smoke", "-k", "cpu"),
     # Those for a GPU too, though they are skipped: that the processes agree on what there is.
@@ -80,8 +83,7 @@ REHEARSAL = Sizes(
 
 
 def pytest(*arguments: str | Path, xml: Path | None = None, seconds: int = 60) -> Command:
-    # Eight processes that each start a thread, or a compiler, for every core are slower than with a
-    # few.
+    # Processes that each start a thread, or a compiler, for every core are slower than with a few.
     command: Command = ["env", "OMP_NUM_THREADS=2", "TORCHINDUCTOR_COMPILE_THREADS=4"]
     command += [sys.executable, "-m", "pytest", "-c", ROOT / "pyproject.toml"]
     command += ["--rootdir", ROOT, "-p", "no:cacheprovider", "-v", "--tb=short", "--maxfail=400"]
@@ -97,7 +99,7 @@ def stages_of(out: Path, work: Path, rehearsal: bool) -> list[list[Stage]]:
     """What runs one after another, setup first, and last what is missed least if there is no time.
     The stages of one list, none of which is timed, run at the same time."""
     sizes = REHEARSAL if rehearsal else ON_GPU
-    processes = ("-n", "2" if rehearsal else "8") if importlib.util.find_spec("xdist") else ()
+    processes = ("-n", "2" if rehearsal else "10") if importlib.util.find_spec("xdist") else ()
     fused = ("fuse 1.0", "fuse auto", "fuse 0.55", "fuse min", "fuse 0.2", "fuse 0.1")
 
     def benchmark(script: str, output: Path, *options: str) -> Command:
@@ -117,32 +119,26 @@ def stages_of(out: Path, work: Path, rehearsal: bool) -> list[list[Stage]]:
         return benchmark("models", output, *options, *more)
 
     only = (sizes.network,)
-    warm, at_128, at_256 = (
-        work / "warm.json",
-        out / "gpu-models-128.json",
-        out / "gpu-models-256.json",
-    )
-    batch = ("--batch", "2" if rehearsal else "128")
-    profile = ("--models", sizes.network, *batch, *sizes.profile)
+    warm, found = work / "warm.json", out / "gpu-models-256.json"
+    profile = ("--models", sizes.network, "--batch", "2" if rehearsal else "256", *sizes.profile)
+    tests = pytest(*sizes.tests, *processes, xml=out / "pytest.xml", seconds=90)
     stages = [
         [Stage("setup", 180, [sys.executable, TESTS / "gpu/prepare.py", work, sizes.device])],
         [Stage("smoke", 75, pytest(*sizes.smoke, *processes, xml=out / "smoke.xml"))],
         [
-            Stage(
-                "tests", 125, pytest(*sizes.tests, *processes, xml=out / "pytest.xml", seconds=90)
-            ),
+            Stage("tests", 160, tests),
+            Stage("peaks", 160, benchmark("peaks", out / "gpu-peaks.json", *sizes.peaks)),
             *(
                 Stage(tool, 125, pytest(KERNEL_TESTS, *which, seconds=110))
                 for tool, which in sizes.sanitized.items()
             ),
             # What the compiler makes is kept on disk, for the stage that measures it.
-            Stage("compile", 125, models(warm, 128, only, sizes.compiled, 100, "--rounds", "1")),
+            Stage("compile", 160, models(warm, 256, only, sizes.compiled, 100, "--rounds", "1")),
         ],
         [Stage("kernels", 45, benchmark("kernels", out / "gpu-kernels.json", *sizes.kernels))],
-        [Stage("models", 120, models(at_128, 128, only, (*fused, *sizes.compiled), 105))],
+        [Stage("models", 120, models(found, 256, only, (*fused, *sizes.compiled), 105))],
+        [Stage("others", 90, models(found, 256, sizes.others, ("fuse auto", "fuse min")))],
         [Stage("profile", 45, benchmark("profile_step", out / "profile.txt", *profile))],
-        [Stage("batch 256", 65, models(at_256, 256, only, fused))],
-        [Stage("others", 90, models(at_128, 128, sizes.others, ("fuse auto", "fuse min")))],
     ]
     for stage in itertools.chain(*stages):
         stage.seconds *= sizes.patience

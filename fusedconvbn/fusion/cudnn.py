@@ -1,0 +1,55 @@
+"""What cuDNN allocates for itself. It depends on the GPU and on cuDNN, so it is measured."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
+
+
+def workspace(func: Any, args: Sequence[Any]) -> int:
+    """The most bytes that one of CONVOLUTIONS has beyond its arguments and results while it runs; 0
+    where CUDA is not in use, as all tensors are stand-ins."""
+    if not torch.cuda.is_initialized():
+        return 0
+    cudnn = torch.backends.cudnn
+    flags = (cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32)
+    return _measured(func, tuple(map(_described, args)), flags)
+
+
+class _Map(NamedTuple):
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def tensor(self) -> Tensor:
+        t = torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=self.device)
+        return t.zero_()
+
+
+def _described(argument: Any) -> Any:
+    if isinstance(argument, Tensor):
+        return _Map(tuple(argument.shape), argument.stride(), argument.dtype, argument.device)
+    return tuple(argument) if isinstance(argument, list) else argument
+
+
+@functools.cache
+def _measured(func: Any, described: tuple[Any, ...], _: Any) -> int:
+    with unset_fake_temporarily(), torch.no_grad():
+        args = [d.tensor() if isinstance(d, _Map) else d for d in described]
+        device = args[0].device
+        try:
+            func(*args)  # with cudnn.benchmark it tries all algorithms
+            before = torch.cuda.memory_allocated(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            results = func(*args)
+        except torch.OutOfMemoryError:
+            return 0
+        most, after = torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device)
+        del results
+    return most - max(after, before)
