@@ -101,8 +101,9 @@ class Case:
         return {name: t.requires_grad_(requires_grad) for name, t in tensors.items()}
 
     def running(self, dtype: torch.dtype = torch.float64, device: str = "cpu") -> dict[str, Tensor]:
-        c = torch.arange(self.out_channels, dtype=dtype, device=device)
-        return {"running_mean": c / 7 - 0.3, "running_var": c / 5 + 0.6}
+        c = torch.arange(self.out_channels, dtype=dtype)  # a GPU would divide differently
+        found = {"running_mean": c / 7 - 0.3, "running_var": c / 5 + 0.6}
+        return {name: value.to(device) for name, value in found.items()}
 
 
 CASES = {

@@ -10,7 +10,9 @@ from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from ..options import refuse_lazy
+from . import cuda_libraries
 from .copies import copied
+from .optimizers import OPTIMIZERS
 from .plan import Memory, Peak, Plan, parse_memory
 
 if TYPE_CHECKING:
@@ -58,8 +60,9 @@ def fuse(
             model run again in backward, and save their inputs alone; such a plan needs no more
             memory at its peak than ``"min"``. A string like ``"peak 12GiB"`` is a budget for all
             that is live at any moment of a step: parameters, buffers, inputs, gradients, the state
-            of the optimizer, and what forward and backward need. On CUDA leave a margin: cuDNN's
-            workspaces are not counted. ``"min"`` recomputes every inner map of the chains.
+            of the optimizer, and what forward and backward need. On CUDA each convolution then runs
+            once, to measure cuDNN's workspaces, and CUDA's peak statistics are reset. ``"min"``
+            recomputes every inner map of the chains.
             ``"auto"`` recomputes as many maps as it takes to come down to 0.53 of eager's bytes, or
             all of them if that is not enough; on CPU it begins with the maps that are nearly free
             to recompute, and recomputes these below 0.53, too.
@@ -150,9 +153,6 @@ def checked(model: nn.Module, example_inputs: Any, memory: Any, calibrate: bool)
     return memory
 
 
-OPTIMIZERS = {"none": 0, "sgd": 1, "adam": 2, "adamw": 2}  # states of the parameters' size
-
-
 def with_static(memory: Memory, model: nn.Module, example_inputs: Any, optimizer: str) -> Memory:
     """A peak that knows what a step needs all the time."""
     if optimizer not in OPTIMIZERS:
@@ -162,8 +162,11 @@ def with_static(memory: Memory, model: nn.Module, example_inputs: Any, optimizer
         return memory
     inputs = [t for t in pytree.tree_leaves(example_inputs) if isinstance(t, Tensor)]
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    held = sum(t.nbytes for t in (*model.parameters(), *model.buffers(), *inputs))
-    return Peak(memory.nbytes, held + OPTIMIZERS[optimizer] * trained)
+    states, temporary = (trained * n for n in OPTIMIZERS[optimizer])
+    held = states + sum(t.nbytes for t in (*model.parameters(), *model.buffers(), *inputs))
+    if any(t.is_cuda for t in inputs):
+        held += cuda_libraries.always_held() + int(cuda_libraries.UNSPLIT * memory.nbytes)
+    return Peak(memory.nbytes, held, held + trained + temporary)
 
 
 def uncompiled(model: nn.Module) -> nn.Module:

@@ -11,8 +11,9 @@ from torch._subclasses import FakeTensorMode
 
 from ..memory import MIB
 from ..sources import factory_of, without_memory
-from .api import OPTIMIZERS, checked, uncompiled
+from .api import checked, uncompiled
 from .copies import copied
+from .optimizers import OPTIMIZERS
 from .plan import CPU, H100, H200, Device, OutOfReach, Plan, device_figures, parse_memory
 
 if TYPE_CHECKING:
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from .graph import Graph
 
 DEVICES = {"cpu": CPU, "h100": H100, "h200": H200}
-# Of the bytes of the parameters: what is live only during the optimizer's step.
-_TEMPORARY = {"none": 0, "sgd": 0, "adam": 1, "adamw": 1}
 DTYPES = (torch.float32, torch.bfloat16)
 _PLANS = ("eager", "auto", 0.4, 0.3, 0.2, 0.15, 0.1, 0.05, "min")
 _START = 8  # the first batch that is tried
@@ -254,8 +253,8 @@ class _Steps:
 
         parameters = list(self._model.parameters())
         trained = sum(p.nbytes for p in parameters if p.requires_grad)
-        states, self._temporary = trained * OPTIMIZERS[optimizer], trained * _TEMPORARY[optimizer]
-        self._gradients = trained
+        states, temporary = (trained * n for n in OPTIMIZERS[optimizer])
+        self._in_optimizer = trained + temporary
         self._static = states + sum(t.nbytes for t in (*parameters, *self._model.buffers()))
         self.fixed = self._static + trained
 
@@ -277,9 +276,7 @@ class _Steps:
         module, inputs = self._module(batch, plan)
         with self._autocast():
             peak = step_memory(module, inputs).peak
-        return (
-            self._static + self._images(batch).nbytes + max(peak, self._gradients + self._temporary)
-        )
+        return self._static + self._images(batch).nbytes + max(peak, self._in_optimizer)
 
     def seconds(self, batch: int, plan: str | float) -> float:
         """Seconds that a step takes, as estimated."""

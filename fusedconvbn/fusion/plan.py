@@ -143,10 +143,12 @@ class Peak:
     Attributes:
         nbytes: the budget.
         static: of it, what parameters, buffers, inputs and the optimizer take all the time.
+        least: what the optimizer's step takes, whatever the plan.
     """
 
     nbytes: int
     static: int = 0
+    least: int = 0
 
 
 Memory = float | int | str | Peak
@@ -325,8 +327,8 @@ class Plan:
 
     def _with_peak(self, curve: "Curve") -> "Point":
         point = curve.with_peak(self.memory.nbytes - self.memory.static)
-        if point is None:
-            least = self.memory.static + curve.lowest_peak()
+        if point is None or self.memory.nbytes < self.memory.least:
+            least = max(self.memory.static + curve.lowest_peak(), self.memory.least)
             raise OutOfReach(
                 f"fuse: expected memory with a peak of at least {least} bytes, the least that is "
                 f"possible, got {self.memory.nbytes}"

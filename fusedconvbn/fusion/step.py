@@ -46,10 +46,9 @@ def step_memory(module: fx.GraphModule, example_inputs: Sequence[Any]) -> StepMe
     stand-ins for its tensors. Gradients of parameters stay; before the step there are none.
 
     On a CPU what oneDNN allocates is known by rules (`workspaces.py`). On CUDA each storage is
-    rounded up to 512 bytes, and cuDNN's workspaces do not count: on an H200, with 32 images of
-    224², they are below 32 MiB, except in float in the backward of the first layers (up to 128
-    MiB), when little else is live. The caching allocator counts up to 1.2 % more than its requests,
-    as it does not split a block of which less than 1 MiB would be left.
+    rounded up to 512 bytes, and cuDNN's workspaces are measured (`cuda_libraries.py`). The caching
+    allocator counts up to 1.2 % more than its requests, as it does not split a block of which less
+    than 1 MiB would be left.
 
     Args:
         module: the module of a :class:`Graph`, or an unfused graph whose checkpoints run

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cudnn
+from . import cuda_libraries
 
 _BLOCK = 16  # channels in a block of oneDNN's own formats, with AVX-512
 
 
 def workspace(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> int:
     """The most bytes that an operator has beyond its arguments and results while it runs."""
-    if func in cudnn.CONVOLUTIONS and args[0].is_cuda:
-        return cudnn.workspace(func, args)
+    if func in cuda_libraries.CONVOLUTIONS and args[0].is_cuda:
+        return cuda_libraries.workspace(func, args)
     rule = _RULES.get(func)
     return rule(args, kwargs, result) if rule and args[0].is_cpu else 0
 

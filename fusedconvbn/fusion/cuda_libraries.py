@@ -1,4 +1,4 @@
-"""What cuDNN allocates for itself. It depends on the GPU and on cuDNN, so it is measured."""
+"""What CUDA's libraries allocate for themselves, beside the tensors of a step."""
 
 import functools
 from collections.abc import Sequence
@@ -8,12 +8,23 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+UNSPLIT = 0.01  # of a peak: the rest of a block that the caching allocator does not split, at most
 CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
+
+
+def always_held() -> int:
+    """The workspaces of cuBLAS: one of the thread that runs forward, one of autograd's. From their
+    first product on they are never freed."""
+    if not torch.cuda.is_initialized():
+        return 0
+    is_large = torch.cuda.get_device_capability()[0] in (9, 10)  # Hopper, Blackwell
+    return 2 * (32 * 2**20 if is_large else 4096 * 1024 * 2 + 16 * 1024 * 8)
 
 
 def workspace(func: Any, args: Sequence[Any]) -> int:
     """The most bytes that one of CONVOLUTIONS has beyond its arguments and results while it runs; 0
-    where CUDA is not in use, as all tensors are stand-ins."""
+    where CUDA is not in use, as all tensors are stand-ins. It depends on the GPU and on cuDNN, so
+    it is measured."""
     if not torch.cuda.is_initialized():
         return 0
     cudnn = torch.backends.cudnn
