@@ -29,7 +29,7 @@ SHOWN = ["fuse auto", "fuse min", "fuse 1.0", "checkpoint", "Python reference", 
 SHOWN += ["In-Place ABN", "floor: convolutions alone"]
 WITH_RIVALS = {str(configuration) for configuration in ON_CPU if configuration.rivals}
 NOT_MEASURED = "Not measured.\n"
-STAGES = ("smoke", "tests", "memcheck", "racecheck")  # of tests/gpu/run.sh: they pass or fail
+STAGES = ("smoke", "memcheck", "racecheck")  # of tests/gpu/run.sh: they pass or fail
 
 
 def load(name: str) -> Row:
@@ -159,6 +159,9 @@ def gpu_table() -> str:
         for name in STAGES
         if name in ended
     ]
+    if tests := load("gpu-tests"):
+        counts = f"{len(tests['failed'])} failed, {len(tests['not reached'])} not reached"
+        rows.append(["tests", "passed", "", f"{tests['passed']} passed, {counts}", ""])
     large = [r for r in kernels.get("maps", {}).values() if r["copy"]["bytes"] >= 2 * LARGE]
     if large:
         kernel, row = min((slowest(r) for r in large), key=lambda item: item[1]["of_copy"])
@@ -217,35 +220,16 @@ def cuda_kernels_table() -> str:
     return markdown(["", "values of a vector", "registers", "loads × bytes", "KiB"], rows)
 
 
-def predicted_table() -> str:
-    """The step as benchmarks/predict.py counts it, beside eager's."""
-    rows = []
-    for name, variants in load("predicted-cuda").get("models", {}).items():
-        eager = variants["eager"]
-        rows.append(
-            [
-                f"{name}, eager",
-                f"{eager['saved'] / 1e9:.2f} GB",
-                "",
-                "",
-                f"{eager['milliseconds']:.1f}",
-            ]
-        )
-        for variant, row in variants.items():
-            if variant == "eager":
-                continue
-            saved, all = row["maps"]
-            time = row["milliseconds"]
-            rows.append(
-                [
-                    label(variant),
-                    f"{row['saved'] / eager['saved']:.2f}",
-                    f"{saved} of {all}",
-                    f"{100 * row['added_flops']:.1f} %",
-                    f"{time:.1f} ({time / eager['milliseconds']:.2f})",
-                ]
-            )
-    return markdown(["", "saved", "maps saved", "added FLOPs", "ms"], rows)
+def peaks_table(name: str = "peaks-cpu") -> str:
+    """How much of its promised peak each step took."""
+    found = load(name)
+    shares = sorted({row["share"] for row in found.get("rows", [])}, reverse=True)
+    lines: dict[str, dict[float, str]] = {}
+    for row in found.get("rows", []):
+        cell = f"{row['measured'] / row['promised']:.3f} ({row['saved']:.2f})"
+        lines.setdefault(f"{row['model']}, {row['dtype']}", {})[row["share"]] = cell
+    cells = [[name, *(line.get(share, "") for share in shares)] for name, line in lines.items()]
+    return markdown(["", *map(str, shares)], cells) if cells else NOT_MEASURED
 
 
 def summary_table() -> str:
@@ -325,7 +309,8 @@ def compilers_table() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "cuda-kernels": cuda_kernels_table,
-    "predicted-cuda": predicted_table,
+    "peaks-cpu": peaks_table,
+    "gpu-peaks": lambda: peaks_table("gpu-peaks"),
     "network": network_table,
     "layers": layers_table,
     "layers-avx2": avx2_table,

@@ -1,5 +1,6 @@
 """How long a training step of a captured graph takes on a device, without computing its values."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from torch.utils.flop_counter import conv_flop_count, flop_registry
 from ..chain import Conv, Norm
 from ..flops import Chain, backward_links
 from ..recomputation import has_batch_statistics
-from .plan import Device, is_winograd
+from .plan import Device, group_channels, is_winograd
 
 
 def step_seconds(
@@ -44,6 +45,7 @@ def step_seconds(
 class _Kernel(NamedTuple):
     nbytes: float
     flops: float = 0.0
+    channels: float = math.inf  # that a group of a convolution reads
 
 
 class _Clock(TorchDispatchMode):
@@ -67,8 +69,8 @@ class _Clock(TorchDispatchMode):
         return result
 
     def _add(self, map: Tensor, kernels: Iterator[_Kernel]) -> None:
-        speed = self.device.flops.get(map.element_size(), self.device.flops[4])
-        for nbytes, flops in kernels:
+        for nbytes, flops, channels in kernels:
+            speed = self.device.conv_flops(map.element_size(), channels)
             self.seconds += self.device.launch + max(nbytes / self.device.bandwidth, flops / speed)
 
     def _chain_forward(
@@ -133,20 +135,26 @@ def _kernels(
     if func is torch.ops.aten.convolution_backward.default:
         dout, x, weight = args[:3]
         forward = conv_flop_count(x.shape, weight.shape, dout.shape, transposed=args[7])
-        kernel = _Kernel(dout.nbytes + x.nbytes + weight.nbytes, forward)
+        channels = group_channels(weight.shape, args[7], args[9])
+        kernel = _Kernel(dout.nbytes + x.nbytes + weight.nbytes, forward, channels)
         yield from [kernel] * sum(args[-1][:2])  # one for each gradient
         return
     if "batch_norm" in func.name():  # it reads its maps twice, first for sums over them
         yield from (_Kernel(sum(t.nbytes for t in read)), _Kernel(0))
     count = flop_registry.get(func.overloadpacket)
     flops = count(*args, **kwargs, out_val=result) if count else 0
-    yield _Kernel(sum(t.nbytes for t in (*read, *written)), flops)
+    channels = math.inf
+    if func is torch.ops.aten.convolution.default:
+        channels = group_channels(args[1].shape, args[6], args[8])
+    yield _Kernel(sum(t.nbytes for t in (*read, *written)), flops, channels)
 
 
 def _convolution(chain: Chain, i: int, itemsize: int) -> _Kernel:
     """A convolution, or one of its gradients, which reads, writes and computes as much."""
-    values = sum(map(prod, (chain.maps[i], chain.weights[i], chain.maps[i + 1])))
-    return _Kernel(itemsize * values, chain.forward(i))
+    weight, link = chain.weights[i], chain.links[i]
+    values = sum(map(prod, (chain.maps[i], weight, chain.maps[i + 1])))
+    channels = group_channels(weight, link.transposed, link.groups)
+    return _Kernel(itemsize * values, chain.forward(i), channels)
 
 
 def _has_residual(chain: Chain, i: int) -> bool:

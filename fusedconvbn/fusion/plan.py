@@ -8,7 +8,7 @@ knapsack problem.
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd, prod
 from typing import TYPE_CHECKING
 
@@ -34,6 +34,8 @@ class Device:
         flops: FLOPs of its convolutions in a second, by the bytes of a value.
         winograd: how many times as fast a float convolution is by Winograd's algorithm.
         launch: seconds that the launch of a kernel takes.
+        wide: the channels of a group that its convolutions need to be as fast as that; with fewer
+            they are slower in proportion, but not below `least_flops`.
         auto_saves_less: whether "auto" recomputes maps that are nearly free to recompute although
             its budget has room for them.
     """
@@ -42,6 +44,8 @@ class Device:
     flops: Mapping[int, float]
     winograd: float = 1.0
     launch: float = 0.0
+    wide: int = 1
+    least_flops: float = 0.0
     auto_saves_less: bool = False
 
     @property
@@ -49,13 +53,18 @@ class Device:
         """The most seconds that "auto" spends on recomputing a byte instead of saving it."""
         return _PRICE / self.bandwidth
 
+    def conv_flops(self, itemsize: int, channels: float) -> float:
+        """FLOPs in a second of a convolution that reads so many channels in a group."""
+        full = self.flops.get(itemsize, self.flops[4])
+        return max(full * min(1.0, channels / self.wide), min(full, self.least_flops))
+
 
 CPU = Device(40e9, {2: 200e9, 4: 200e9, 8: 200e9}, winograd=1.8, auto_saves_less=True)
 # Somewhat less than half of the tensor cores' peak. Convolutions in float use TF32, unless
 # torch.backends.cudnn.allow_tf32 is off.
 _HOPPER = {2: 450e12, 4: 225e12, 8: 30e12}
-H100 = Device(3.0e12, _HOPPER, launch=5e-6)
-H200 = Device(4.3e12, _HOPPER, launch=5e-6)
+H100 = Device(3.0e12, _HOPPER, launch=5e-6, wide=64, least_flops=10e12)
+H200 = replace(H100, bandwidth=4.3e12)
 
 
 def device_figures(device: torch.device) -> Device:
@@ -103,8 +112,13 @@ def flops_per_value(op: Conv | Norm, weight: Sequence[int]) -> float:
     the shape of a convolution's weight."""
     if not isinstance(op, Conv):
         return 0.0
-    per_group = weight[0] // op.groups if op.transposed else weight[1]
-    return 2.0 * per_group * prod(weight[2:]) / (prod(op.stride) if op.transposed else 1)
+    each = 2.0 * group_channels(weight, op.transposed, op.groups) * prod(weight[2:])
+    return each / (prod(op.stride) if op.transposed else 1)
+
+
+def group_channels(weight: Sequence[int], transposed: bool, groups: int) -> int:
+    """The channels that a group of a convolution reads."""
+    return weight[0] // groups if transposed else weight[1]
 
 
 def seconds_per_value(
@@ -114,6 +128,7 @@ def seconds_per_value(
     without the launch."""
     read, speed = 1.0, device.flops[itemsize]
     if isinstance(op, Conv):
+        speed = device.conv_flops(itemsize, group_channels(weight, op.transposed, op.groups))
         into, out = (
             (weight[0], weight[1] * op.groups)
             if op.transposed
