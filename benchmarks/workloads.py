@@ -46,11 +46,13 @@ ON_CPU = [
 
 
 def definition(name: str) -> nn.Module:
-    """A torchvision model with random weights; of timm:NAME timm's, which must be installed."""
+    """A torchvision model with random weights; of timm:NAME timm's, which must be installed, and of
+    segmentation_models_pytorch:unet that library's."""
     models = _torchvision.models()
     library, _, own = name.rpartition(":")
     if library:
-        return importlib.import_module(library).create_model(own)
+        options = {"encoder_weights": None} if library == "segmentation_models_pytorch" else {}
+        return importlib.import_module(library).create_model(own, **options)
     options: Row = {}
     if name in ("googlenet", "inception_v3"):
         options = {"init_weights": False}

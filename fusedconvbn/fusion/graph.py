@@ -163,6 +163,8 @@ def inner_map(link: Link, device: Device) -> InnerMap:
     result = value(link.result)
     weight = value(link.op.weight).shape if isinstance(link.op, Conv) else ()
     values = values_of(result)
-    seconds = seconds_per_value(link.op, weight, result.element_size(), device) * values
+    seconds = values * seconds_per_value(
+        link.op, weight, result.element_size(), device, contiguous=result.is_contiguous()
+    )
     flops = int(flops_per_value(link.op, weight) * values)
     return InnerMap(link.name, nbytes_of(result), flops, device.launch + seconds)

@@ -8,7 +8,7 @@ knapsack problem.
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import gcd, prod
 from typing import TYPE_CHECKING
 
@@ -33,6 +33,8 @@ class Device:
         bandwidth: bytes that it reads or writes in a second.
         flops: FLOPs of its convolutions in a second, by the bytes of a value.
         winograd: how many times as fast a float convolution is by Winograd's algorithm.
+        reorder: how many times as long as its maps' bytes alone a convolution takes to bring
+            contiguous maps into formats of its own and back, by the bytes of a value.
         launch: seconds that the launch of a kernel takes.
         wide: the channels of a group that its convolutions need to be as fast as that; with fewer
             they are slower in proportion, but not below `least_flops`.
@@ -43,6 +45,7 @@ class Device:
     bandwidth: float
     flops: Mapping[int, float]
     winograd: float = 1.0
+    reorder: Mapping[int, float] = field(default_factory=dict)
     launch: float = 0.0
     wide: int = 1
     least_flops: float = 0.0
@@ -59,7 +62,9 @@ class Device:
         return max(full * min(1.0, channels / self.wide), min(full, self.least_flops))
 
 
-CPU = Device(40e9, {2: 200e9, 4: 200e9, 8: 200e9}, winograd=1.8, auto_saves_less=True)
+_HAS_BF16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+_CORES = {2: 450e9 if _HAS_BF16 else 200e9, 4: 200e9, 8: 200e9}
+CPU = Device(40e9, _CORES, winograd=1.8, reorder={2: 8.0, 4: 4.0, 8: 4.0}, auto_saves_less=True)
 # Somewhat less than half of the tensor cores' peak. Convolutions in float use TF32, unless
 # torch.backends.cudnn.allow_tf32 is off.
 _HOPPER = {2: 450e12, 4: 225e12, 8: 30e12}
@@ -122,11 +127,17 @@ def group_channels(weight: Sequence[int], transposed: bool, groups: int) -> int:
 
 
 def seconds_per_value(
-    op: Conv | Norm, weight: Sequence[int], itemsize: int, device: Device
+    op: Conv | Norm,
+    weight: Sequence[int],
+    itemsize: int,
+    device: Device,
+    *,
+    contiguous: bool = False,
 ) -> float:
     """Seconds to recompute a value of the result of a convolution, or of a batch norm (one pass),
-    without the launch."""
+    without the launch. `contiguous` says that the maps are, and not channels last."""
     read, speed = 1.0, device.flops[itemsize]
+    moved = itemsize / device.bandwidth
     if isinstance(op, Conv):
         speed = device.conv_flops(itemsize, group_channels(weight, op.transposed, op.groups))
         into, out = (
@@ -137,7 +148,9 @@ def seconds_per_value(
         read = into / out * prod([1 / s if op.transposed else s for s in op.stride])
         if itemsize == 4 and is_winograd(op, weight):
             speed *= device.winograd
-    return flops_per_value(op, weight) / speed + (1.0 + read) * itemsize / device.bandwidth
+        if contiguous:
+            moved *= 1.0 + device.reorder.get(itemsize, 0.0)
+    return flops_per_value(op, weight) / speed + (1.0 + read) * moved
 
 
 def is_winograd(op: Conv, weight: Sequence[int]) -> bool:
