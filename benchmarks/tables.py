@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import compilers
 from common import RESULTS, ROOT, Row
@@ -23,6 +24,7 @@ from workloads import ON_CPU
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+NETWORK = "resnet50"
 FULL = "float32, channels last, 2 threads"
 # The order of the rows; variants that are not here come after "fuse 1.0".
 SHOWN = ["fuse auto", "fuse min", "fuse 1.0", "checkpoint", "Python reference", *COMPILED]
@@ -172,7 +174,8 @@ def gpu_table() -> str:
     for path in gpu_models():
         rows += required_rows_on_gpu(load(path.stem))
     table = f"{facts}; {rates}.\n\n{markdown(REQUIRED_COLUMNS, rows)}"
-    pictures = [f"![{p.stem}](benchmarks/results/{p.stem}.png)\n" for p in gpu_models()]
+    names = [f"{path.stem}-{NETWORK}" for path in gpu_models()]
+    pictures = [f"![{name}](benchmarks/results/{name}.png)\n" for name in names]
     return "\n".join([table, *pictures[:1]])
 
 
@@ -332,38 +335,63 @@ def filled(page: str) -> str:
     return TABLE.sub(lambda m: m[1] + TABLES[m[2]]() + m[3], page)
 
 
+# How the variants of a picture begin, what they are called in it, and how they look.
+FAMILIES = {
+    "fuse": ("fuse", "tab:blue", "o-"),
+    "compile": ("torch.compile", "tab:orange", "^-"),
+    "checkpoint": ("checkpoint", "tab:green", "D-"),
+    "In-Place ABN": ("In-Place ABN", "tab:purple", "v-"),
+    "eager": ("eager", "black", "s-"),
+}
+
+
+def plot_model(ax: Any, variants: dict[str, Row]) -> None:
+    """Draws time against saved bytes, as shares of eager's: a curve for each family, which its name
+    stands beside, and at each of its points the budget."""
+    for start, (name, color, style) in FAMILIES.items():
+        found = {v: row for v, row in variants.items() if v.startswith(start)}
+        points = sorted((row["of_eager"]["saved"], row["ratio"], v) for v, row in found.items())
+        if not points:
+            continue
+        saved, times, _ = zip(*points, strict=True)
+        ax.plot(saved, times, style, color=color, markersize=5, linewidth=1)
+        beside = {"textcoords": "offset points", "color": color, "fontsize": 8}
+        taken: list[float] = []
+        for x, y, variant in sorted(points, key=lambda p: p[2] not in ("fuse auto", "fuse min")):
+            budget = variant.removeprefix(start).removeprefix(", budget").strip()
+            if all(abs(x - other) > 0.06 for other in taken):  # two labels would overlap
+                ax.annotate(budget, (x, y), (0, 6), ha="center", **beside)
+                taken.append(x)
+        ax.annotate(name, (saved[-1], times[-1]), (6, -3), va="top", **{**beside, "fontsize": 9})
+    ax.axhline(1, color="0.7", linewidth=0.8, zorder=0)
+    ax.set(xlim=(0, 1.25), xlabel="bytes saved for backward, of eager's")
+    ax.margins(y=0.12)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
 def plot_models(results: Path, configuration: str) -> None:
-    """Draws time against saved bytes of each variant, as shares of eager's."""
+    """A picture of each model; of resnet50 also one alone."""
     from matplotlib import pyplot
 
     found = load(results.stem)["models"]
     models = {name: model[configuration] for name, model in found.items() if configuration in model}
-    if not models:
-        return
-    figure, axes = pyplot.subplots(
-        1, len(models), figsize=(1 + 3.6 * len(models), 4.4), squeeze=False, layout="constrained"
-    )
-    variants = list(dict.fromkeys(v for m in models.values() for v in m))
-    handles = {}
-    for ax, (name, model) in zip(axes[0], models.items(), strict=True):
-        for variant, row in model.items():
-            marker = {"fuse": "o", "eager": "s", "floor:": "_"}.get(variant.split()[0], "^")
-            handles[variant] = ax.scatter(
-                row["of_eager"]["saved"],
-                row["ratio"],
-                color=pyplot.colormaps["tab20"](variants.index(variant)),
-                marker=marker,
-                zorder=2,
-            )
-        ax.axhline(1, color="0.7", zorder=1)
-        ax.set_title(name)
-        ax.set_xlabel("bytes saved for backward, of eager's")
-        ax.set_xlim(left=0)
-        ax.grid(alpha=0.3)
-    axes[0][0].set_ylabel("time of a step, of eager's")
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=2 * len(models))
-    figure.savefig(results.with_suffix(".png"), dpi=110)
-    pyplot.close(figure)
+    alone = [name for name in models if name == NETWORK]
+    for names, path in (
+        (list(models), results.with_suffix(".png")),
+        (alone, results.with_name(f"{results.stem}-{NETWORK}.png")),
+    ):
+        if not names:
+            continue
+        width = 4.4 * len(names) if len(names) > 1 else 7.0
+        figure, axes = pyplot.subplots(
+            1, len(names), figsize=(width, 4.2), squeeze=False, layout="constrained"
+        )
+        for ax, name in zip(axes[0], names, strict=True):
+            plot_model(ax, models[name])
+            ax.set_title(f"{name}, {configuration}", fontsize=10)
+        axes[0][0].set_ylabel("time of a step, of eager's")
+        figure.savefig(path, dpi=110)
+        pyplot.close(figure)
 
 
 def plot_growth(results: Path) -> None:

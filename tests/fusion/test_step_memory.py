@@ -2,17 +2,21 @@
 
 import copy
 import functools
+import re
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from zoo import MODELS
 
 import fusedconvbn
+from fusedconvbn.fusion import chain_stand_in, cuda_libraries
 from fusedconvbn.fusion.capture import capture_whole, paths_of
 from fusedconvbn.fusion.checkpoints import run_checkpoints
 from fusedconvbn.fusion.graph import Graph
@@ -20,6 +24,7 @@ from fusedconvbn.fusion.model import original_forward
 from fusedconvbn.fusion.plan import Plan
 from fusedconvbn.fusion.step import step_memory
 
+ROOT = Path(__file__).parents[2]
 LAST, CONTIGUOUS = torch.channels_last, torch.contiguous_format
 FLOAT, HALF = torch.float32, torch.bfloat16
 
@@ -190,6 +195,36 @@ TORCHVISION = (
 def test_more_of_torchvision(name, layout, dtype, size):
     for memory in MEMORIES:
         check(name, memory, layout, dtype, size)
+
+
+def test_cheap_activations_are_those_of_the_kernels():
+    source = (ROOT / "csrc/kernels/activation.h").read_text("utf-8")
+    cheap = re.findall(r"struct (\w+) : Cheap", source)
+    names = {re.sub(r"\B([A-Z])", r"_\1", name).lower() for name in cheap}
+    assert set(chain_stand_in._CHEAP) == names - {"identity"} | {"none"}
+
+
+def test_workspaces_on_cuda_are_measured_once(monkeypatch):
+    """A convolution runs with real tensors of the same form, outside of the stand-ins' mode."""
+    asked = []
+    allocated = iter((40, 60) * 2)  # before a call, and after it
+    for name, found in {
+        "is_initialized": lambda: True,
+        "memory_allocated": lambda _: next(allocated),
+        "reset_peak_memory_stats": asked.append,
+        "max_memory_allocated": lambda _: 170,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, found)
+
+    def workspace(batch):
+        x = torch.empty(batch, 3, 5, 6).contiguous(memory_format=LAST)
+        options = ([1, 1], [0, 0], [1, 1], False, [0, 0], 1)
+        args = (x, torch.empty(4, 3, 1, 1), None, *options)
+        return cuda_libraries.workspace(torch.ops.aten.convolution.default, args)
+
+    with FakeTensorMode():
+        assert workspace(2) == workspace(2) == workspace(7) == 170 - 60
+    assert len(asked) == 2
 
 
 def test_nothing_changes():
