@@ -26,7 +26,9 @@
     clock        estimates how long a step of a graph takes
     step         predicts the memory of a step, with
     chain_stand_in  what a chain allocates, and
-    workspaces      what PyTorch's operators allocate inside
+    workspaces      what PyTorch's operators allocate inside,
+    cuda_libraries  also on CUDA
+    optimizers   the memory of optimizers
     plan         decides which maps are saved under a budget
     parts        the parts of a graph between chains
     layouts      which parts may run again in backward

@@ -60,9 +60,9 @@ def fuse(
             model run again in backward, and save their inputs alone; such a plan needs no more
             memory at its peak than ``"min"``. A string like ``"peak 12GiB"`` is a budget for all
             that is live at any moment of a step: parameters, buffers, inputs, gradients, the state
-            of the optimizer, and what forward and backward need. On CUDA each convolution then runs
-            once, to measure cuDNN's workspaces, and CUDA's peak statistics are reset. ``"min"``
-            recomputes every inner map of the chains.
+            of the optimizer, and what forward and backward need. On CUDA a plan for any of these
+            runs each convolution, to measure cuDNN's workspaces, and resets CUDA's peak statistics.
+            ``"min"`` recomputes every inner map of the chains.
             ``"auto"`` recomputes as many maps as it takes to come down to 0.53 of eager's bytes, or
             all of them if that is not enough; on CPU it begins with the maps that are nearly free
             to recompute, and recomputes these below 0.53, too.

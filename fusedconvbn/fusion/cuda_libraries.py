@@ -52,9 +52,9 @@ def _described(argument: Any) -> Any:
 @functools.cache
 def _measured(func: Any, described: tuple[Any, ...], _: Any) -> int:
     with unset_fake_temporarily(), torch.no_grad():
-        args = [d.tensor() if isinstance(d, _Map) else d for d in described]
-        device = args[0].device
+        device = described[0].device
         try:
+            args = [d.tensor() if isinstance(d, _Map) else d for d in described]
             func(*args)  # with cudnn.benchmark it tries all algorithms
             before = torch.cuda.memory_allocated(device)
             torch.cuda.reset_peak_memory_stats(device)
@@ -62,5 +62,5 @@ def _measured(func: Any, described: tuple[Any, ...], _: Any) -> int:
         except torch.OutOfMemoryError:
             return 0
         most, after = torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device)
-        del results
+        del results  # not before the memory is asked for
     return most - max(after, before)
