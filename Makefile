@@ -42,6 +42,7 @@ bench: build
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/models.py
+	$(BIN)/python benchmarks/peaks.py
 	$(BIN)/python benchmarks/tables.py
 
 bench-models: build
@@ -52,6 +53,7 @@ bench-models: build
 bench-cuda: says-what-it-needs $(CUDA_VENV)/built
 	$(CUDA_VENV)/bin/python benchmarks/kernels.py --device cuda
 	$(CUDA_VENV)/bin/python benchmarks/growth.py --device cuda
+	$(CUDA_VENV)/bin/python benchmarks/peaks.py --device cuda --batch 64
 	for tune in "" --cudnn-benchmark; do \
 	  $(CUDA_VENV)/bin/python benchmarks/conv_bn.py --device cuda $$tune \
 	    --output benchmarks/results/gpu-conv_bn$$tune.json || exit 1; \
