@@ -21,6 +21,7 @@ from tqdm import tqdm
 from workloads import Configuration, Workload
 
 from fusedconvbn import fuse, track_memory
+from fusedconvbn.fusion.plan import OutOfReach
 
 MODELS = [
     *("resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0", "vgg11_bn"),
@@ -85,7 +86,7 @@ def promises(load: Workload, dtype: str) -> list[Promise]:
         try:
             with load.autocast():
                 net = fuse(load.model, load.images, memory=f"peak {promised}B", optimizer="sgd")
-        except ValueError as error:  # out of reach
+        except OutOfReach as error:
             tqdm.write(f"{load.name}, {dtype}: {error}")
             continue
         use = Use.of(load, net)

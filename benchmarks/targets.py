@@ -57,13 +57,14 @@ REQUIRED_COLUMNS = ["", "time, required", "aim", "reached", "torch.compile"]
 
 
 def reached(target: Target, rows: dict[str, Row]) -> Row | None:
-    """The fastest fused variant within the target's bytes."""
+    """The fastest fused variant within the target's bytes, if possible also within its peak."""
     fused = [
         row
         for variant, row in rows.items()
         if variant.startswith("fuse") and row["of_eager"]["saved"] <= target.saved + 0.0005
     ]
-    return min(fused, key=lambda row: row["ratio"], default=None)
+    within = [row for row in fused if row["of_eager"]["peak"] <= target.peak]
+    return min(within or fused, key=lambda row: row["ratio"], default=None)
 
 
 def time_and_bytes(row: Row) -> str:

@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from ..chain import BUFFER_COUNTS, BUFFERS, TRAINING
 from .calls import ACTIVATION_CALLS, NORMS, is_norm
 from .nodes import storage, value
 
+CHAIN = torch.ops.fusedconvbn.conv_bn_chain
 _IN_PLACE = (
     *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv),
     *(operator.imod, operator.ipow, operator.iand, operator.ior, operator.ixor),
@@ -35,10 +37,19 @@ def mutated(node: fx.Node) -> list[fx.Node]:
         training = given.get("training", False)
         names = ("running_mean", "running_var", "num_batches_tracked") if training else ()
         return [given[n] for n in names if isinstance(given.get(n), fx.Node)]
+    if node.target is CHAIN:
+        buffers = zip(node.args[BUFFERS], written_buffers(node), strict=True)
+        return [n for n, is_written in buffers if is_written]
     if writes_in_place(node) or node.target is operator.setitem:
         first = pytree.tree_leaves(node.args[:1])  # of torch._foreach_mul_ a list
         written += [a for a in first if isinstance(a, fx.Node)]
     return written
+
+
+def written_buffers(chain: fx.Node) -> list[bool]:
+    """For each buffer of a chain, whether the chain writes to it: those of norms in training."""
+    norms = zip(chain.args[BUFFER_COUNTS], chain.args[TRAINING], strict=True)
+    return [bool(training) for count, training in norms for _ in range(count)]
 
 
 def writes_in_place(node: fx.Node) -> bool:

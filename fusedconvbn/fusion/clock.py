@@ -16,6 +16,7 @@ from ..chain import Conv, Norm
 from ..flops import Chain, backward_links
 from ..recomputation import has_batch_statistics
 from .plan import Device, group_channels, is_winograd
+from .step import loss_of, stand_in
 
 
 def step_seconds(
@@ -28,17 +29,12 @@ def step_seconds(
     Arithmetic on vectors takes no time. It is as if no cache held anything and no two kernels
     overlapped.
     """
-    clock = _Clock(device)
-
-    def stand_in(t: Tensor) -> Tensor:
-        fake = torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=t.device)
-        return fake.requires_grad_(t.requires_grad)
-
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        inputs = pytree.tree_map_only(Tensor, stand_in, list(example_inputs))
-        with clock:
-            results = pytree.tree_leaves(module(*inputs))
-            sum(t.sum() for t in results if isinstance(t, Tensor) and t.requires_grad).backward()
+    clock, mode = _Clock(device), FakeTensorMode(allow_non_fake_inputs=True)
+    inputs = [stand_in(t, mode) for t in example_inputs]
+    with mode, clock:
+        loss = loss_of(module(*inputs))
+        if loss.requires_grad:
+            loss.backward()
     return clock.seconds
 
 

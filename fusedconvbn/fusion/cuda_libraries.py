@@ -29,6 +29,7 @@ def workspace(func: Any, args: Sequence[Any]) -> int:
         return 0
     cudnn = torch.backends.cudnn
     flags = (cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32)
+    flags += (torch.are_deterministic_algorithms_enabled(),)
     return _measured(func, tuple(map(_described, args)), flags)
 
 
@@ -50,17 +51,14 @@ def _described(argument: Any) -> Any:
 
 
 @functools.cache
-def _measured(func: Any, described: tuple[Any, ...], _: Any) -> int:
+def _measured(func: Any, described: tuple[Any, ...], flags: tuple[bool, ...]) -> int:
     with unset_fake_temporarily(), torch.no_grad():
         device = described[0].device
-        try:
-            args = [d.tensor() if isinstance(d, _Map) else d for d in described]
-            func(*args)  # with cudnn.benchmark it tries all algorithms
-            before = torch.cuda.memory_allocated(device)
-            torch.cuda.reset_peak_memory_stats(device)
-            results = func(*args)
-        except torch.OutOfMemoryError:
-            return 0
+        args = [d.tensor() if isinstance(d, _Map) else d for d in described]
+        func(*args)  # with cudnn.benchmark it tries all algorithms
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        results = func(*args)
         most, after = torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device)
         del results  # not before the memory is asked for
     return most - max(after, before)

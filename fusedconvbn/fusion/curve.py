@@ -7,6 +7,8 @@ import functools
 import math
 from dataclasses import dataclass, replace
 
+import torch
+
 from .graph import Graph
 from .layouts import Layout, Row
 from .plan import Boundary, knapsack, relaxed_seconds
@@ -26,8 +28,9 @@ class Point:
         saved: bytes that it saves for backward.
         peak: an estimate of the most bytes that are live in a step, beside the parameters.
         seconds, flops: that recomputing adds to a step.
-        names: the inner maps that it saves.
+        names: the inner maps that it saves outside its segments.
         layout: its segments.
+        inside: the inner maps that each of these saves while its backward runs.
     """
 
     saved: int
@@ -36,6 +39,7 @@ class Point:
     flops: int
     names: frozenset[str]
     layout: Layout
+    inside: tuple[frozenset[str], ...] = ()
 
 
 class Curve:
@@ -47,6 +51,8 @@ class Curve:
         statistics that it has read."""
         try:
             return cls(graph)
+        except torch.OutOfMemoryError:  # a convolution does not fit (cuda_libraries.py)
+            raise
         except RuntimeError:
             return None
 
@@ -128,10 +134,11 @@ class Curve:
         enough = any(n < self._least // 4 and self.point(k, frozenset(), lower) for k, n in layouts)
         return lower if enough else peak
 
-    def segments(self, point: Point) -> dict[tuple[Boundary, Boundary], bool]:
-        """The boundaries of a plan's segments, and whether they draw random numbers."""
-        inside = [self.row.parts[s.first : s.last] for s in point.layout]
-        return {(p[0].begin, p[-1].end): any(part.random for part in p) for p in inside}
+    def segments(self, point: Point) -> dict[tuple[Boundary, Boundary], frozenset[str]]:
+        """The segments of a plan, as :class:`Plan` has them."""
+        parts = [self.row.parts[s.first : s.last] for s in point.layout]
+        ends = [(inside[0].begin, inside[-1].end) for inside in parts]
+        return dict(zip(ends, point.inside, strict=True))
 
     def _at(self, budget: int, peak: float) -> Point | None:
         """The fastest plan that saves at most `budget` bytes and has at most this peak."""
@@ -168,6 +175,7 @@ class Curve:
             max([peak, *(n + c.live for n, c in zip(in_front, choices, strict=True))]),
             sum(c.seconds for c in choices) + sum(m.seconds for m in again),
             sum(c.flops for c in choices) + sum(m.flops for m in again),
-            names.union(*(c.saved for c in choices)),
+            names,
             layout,
+            tuple(frozenset(c.saved) for c in choices),
         )

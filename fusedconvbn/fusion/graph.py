@@ -135,24 +135,33 @@ class Graph:
     def save(self, names: Collection[str]) -> None:
         """Saves the results of the links with these names, and recomputes the other inner maps."""
         for call, match in self.calls:
-            first = 1 + (match.gate is not None)
-            saved = [first + i for i, link in enumerate(match.inner()) if link.name in names]
-            call.update_arg(SAVED, saved)
+            _save(call, match, names)
         self.module.recompile()
         # Maps inside a checkpoint live only during its backward, which recomputes them anyway.
         for inner in self._inside:
             inner.save([link.name for link in inner.links])
 
-    def cut(self, segments: Mapping[tuple[Boundary, Boundary], bool]) -> None:
-        """Makes segments, where this capture allows them. `segments` says whether they draw random
-        numbers. The maps to save must be known."""
+    def cut(self, segments: Mapping[tuple[Boundary, Boundary], Collection[str]]) -> None:
+        """Makes segments, where this capture allows them, behind :meth:`save`. `segments` names
+        the inner maps that each saves while its backward runs."""
         nodes = list(self.module.graph.nodes)
         at, intervals = boundaries(nodes, self.calls), Intervals(nodes)
-        found = [(at.get(a, -1), at.get(b, -1), random) for (a, b), random in segments.items()]
-        for first, last, random in sorted(found, reverse=True):  # so that no index changes
-            if first >= 0 and last in intervals.ends(first):
-                cut(self.module, nodes[first:last], random)
+        found = [(at.get(a, -1), at.get(b, -1), names) for (a, b), names in segments.items()]
+        for first, last, names in sorted(found, key=lambda s: s[:2], reverse=True):
+            if first < 0 or last not in intervals.ends(first):
+                continue
+            inside = nodes[first:last]  # no index in front of them changes
+            for call, match in self.calls:
+                if call in inside:
+                    _save(call, match, names)
+            cut(self.module, inside)
         self.module.recompile()
+
+
+def _save(call: fx.Node, match: Match, names: Collection[str]) -> None:
+    first = 1 + (match.gate is not None)
+    saved = [first + i for i, link in enumerate(match.inner()) if link.name in names]
+    call.update_arg(SAVED, saved)
 
 
 def _flops(conv: tuple[fx.Node, Conv], node: fx.Node) -> int:

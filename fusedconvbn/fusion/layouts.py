@@ -9,11 +9,14 @@ parts and segments. Saved bytes are exact; peaks and seconds are estimates.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+from torch import fx
+
 from .graph import Graph
-from .parts import Part, is_weight, parts_of
+from .parts import Part, parts_of
 from .plan import InnerMap
 from .segments import Intervals
 from .step import step_memory
@@ -24,6 +27,20 @@ _PRICES = tuple(2.0 ** (i / 4) for i in range(-8, 53))  # of a byte, in passes o
 _PEAKS = tuple(0.05 * i for i in range(12, 21))
 # What a segment saves of its own: see Choice. Prices of a byte, in those of "auto".
 _LOCAL = (1.0, 2.0, 4.0, math.inf)
+
+
+def _peaks_of(
+    own: dict[fx.Node, set[int]], found: list[tuple[frozenset[int], int]]
+) -> Callable[[fx.Node], int]:
+    """The peak of each chain, by what it alone reads. One that reads nothing alone, or only copies,
+    as autocast makes of weights, has the highest peak of those that belong to no other."""
+    known = set[int]().union(*own.values())
+    others = [peak for read, peak in found if not read & known]
+
+    def peak(chain: fx.Node) -> int:
+        return max([peak for read, peak in found if read & own[chain]] or others, default=0)
+
+    return peak
 
 
 @dataclass
@@ -139,18 +156,16 @@ class Row:
         inputs = [n for n in graph.module.graph.nodes if n.op == "placeholder"]
         at = {n: i for i, n in enumerate(inputs)}
         step = step_memory(graph.module, graph.example_inputs)
+        readers = Counter(n for call, _ in graph.calls for n in {*call.args[0]} if n in at)
+        own = {c: {at[n] for n in c.args[0] if readers[n] == 1} for c, _ in graph.calls}
+        peaks = [_peaks_of(own, found) for found in (step.forward, step.backward)]
         saved = set[int]()
         for part, grads in zip(self.parts, self._grads, strict=True):
             before, saved = alive, saved | part.saves
             alive = self._bytes(saved)
             for call, _ in graph.calls:
                 if part.first <= self._index[call] < part.last:
-                    # Under autocast the operator reads copies of the convolutions' weights.
-                    weights = {at[n] for n in call.args[0] if n in at and is_weight(n)}
-                    forward, backward = (
-                        max((peak for read, peak in peaks if weights & read), default=0)
-                        for peaks in (step.forward, step.backward)
-                    )
+                    forward, backward = (of(call) for of in peaks)
                     part.forward = max(part.forward, forward - before)
                     part.working = max(part.working, backward - alive - grads)
 

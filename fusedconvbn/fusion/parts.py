@@ -30,7 +30,6 @@ class Part:
         grads: bytes of the gradients of its parameters.
         forward, working: bytes that its forward and its backward need besides, if it saves no inner
             map.
-        random: whether it draws random numbers.
     """
 
     begin: Boundary
@@ -46,7 +45,6 @@ class Part:
     grads: int = 0
     forward: int = 0
     working: int = 0
-    random: bool = False
 
     def join(self, other: Part) -> None:
         """Takes the part behind it in."""
@@ -60,7 +58,6 @@ class Part:
         self.grads += other.grads
         self.forward = max(self.forward, other.forward)
         self.working = max(self.working, other.working)
-        self.random |= other.random
 
 
 def parts_of(graph: Graph) -> list[Part]:
@@ -81,7 +78,6 @@ def parts_of(graph: Graph) -> list[Part]:
             part.makes |= least.holds[node.name] - known  # the others are those of views
             known |= least.holds[node.name]
             part.flops += least.flops[node.name]
-            part.random |= node.name in least.random
             for n in reads(node):
                 if not is_weight(n):
                     part.reads |= least.holds[n.name]

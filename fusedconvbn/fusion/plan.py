@@ -146,10 +146,10 @@ def seconds_per_value(
             else (weight[1] * op.groups, weight[0])
         )
         read = into / out * prod([1 / s if op.transposed else s for s in op.stride])
-        if itemsize == 4 and is_winograd(op, weight):
-            speed *= device.winograd
         if contiguous:
             moved *= 1.0 + device.reorder.get(itemsize, 0.0)
+        elif itemsize == 4 and is_winograd(op, weight):  # channels last
+            speed *= device.winograd
     return flops_per_value(op, weight) / speed + (1.0 + read) * moved
 
 
@@ -286,8 +286,9 @@ class Plan:
 
     Attributes:
         memory: the budget, as the user wrote it.
-        saved: the names of the maps that are saved; inside a segment, while its backward runs.
-        segments: their first and last boundaries, and whether they draw random numbers.
+        saved: the names of the maps that are saved.
+        segments: by their first and last boundaries, the maps that they save while their backward
+            runs.
         known: the names of the maps that were decided about.
         spent: the bytes that the graphs save that were decided about.
         added_flops, added_seconds: of recomputing in a step of these graphs.
@@ -299,7 +300,7 @@ class Plan:
     def __init__(self, memory: Memory) -> None:
         self.memory = memory
         self.saved: set[str] = set()
-        self.segments: dict[tuple[Boundary, Boundary], bool] = {}
+        self.segments: dict[tuple[Boundary, Boundary], frozenset[str]] = {}
         self.known: set[str] = set()
         self.complete = memory == "min"
         self.parts = 0

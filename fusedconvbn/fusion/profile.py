@@ -29,7 +29,6 @@ class Profile:
         holds: by the name of a node, the storages of its result.
         nbytes: of each storage.
         flops: floating point operations of each node.
-        random: the nodes that draw random numbers.
     """
 
     saved: int = 0
@@ -38,7 +37,6 @@ class Profile:
     holds: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
     nbytes: dict[int, int] = field(default_factory=dict)
     flops: dict[str, int] = field(default_factory=lambda: defaultdict(int))
-    random: set[str] = field(default_factory=set)
 
 
 class _Operators(TorchDispatchMode):
@@ -50,8 +48,6 @@ class _Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            self.found.random.add(self.running)
         if formula := flop_registry.get(func.overloadpacket):
             self.found.flops[self.running] += formula(*args, **(kwargs or {}), out_val=result)
         return result

@@ -232,9 +232,8 @@ def _report(name: str, found: "Findings", out_of_reach: str) -> Report:
         maps = {m.name: m for m in graph.maps}
         at = boundaries(list(graph.module.graph.nodes), graph.calls)
         rows = [(at[a], at[b]) for a, b in found.plan.segments if a in at and b in at]
-        for first, last in sorted(rows):
-            inside = [m for _, m in graph.calls if first <= at["before", m.links[0].name] < last]
-            segments.append(f"{inside[0].links[0].name} … {inside[-1].links[-1].name}")
+        names = {index: f"{side} {name}" for (side, name), index in at.items()}
+        segments += [f"{names[first]} … {names[last]}" for first, last in sorted(rows)]
         for call, match in graph.calls:
             index = at["before", match.links[0].name]
             again = any(first <= index < last for first, last in rows)

@@ -16,16 +16,16 @@ from torch.utils.checkpoint import checkpoint
 
 from ..chain import BUFFER_COUNTS, BUFFERS, STATISTICS, TRAINING
 from . import pooling
-from .accesses import Accesses, mutated
+from .accesses import CHAIN, Accesses, mutated, written_buffers
 from .match import Match
 from .nodes import storage, value
 from .plan import Boundary
 
-_CHAIN = torch.ops.fusedconvbn.conv_bn_chain
 _CHAIN_WITH_STATISTICS = torch.ops.fusedconvbn._conv_bn_chain
 _STATISTICS = torch.ops.fusedconvbn._channel_stats
 # Of functions without side effects, but for those that the rules below find.
-_LIBRARIES = ("torch", "operator", "_operator", "math", "builtins", pooling.__name__)
+_LIBRARIES = ("torch", "operator", "_operator", "math", "builtins")
+_COLLECTIVES = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "c10d_functional")
 
 
 def boundaries(
@@ -57,7 +57,7 @@ class Intervals:
         """Behind which nodes a segment that begins at `first` may end: all of its nodes can run
         twice, and nobody, they included, writes to what they read from outside, then or later."""
         for i in range(first, len(self.nodes)):
-            outside = [n for n in self.nodes[i].all_input_nodes if self._order[n] < first]
+            outside = [n for n in reads(self.nodes[i]) if self._order[n] < first]
             if not self._runs_twice[i] or any(self._last_write(n) >= first for n in outside):
                 return
             yield i + 1
@@ -67,18 +67,22 @@ class Intervals:
 
 
 def _runs_twice(node: fx.Node) -> bool:
-    """Whether a node may run twice: it computes tensors, or numbers, and changes no state but
-    memory that is known."""
+    """Whether a node may run twice: it computes tensors, or numbers, speaks to no other process,
+    and changes no state but memory that is known."""
     if node.op not in ("call_function", "call_method") or isinstance(
         node.target, torch._ops.HigherOrderOperator
     ):
         return False
-    if node.op == "call_function" and not _module(node.target).startswith(_LIBRARIES):
+    module = _module(node.target)
+    known = module.split(".")[0] in _LIBRARIES or module == pooling.__name__
+    if node.op == "call_function" and not known:
         return False
     if any(storage(target) is None for target in mutated(node)):
         return False
     if isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
-        return node.target in (_CHAIN, _STATISTICS) or not _is_mutable(node.target)
+        if str(node.target).split(".")[0] in _COLLECTIVES:
+            return False
+        return node.target in (CHAIN, _STATISTICS) or not _is_mutable(node.target)
     if node.target in (torch._C._log_api_usage_once, operator.setitem):
         return True
     results = pytree.tree_leaves(value(node))
@@ -105,7 +109,6 @@ def _is_mutable(target: Any) -> bool:
 def _run_segment(
     first: fx.GraphModule,
     again: fx.GraphModule,
-    random: bool,
     buffers: Sequence[Tensor],
     *inputs: Any,
 ) -> Any:
@@ -120,14 +123,14 @@ def _run_segment(
         results, known = first(*buffers, *inputs)
         return results
 
-    return checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=random)
+    return checkpoint(run, *inputs, use_reentrant=False)
 
 
-def cut(module: fx.GraphModule, nodes: Sequence[fx.Node], random: bool) -> None:
-    """Makes these nodes of a graph a segment. `random`: whether they draw random numbers."""
+def cut(module: fx.GraphModule, nodes: Sequence[fx.Node]) -> None:
+    """Makes these nodes of a graph a segment."""
     graph, inside = module.graph, set(nodes)
-    chains = [node for node in nodes if node.target is _CHAIN]
-    buffers = list(dict.fromkeys(n for node in chains for n in node.args[BUFFERS]))
+    chains = [node for node in nodes if node.target is CHAIN]
+    buffers = list(dict.fromkeys(n for node in chains for n in mutated(node)))
     inputs = list(dict.fromkeys(n for node in nodes for n in reads(node) if n not in inside))
     results = [node for node in nodes if not inside.issuperset(node.users)]
     known = [n for n in nodes if n.target is _STATISTICS or (n in chains and any(n.args[TRAINING]))]
@@ -138,8 +141,7 @@ def cut(module: fx.GraphModule, nodes: Sequence[fx.Node], random: bool) -> None:
     statistics = {}
     for node in nodes:
         if node in chains:
-            args = [fx.map_arg(a, env.__getitem__) for a in _without_buffers(node)]
-            args[BUFFERS] = [written[n] for n in node.args[BUFFERS]]
+            args = list(fx.map_arg(node.args, lambda n: written.get(n) or env[n]))
             both = first.call_function(_CHAIN_WITH_STATISTICS, tuple(args))
             env[node] = first.call_function(operator.getitem, (both, 0))
             statistics[node] = first.call_function(operator.getitem, (both, 1))
@@ -153,14 +155,15 @@ def cut(module: fx.GraphModule, nodes: Sequence[fx.Node], random: bool) -> None:
     statistics = {n: again.placeholder(f"known_{n.name}") for n in known}
     for node in nodes:
         if node in chains:
-            args = [fx.map_arg(a, env.__getitem__) for a in _without_buffers(node)]
-            args[BUFFER_COUNTS] = [0] * len(args[BUFFER_COUNTS])
+            args = [fx.map_arg(a, env.__getitem__) for a in _without_written(node)]
+            counts = zip(node.args[BUFFER_COUNTS], node.args[TRAINING], strict=True)
+            args[BUFFER_COUNTS] = [0 if training else count for count, training in counts]
             args[STATISTICS] = statistics.get(node)
-            env[node] = again.call_function(_CHAIN, tuple(args))
+            env[node] = again.call_function(CHAIN, tuple(args))
         else:
             env[node] = statistics.get(node) or again.node_copy(node, env.__getitem__)
     again.output(tuple(env[n] for n in results))
-    again.eliminate_dead_code()
+    again.eliminate_dead_code(lambda node: node.is_impure() or bool(mutated(node)))
 
     name = f"_segment_{sum(1 for _ in module.children())}"
     parts = {f"{name}_first": first, f"{name}_again": again}
@@ -168,7 +171,7 @@ def cut(module: fx.GraphModule, nodes: Sequence[fx.Node], random: bool) -> None:
         for part, body in parts.items():
             module.add_module(part, fx.GraphModule({}, body))
         bodies = [graph.get_attr(part) for part in parts]
-        call = graph.call_function(_run_segment, (*bodies, random, buffers, *inputs))
+        call = graph.call_function(_run_segment, (*bodies, buffers, *inputs))
         for i, node in enumerate(results):
             result = graph.call_function(operator.getitem, (call, i))
             result.meta = dict(node.meta)
@@ -177,14 +180,16 @@ def cut(module: fx.GraphModule, nodes: Sequence[fx.Node], random: bool) -> None:
         graph.erase_node(node)
 
 
-def _without_buffers(chain: fx.Node) -> list[Any]:
+def _without_written(chain: fx.Node) -> list[Any]:
+    """The arguments of a chain, without the buffers that it writes to."""
     args = list(chain.args)
-    args[BUFFERS] = []
+    buffers = zip(args[BUFFERS], written_buffers(chain), strict=True)
+    args[BUFFERS] = [n for n, is_written in buffers if not is_written]
     return args
 
 
 def reads(node: fx.Node) -> list[fx.Node]:
     """What a node reads in both runs."""
-    args = _without_buffers(node) if node.target is _CHAIN else node.args
+    args = _without_written(node) if node.target is CHAIN else node.args
     leaves = pytree.tree_leaves(([*args], node.kwargs))
     return [n for n in leaves if isinstance(n, fx.Node)]

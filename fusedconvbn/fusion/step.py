@@ -59,12 +59,12 @@ def step_memory(module: fx.GraphModule, example_inputs: Sequence[Any]) -> StepMe
     """
     device = device_of(example_inputs)
     mode, live = FakeTensorMode(allow_non_fake_inputs=True), _Live(device)
-    inputs = [_stand_in(t, mode) for t in example_inputs]
+    inputs = [stand_in(t, mode) for t in example_inputs]
     for t in inputs:
         if isinstance(t, Tensor):
             live.leave_out(t)
     with mode, live, saved_storages(device) as storages:
-        loss = _loss(module(*inputs))
+        loss = loss_of(module(*inputs))
         torch.clear_autocast_cache()  # as the end of autocast does, which backward is outside of
         saved, end_of_forward = sum(storages.values()), live.now
         if loss.requires_grad:
@@ -76,7 +76,7 @@ def step_memory(module: fx.GraphModule, example_inputs: Sequence[Any]) -> StepMe
     return StepMemory(saved, end_of_forward, live.peak, *chains)
 
 
-def _stand_in(t: Any, mode: FakeTensorMode) -> Any:
+def stand_in(t: Any, mode: FakeTensorMode) -> Any:
     if isinstance(t, torch.SymInt):
         return _hint(t)
     if not isinstance(t, Tensor):
@@ -92,7 +92,7 @@ def _hint(n: Any) -> Any:
     return n.node.hint if isinstance(n, torch.SymInt) else n
 
 
-def _loss(result: Any) -> Tensor:
+def loss_of(result: Any) -> Tensor:
     tensors = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
     return sum((t.sum() for t in tensors if t.requires_grad), torch.zeros(()))
 

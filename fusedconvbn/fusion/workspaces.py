@@ -34,6 +34,7 @@ def _batch_norm_backward(args: Sequence[Any], _: Any, __: Any) -> int:
 
 def _sum(args: Sequence[Any], kwargs: Mapping[str, Any], _: Any) -> int:
     t, dims = args[:2]
+    dims = dims or range(t.dim())
     per_channel = 0 in dims and 1 not in dims and not _is_last(t)
     return _in_float(t) if per_channel or kwargs.get("dtype") == torch.float32 else 0
 

@@ -7,18 +7,21 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from fusing import Block, conv, model, same, saved, tensors_of, unit
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from zoo import MODELS
 
 from fusedconvbn import explain, fuse, track_memory
 from fusedconvbn.fusion import graph
 from fusedconvbn.fusion.capture import capture_whole, paths_of
 from fusedconvbn.fusion.curve import Curve, Point
+from fusedconvbn.fusion.find import find
 from fusedconvbn.fusion.layouts import Row
 from fusedconvbn.fusion.plan import H200, OutOfReach
 from fusedconvbn.fusion.profile import profile
-from fusedconvbn.fusion.segments import Intervals, boundaries
+from fusedconvbn.fusion.report import _report
+from fusedconvbn.fusion.segments import Intervals, _runs_twice, boundaries
 
 
 def deep(blocks: int = 4) -> nn.Sequential:
@@ -90,10 +93,45 @@ def test_the_second_run_has_the_random_numbers_of_the_first():
     x = torch.randn(4, 3, 12, 10)
     layers = list(deep())
     made = nn.Sequential(*layers[:2], nn.Dropout(0.5), layers[2], nn.Dropout2d(0.3), *layers[3:])
-    fused = same(made, x, memory=0.15)
-    assert any(fused._fusion.plan.segments.values())
-    quiet = same(deep(), x, memory=0.15)
-    assert not any(quiet._fusion.plan.segments.values())  # whose states need not be saved
+    assert same(made, x, memory=0.15)._fusion.plan.segments
+
+
+def test_random_numbers_that_begin_later():
+    """There is no dropout while the plan is made."""
+    x, layers = torch.randn(4, 3, 12, 10).double(), list(deep().double())
+    made = nn.Sequential(*layers[:2], nn.Dropout(0.0), *layers[2:])
+    fused, plain = segmented(made, x), fuse(made, x, memory="min")
+    grads = []
+    for net in (fused, plain):
+        net[2].p = 0.5
+        torch.manual_seed(3)
+        net.zero_grad()
+        net(x).square().sum().backward()
+        grads.append([p.grad.clone() for p in net.parameters()])
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("evaluated", ("all", "one"))
+def test_norms_in_evaluation(evaluated):
+    """Backward needs their statistics again, whether they change their mode before the plan is made
+    or later."""
+    x, made = torch.randn(4, 3, 12, 10).double(), deep().double()
+    made(x)
+    later = segmented(made, x)
+    norms = [m for m in made.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms if evaluated == "all" else norms[3:4]:
+        norm.eval()
+    for ours, theirs in zip(later.modules(), made.modules(), strict=True):
+        ours.training = theirs.training
+    results = []
+    for net in (made, segmented(made, x), later):
+        net = copy.deepcopy(net)
+        net.zero_grad()
+        out = net(x)
+        out.square().sum().backward()
+        results.append([out, *(p.grad for p in net.parameters()), *net.buffers()])
+    for ours in results[1:]:
+        torch.testing.assert_close(ours, results[0], rtol=1e-9, atol=1e-9)
 
 
 def test_batches_are_counted_once():
@@ -190,6 +228,18 @@ def writes_to_its_own_memory(self: Any, x: Tensor) -> Tensor:
     return self.third(b.add_(1))
 
 
+def writes_through_views(self: Any, x: Tensor) -> Tensor:
+    b = self.second(self.first(x)).clone()
+    b[:, 0].add_(1)
+    F.relu(b[:, :4], inplace=True)
+    return self.third(b)
+
+
+def reads_running_statistics(self: Any, x: Tensor) -> Tensor:
+    b = self.second(self.first(x))
+    return self.third(b * self.third[1].running_var.mean())
+
+
 @pytest.mark.parametrize(
     "forward",
     (
@@ -197,6 +247,8 @@ def writes_to_its_own_memory(self: Any, x: Tensor) -> Tensor:
         adds_to_memory_from_outside,
         counts_in_a_buffer,
         writes_to_its_own_memory,
+        writes_through_views,
+        reads_running_statistics,
     ),
 )
 def test_every_interval_that_may_be_a_segment(forward):
@@ -216,7 +268,8 @@ def test_every_interval_that_may_be_a_segment(forward):
     allowed = [(a, b) for a in at for b in at if at[b] > at[a] and at[b] in intervals.ends(at[a])]
     assert allowed
     pairs = len(at) * (len(at) - 1) // 2
-    assert (len(allowed) == pairs) == (forward is writes_to_its_own_memory)
+    own = (writes_to_its_own_memory, writes_through_views)
+    assert (len(allowed) == pairs) == (forward in own)
     expected = copy.deepcopy(made)
     result = expected(x)
     result.square().sum().backward()
@@ -224,7 +277,7 @@ def test_every_interval_that_may_be_a_segment(forward):
         net = copy.deepcopy(made)
         ours, inputs = captured(net)
         ours.save(())
-        ours.cut({segment: False})
+        ours.cut({segment: ()})
         assert "_run_segment" in ours.module.code
         (out,) = ours.module(*inputs)
         out.square().sum().backward()
@@ -233,6 +286,42 @@ def test_every_interval_that_may_be_a_segment(forward):
             torch.testing.assert_close(a.grad, b.grad)
         for a, b in zip(net.buffers(), expected.buffers(), strict=True):
             torch.testing.assert_close(a, b)
+
+
+def test_what_may_not_run_twice():
+    """What speaks to other processes, and functions of unknown libraries."""
+    nodes, functional = fx.Graph(), torch.ops._c10d_functional
+    x = nodes.placeholder("x")
+    for target in (functional.all_reduce, functional.all_gather_into_tensor.default):
+        assert not _runs_twice(nodes.call_function(target, (x, "sum", "group")))
+
+    def function(x: Tensor) -> Tensor:
+        return x
+
+    call = nodes.call_function(function, (x,))
+    call.meta["example_value"] = torch.empty(2)
+    for function.__module__, runs in (("torch_of_a_user", False), ("torch.nn.functional", True)):
+        assert _runs_twice(call) == runs
+
+
+def test_where_there_are_no_segments_nothing_more_is_saved():
+    """Maps that are saved inside segments, by what does not make them."""
+    x, made = torch.randn(4, 3, 12, 10), deep()
+    fused, plain = fuse(made, x, memory=0.15), fuse(made, x, memory="min")
+    assert any(fused._fusion.plan.segments.values())
+    module, inputs = capture_whole(made, type(made).forward, (x,), {})
+    whole = graph.Graph.of(module, inputs, paths_of(made))
+    whole.save(fused._fusion.plan.of(whole.maps, whole.device))
+    assert profile(whole.module, inputs).saved == saved(plain, x)
+
+
+def test_a_report_names_the_boundaries_of_segments():
+    """Between which there may be no chain."""
+    made = model(lambda self, x: self.second(self.first(x).exp()), first=unit(), second=unit())
+    found = find(made, (torch.randn(3, 8, 7, 6),), {}, "min", False)
+    ends = ("after", "first.0"), ("before", "second.0")
+    found.plan.segments = {ends: frozenset()}
+    assert _report("model", found, "").segments == ["after first.0 … before second.0"]
 
 
 class Growing(nn.Module):
@@ -264,7 +353,7 @@ def test_the_bytes_of_each_segment(network):
     for segment in segments:
         parts = row.parts[segment.first : segment.last]
         cut = captured()
-        cut.cut({(parts[0].begin, parts[-1].end): False})
+        cut.cut({(parts[0].begin, parts[-1].end): ()})
         assert profile(cut.module, cut.example_inputs).saved == row.least((segment,))
 
 
