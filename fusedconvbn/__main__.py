@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "fit", parents=[of_model], help="the largest batch that fits into a memory"
     )
     fitting.add_argument("--memory", required=True, help='bytes, or "12GiB"')
-    fitting.add_argument("--optimizer", default="sgd", help="sgd (default), adam, adamw, none")
+    fitting.add_argument("--optimizer", default="adam", help="adam (default), adamw, sgd, none")
     fitting.add_argument("--dtype", default="float32", help="float32 (default), bfloat16: autocast")
     fitting.add_argument("--device", help="whose speed: cpu, h100, h200 (default: what is there)")
     fitting.add_argument("--contiguous", action="store_true", help="not channels last")

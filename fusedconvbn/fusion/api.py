@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from ..options import refuse_lazy
 from . import cuda_libraries
 from .copies import copied
-from .optimizers import OPTIMIZERS
+from .optimizers import OPTIMIZERS, optimizer_bytes
 from .plan import Memory, Peak, Plan, parse_memory
 
 if TYPE_CHECKING:
@@ -52,8 +52,8 @@ def fuse(
         model: not changed unless ``inplace``.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments, of the size
             in which the model will be trained. The model is captured, and the plan is made, with
-            their shapes. Nothing is computed, unless the graph breaks where it needs values: then a
-            copy of the model runs. Without ``example_inputs`` the first call does all this.
+            their shapes. The model does not run, unless the graph breaks where it needs values:
+            then a copy of it does. Without ``example_inputs`` the first call does all this.
         memory: what may be saved for backward. A float is a fraction of what eager saves for
             ``example_inputs``; an int, or a string like ``"6GiB"``, is a number of bytes; the plan
             is the fastest one within this budget. Below what ``"min"`` saves, whole parts of the
@@ -70,9 +70,8 @@ def fuse(
             buffers.
         calibrate: measure on the model's device how long recomputing each map takes, instead of
             estimating it from FLOPs and bytes. Needs ``example_inputs``.
-
         optimizer: whose state a peak has to hold: ``"sgd"`` (with momentum), ``"adam"``,
-            ``"adamw"``, or ``"none"``.
+            ``"adamw"``, or ``"none"``; without weight decay.
 
     Returns:
         The fused model. ``print`` and :func:`fusedconvbn.is_fused` show that it is fused.
@@ -161,12 +160,12 @@ def with_static(memory: Memory, model: nn.Module, example_inputs: Any, optimizer
     if not isinstance(memory, Peak):
         return memory
     inputs = [t for t in pytree.tree_leaves(example_inputs) if isinstance(t, Tensor)]
-    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    states, temporary = (trained * n for n in OPTIMIZERS[optimizer])
+    on_cuda = any(t.is_cuda for t in inputs)
+    states, in_step = optimizer_bytes(optimizer, model.parameters(), on_cuda)
     held = states + sum(t.nbytes for t in (*model.parameters(), *model.buffers(), *inputs))
-    if any(t.is_cuda for t in inputs):
+    if on_cuda:
         held += cuda_libraries.always_held() + int(cuda_libraries.UNSPLIT * memory.nbytes)
-    return Peak(memory.nbytes, held, held + trained + temporary)
+    return Peak(memory.nbytes, held, held + in_step)
 
 
 def uncompiled(model: nn.Module) -> nn.Module:

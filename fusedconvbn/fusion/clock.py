@@ -42,6 +42,7 @@ class _Kernel(NamedTuple):
     nbytes: float
     flops: float = 0.0
     channels: float = math.inf  # that a group of a convolution reads
+    winograd: bool = False  # whether Winograd's algorithm takes it in float, channels last
 
 
 class _Clock(TorchDispatchMode):
@@ -65,19 +66,35 @@ class _Clock(TorchDispatchMode):
         return result
 
     def _add(self, map: Tensor, kernels: Iterator[_Kernel]) -> None:
-        for nbytes, flops, channels in kernels:
-            speed = self.device.conv_flops(map.element_size(), channels)
+        itemsize = map.element_size()
+        for nbytes, flops, channels, winograd in kernels:
+            speed = self.device.conv_flops(itemsize, channels)
+            if channels < math.inf and map.is_contiguous():
+                nbytes *= 1 + self.device.reorder.get(itemsize, 0.0)
+            elif winograd and itemsize == 4:
+                speed *= self.device.winograd
             self.seconds += self.device.launch + max(nbytes / self.device.bandwidth, flops / speed)
 
     def _chain_forward(
-        self, itemsize: int, tensors: Any, links: Any, scalars: Any, *_: Any
+        self,
+        itemsize: int,
+        tensors: Any,
+        links: Any,
+        scalars: Any,
+        process_group: Any,
+        saved: Sequence[int],
+        statistics: Tensor | None = None,
     ) -> Iterator[_Kernel]:
         chain = Chain(tensors, links, scalars)
+        given = 0 if statistics is None else statistics.size(1)  # of the channels of first norms
         if not chain.whole:
             yield _Kernel(2 * itemsize * prod(chain.maps[0]))
         for i in range(len(chain.links)):
             if has_batch_statistics(chain.links, i):
-                yield from (_Kernel(itemsize * prod(chain.maps[i])), _Kernel(0))
+                channels = chain.maps[i][1]
+                if given < channels:
+                    yield from (_Kernel(itemsize * prod(chain.maps[i])), _Kernel(0))
+                given -= channels
             yield self._forward_of(chain, i, itemsize)
 
     def _chain_backward(
@@ -114,9 +131,8 @@ class _Clock(TorchDispatchMode):
         link = chain.links[i]
         if not isinstance(link, Conv):
             return _Kernel((2 + _has_residual(chain, i)) * itemsize * prod(chain.maps[i]))
-        kernel = _convolution(chain, i, itemsize)
-        is_faster = itemsize == 4 and is_winograd(link, chain.weights[i])
-        return kernel._replace(flops=kernel.flops / (self.device.winograd if is_faster else 1))
+        takes = is_winograd(link, chain.weights[i])
+        return _convolution(chain, i, itemsize)._replace(winograd=takes)
 
 
 def _kernels(

@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-UNSPLIT = 0.01  # of a peak: the rest of a block that the caching allocator does not split, at most
+UNSPLIT = 0.01  # of a peak: the rests of blocks that the caching allocator does not split
 CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
 
 
 def always_held() -> int:
-    """The workspaces of cuBLAS: one of the thread that runs forward, one of autograd's. From their
-    first product on they are never freed."""
-    if not torch.cuda.is_initialized():
-        return 0
-    is_large = torch.cuda.get_device_capability()[0] in (9, 10)  # Hopper, Blackwell
+    """The workspaces of cuBLAS, by its defaults: one of the thread that runs forward, one of
+    autograd's. From their first product on they are never freed. Those of a Hopper where CUDA is
+    not in use."""
+    is_known = torch.cuda.is_initialized()
+    is_large = not is_known or torch.cuda.get_device_capability()[0] in (9, 10)  # or Blackwell
     return 2 * (32 * 2**20 if is_large else 4096 * 1024 * 2 + 16 * 1024 * 8)
 
 

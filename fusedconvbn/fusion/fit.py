@@ -11,9 +11,10 @@ from torch._subclasses import FakeTensorMode
 
 from ..memory import MIB
 from ..sources import factory_of, without_memory
+from . import cuda_libraries
 from .api import checked, uncompiled
 from .copies import copied
-from .optimizers import OPTIMIZERS
+from .optimizers import OPTIMIZERS, optimizer_bytes
 from .plan import CPU, H100, H200, Device, OutOfReach, Plan, device_figures, parse_memory
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def fit(
     memory: int | str,
     *,
     sample: Sequence[int] = (3, 224, 224),
-    optimizer: str = "sgd",
+    optimizer: str = "adam",
     dtype: torch.dtype = torch.float32,
     device: str | None = None,
     channels_last: bool = True,
@@ -119,7 +120,9 @@ def fit(
             0 bytes.
         dtype: ``torch.float32``, or ``torch.bfloat16``, which stands for autocast.
         device: whose speed decides, ``"cpu"``, ``"h100"`` or ``"h200"``; by default CUDA's if there
-            is any. Times and plans depend on it.
+            is any. Times and plans depend on it. Of a GPU the workspaces of cuBLAS are counted, and
+            what its allocator cannot use; those of cuDNN, which only the GPU itself can tell, are
+            not: leave a margin, or let ``fuse`` plan for a peak there.
         channels_last: the memory format of images and weights; contiguous otherwise, and where a
             sample does not have three dimensions.
 
@@ -252,11 +255,13 @@ class _Steps:
         self._graphs: dict[int, tuple[Graph, list[Any]]] = {}
 
         parameters = list(self._model.parameters())
-        trained = sum(p.nbytes for p in parameters if p.requires_grad)
-        states, temporary = (trained * n for n in OPTIMIZERS[optimizer])
-        self._in_optimizer = trained + temporary
+        on_cuda = device is not CPU
+        states, self._in_optimizer = optimizer_bytes(optimizer, parameters, on_cuda)
         self._static = states + sum(t.nbytes for t in (*parameters, *self._model.buffers()))
-        self.fixed = self._static + trained
+        self._unsplit = cuda_libraries.UNSPLIT if on_cuda else 0.0
+        if on_cuda:
+            self._static += cuda_libraries.always_held()
+        self.fixed = self._static + sum(p.nbytes for p in parameters if p.requires_grad)
 
     def saved(self, plan: str | float) -> float:
         """Bytes saved for backward, as a fraction of eager's.
@@ -276,7 +281,8 @@ class _Steps:
         module, inputs = self._module(batch, plan)
         with self._autocast():
             peak = step_memory(module, inputs).peak
-        return self._static + self._images(batch).nbytes + max(peak, self._in_optimizer)
+        peak = self._static + self._images(batch).nbytes + max(peak, self._in_optimizer)
+        return int(peak * (1 + self._unsplit))
 
     def seconds(self, batch: int, plan: str | float) -> float:
         """Seconds that a step takes, as estimated."""
