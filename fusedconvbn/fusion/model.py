@@ -226,7 +226,7 @@ def fused_graph(
     graph = Graph.of(module, example_inputs, paths, groups, measured=measured, compiled=compiled)
     unknown = [m for m in graph.maps if m.name not in plan.known]
     if measured and unknown:
-        # Segments are for a graph that is the whole model, whose plan is made at once.
+        # The backend of torch.compile plans each graph alone; fuse has planned all of them before.
         whole = not plan.known and not compiled
         plan.decide(
             unknown,
