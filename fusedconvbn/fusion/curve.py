@@ -87,14 +87,17 @@ class Curve:
         best, most = None, peak
         for _ in range(_TRIES):
             point = self._with_peak(most)
-            if point is None or point.layout:
+            if point is None:
+                break
+            if point.layout:
                 return best or point
             # The estimate does not know which bytes of a backward the saved maps spare.
             real = self._simulated(point)
             if real <= peak and (best is None or point.seconds < best.seconds):
                 best = point
             most += peak - real
-        return best
+        lowest = self.lowest()
+        return best or (lowest if lowest.peak <= peak else None)
 
     def _simulated(self, point: Point) -> int:
         """The peak of a plan without segments."""
@@ -111,7 +114,12 @@ class Curve:
         found = [point for n in (*budgets, *lower) if (point := self._at(n, peak))]
         return min(found, key=lambda point: point.seconds, default=None)
 
-    def lowest_peak(self) -> int:
+    def lowest(self) -> Point:
+        """The plan with the lowest peak."""
+        point = self._with_peak(self._lowest_peak()) or self.point((), frozenset())
+        return point if point.layout else replace(point, peak=self._simulated(point))
+
+    def _lowest_peak(self) -> int:
         peaks = []
         for layout in self.row.layouts(self._most):
             peak, in_front = self.row.live(layout, frozenset())

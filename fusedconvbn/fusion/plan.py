@@ -357,7 +357,7 @@ class Plan:
     def _with_peak(self, curve: "Curve") -> "Point":
         point = curve.with_peak(self.memory.nbytes - self.memory.static)
         if point is None or self.memory.nbytes < self.memory.least:
-            least = max(self.memory.static + curve.lowest_peak(), self.memory.least)
+            least = max(self.memory.static + curve.lowest().peak, self.memory.least)
             raise OutOfReach(
                 f"fuse: expected memory with a peak of at least {least} bytes, the least that is "
                 f"possible, got {self.memory.nbytes}"

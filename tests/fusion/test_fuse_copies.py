@@ -569,12 +569,12 @@ def test_fit_is_a_command(capsys, tmp_path, monkeypatch):
     numbers = tmp_path / "out.json"
     main(
         (
-            "fit torchvision:resnet18 --size 64 --memory 256MiB --optimizer adam --dtype bfloat16 "
+            "fit torchvision:resnet18 --size 64 --memory 512MiB --optimizer adam --dtype bfloat16 "
             f"--device h200 --contiguous --json {numbers}"
         ).split()
     )
     printed = capsys.readouterr().out
-    assert "resnet18, 3×64×64, bfloat16, optimizer adam, in 256.00 MiB" in printed
+    assert "resnet18, 3×64×64, bfloat16, optimizer adam, in 512.00 MiB" in printed
     eager, auto = json.loads(numbers.read_text())["plans"]
     assert f"eager  {eager['batch']:6}" in printed and "ms a sample, h200" in printed
     assert auto["batch"] > eager["batch"] > 0
