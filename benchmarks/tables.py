@@ -153,7 +153,16 @@ def gpu_table() -> str:
     machine = summary.get("machine")
     if not machine:  # the setup stage failed
         return NOT_MEASURED
-    facts = f"{machine['device']}, torch {machine['torch']}, commit {machine['commit']}"
+    measured = {
+        r["commit"]
+        for p in gpu_models()
+        for m in load(p.stem)["models"].values()
+        for rows in m.values()
+        for r in rows.values()
+        if "commit" in r
+    }
+    commits = ", ".join(sorted({machine["commit"], *measured}))
+    facts = f"{machine['device']}, torch {machine['torch']}, commits {commits}"
     rates = f"copy {machine['copy GB/s']} GB/s, bf16 product {machine['bf16 TFLOP/s']} TFLOP/s"
     ended = {s["stage"]: s for s in summary["stages"]}
     rows = [

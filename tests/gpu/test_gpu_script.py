@@ -181,7 +181,7 @@ def test_the_table_of_a_gpu_says_what_is_missed(tmp_path, monkeypatch):
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     table = tables.gpu_table()
     for line in (
-        "H100, torch 2.11, commit abc; copy 2900 GB/s, bf16 product 700 TFLOP/s.",
+        "H100, torch 2.11, commits abc; copy 2900 GB/s, bf16 product 700 TFLOP/s.",
         "| memcheck: 9 errors | passed |  | failed |  |",
         "| ≥ 0.75 | 0.90 | channel_stats, 0.70 MISSED |  |",
         "| resnet50, fuse 1.0, batch 128 | ≤ 0.85 | 0.70 | 0.900 at 0.95 (peak 1.05) MISSED | "
