@@ -18,7 +18,7 @@ from fusedconvbn.fusion import graph
 from fusedconvbn.fusion.capture import capture_whole, paths_of
 from fusedconvbn.fusion.curve import Curve, Point
 from fusedconvbn.fusion.find import find
-from fusedconvbn.fusion.layouts import Row
+from fusedconvbn.fusion.layouts import Row, _peaks_of
 from fusedconvbn.fusion.plan import H200, OutOfReach
 from fusedconvbn.fusion.profile import profile
 from fusedconvbn.fusion.report import _report
@@ -418,6 +418,14 @@ def test_a_budget_for_the_peak_of_a_step(name, share):
         budget = int(re.search(r"at least (\d+) bytes", str(error.value))[1])
     fused = fuse(made, images, memory=f"peak {budget}B", optimizer="sgd")
     assert 0.95 * budget < peak(fused) <= 1.001 * budget
+
+
+def test_whose_peak_is_whose():
+    """By what a chain reads alone; the highest of the others where that is not known."""
+    frozen, trained, copied = (fx.Graph().placeholder("x") for _ in range(3))
+    own = {frozen: set(), trained: {1, 4}, copied: {2}}  # of autocast's copies nothing is seen
+    peak = _peaks_of(own, [(frozenset({1, 3}), 50), (frozenset({3}), 70), (frozenset(), 60)])
+    assert [peak(chain) for chain in own] == [70, 50, 70]
 
 
 def test_the_curve_leaves_out_what_is_slower_than_a_smaller_plan(monkeypatch):
