@@ -339,7 +339,14 @@ class Growing(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("network", (deep, Growing))
+def partly_evaluated() -> nn.Module:
+    made = deep(2)
+    for norm in [m for m in made.modules() if isinstance(m, nn.BatchNorm2d)][1:4]:
+        norm.eval()
+    return made
+
+
+@pytest.mark.parametrize("network", (deep, Growing, partly_evaluated))
 def test_the_bytes_of_each_segment(network):
     """What a plan with it alone saves is exact."""
     made, x = network(), torch.randn(4, 3, 12, 10)
