@@ -391,14 +391,23 @@ def plot_models(results: Path, configuration: str) -> None:
     ):
         if not names:
             continue
-        width = 4.4 * len(names) if len(names) > 1 else 7.0
+        columns = min(3, len(names))
+        rows = -(-len(names) // columns)
         figure, axes = pyplot.subplots(
-            1, len(names), figsize=(width, 4.2), squeeze=False, layout="constrained"
+            rows,
+            columns,
+            figsize=(3 + 4 * columns, 4.2 * rows),
+            squeeze=False,
+            layout="constrained",
         )
-        for ax, name in zip(axes[0], names, strict=True):
+        for ax, name in zip(axes.flat, names, strict=False):
             plot_model(ax, models[name])
-            ax.set_title(f"{name}, {configuration}", fontsize=10)
-        axes[0][0].set_ylabel("time of a step, of eager's")
+            ax.set_title(name.split(":")[-1], fontsize=10)
+        for ax in axes.flat[len(names) :]:
+            ax.remove()
+        for row in axes:
+            row[0].set_ylabel("time of a step, of eager's")
+        figure.suptitle(configuration, fontsize=10)
         figure.savefig(path, dpi=110)
         pyplot.close(figure)
 
