@@ -42,7 +42,7 @@ def _check(named: Iterable[tuple[str, Tensor]]) -> None:
                 f"conv_bn: expected all tensors to be DTensors where one is, got {name} that is "
                 "not; distribute_tensor and distribute_module make replicated DTensors"
             )
-        if not _replicated(t):
+        if not _replicated(t):  # would need collectives inside: halos, sums of statistics
             raise NotImplementedError(
                 f"conv_bn: expected replicated DTensors, got {name} placed {t.placements}; "
                 "redistribute it to Replicate()"

@@ -327,27 +327,32 @@ class Plan:
             OutOfReach: the budget is less than the least that is possible.
         """
         self.known |= {m.name for m in maps}
+        if self.has_budget and curve is not None:
+            return self._take(curve, eager)
         if not self.has_budget:
             saved = self._named_plan(maps, eager, least, step_flops, device)
         else:
-            if isinstance(self.memory, Peak):
-                budget, point = 0, self._with_peak(curve)
-            else:
-                budget = self._budget(eager)
-                point = None if curve is None else curve.within(budget)
-            if point is not None:
-                self.saved |= point.names
-                self.segments |= curve.segments(point)
-                self._add(point.saved, point.flops, point.seconds)
-                return
-            floor = least if curve is None else curve.floor()
+            budget = self._budget(eager)
             if budget < least:
-                raise OutOfReach(self._out_of_reach(budget, floor, eager))
+                raise OutOfReach(self._out_of_reach(budget, least, eager))
             saved = knapsack(maps, budget - least)
         self.saved |= saved
         again = [m for m in maps if m.name not in saved]
         nbytes = least + sum(m.nbytes for m in maps if m.name in saved)
         self._add(nbytes, sum(m.flops for m in again), sum(m.seconds for m in again))
+
+    def _take(self, curve: "Curve", eager: int) -> None:
+        """Takes the fastest plan of a curve within the budget."""
+        if isinstance(self.memory, Peak):
+            point = self._with_peak(curve)
+        else:
+            budget = self._budget(eager)
+            point = curve.within(budget)
+            if point is None:
+                raise OutOfReach(self._out_of_reach(budget, curve.floor(), eager))
+        self.saved |= point.names
+        self.segments |= curve.segments(point)
+        self._add(point.saved, point.flops, point.seconds)
 
     def _add(self, nbytes: int, flops: int, seconds: float) -> None:
         self.spent += nbytes

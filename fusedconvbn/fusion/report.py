@@ -71,8 +71,8 @@ class Report:
         step_flops: floating point operations of the convolutions in an unfused training step.
         added_flops: floating point operations that recomputing adds.
         added_seconds: that recomputing adds, as the planner estimates it.
-        segments: the first and the last call of each part of the model that saves its inputs alone
-            and runs again in backward.
+        segments: before and behind which calls each part of the model begins and ends that saves
+            its inputs alone and runs again in backward.
         front: the fastest plans, from the one that saves everything to the one that saves least.
         out_of_reach: why the plan is that of ``"min"``, where the budget is too small.
     """
