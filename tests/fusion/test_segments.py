@@ -97,10 +97,11 @@ def test_the_second_run_has_the_random_numbers_of_the_first():
     assert same(made, x, memory=0.15)._fusion.plan.segments
 
 
-def test_random_numbers_that_begin_later():
-    """There is no dropout while the plan is made."""
-    x, layers = torch.randn(4, 3, 12, 10).double(), list(deep().double())
-    made = nn.Sequential(*layers[:2], nn.Dropout(0.0), *layers[2:])
+@pytest.mark.parametrize("planned", (0.0, 0.5))
+def test_random_numbers_on_a_device(device, planned):
+    """With 0.0 there is no dropout yet while the plan is made."""
+    x, layers = torch.randn(4, 3, 12, 10).double().to(device), list(deep().double())
+    made = nn.Sequential(*layers[:2], nn.Dropout(planned), *layers[2:]).to(device)
     fused, plain = segmented(made, x), fuse(made, x, memory="min")
     grads = []
     for net in (fused, plain):
