@@ -94,7 +94,7 @@ class Curve:
             # The estimate does not know which bytes of a backward the saved maps spare.
             real = self._simulated(point)
             if real <= peak and (best is None or point.seconds < best.seconds):
-                best = point
+                best = replace(point, peak=real)
             most += peak - real
         lowest = self.lowest()
         return best or (lowest if lowest.peak <= peak else None)

@@ -291,6 +291,7 @@ class Plan:
             runs.
         known: the names of the maps that were decided about.
         spent: the bytes that the graphs save that were decided about.
+        peak: of a budget for it, what the plan needs by the planner's estimate.
         added_flops, added_seconds: of recomputing in a step of these graphs.
         parts: the number of graphs that the model breaks into, or 0 if it is one graph.
         complete: whether the whole model was captured; a map that is not known then comes from a
@@ -304,7 +305,7 @@ class Plan:
         self.known: set[str] = set()
         self.complete = memory == "min"
         self.parts = 0
-        self.spent = self.added_flops = 0
+        self.spent = self.added_flops = self.peak = 0
         self.added_seconds = 0.0
 
     @property
@@ -367,6 +368,7 @@ class Plan:
                 f"fuse: expected memory with a peak of at least {least} bytes, the least that is "
                 f"possible, got {self.memory.nbytes}"
             )
+        self.peak = max(self.memory.static + point.peak, self.memory.least)
         return point
 
     def _named_plan(
