@@ -12,6 +12,7 @@ from .functional import conv_bn
 from .fusion.api import fuse, is_fused, unfuse
 from .fusion.fit import fit
 from .fusion.report import explain
+from .fusion.rescue import rescue
 from .fusion.sequential import FusedConvBNSequential
 from .memory import empty_cache, track_memory
 from .modules import (
@@ -48,6 +49,7 @@ __all__ = [
     "fold",
     "fuse",
     "is_fused",
+    "rescue",
     "revert_sync_batchnorm",
     "track_memory",
     "unfuse",

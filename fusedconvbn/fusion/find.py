@@ -1,8 +1,6 @@
 """Captures a whole model with its example inputs, and decides which of its maps are saved."""
 
 import functools
-import random
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +20,7 @@ from .graph import Graph
 from .model import original_forward
 from .plan import InnerMap, Peak, Plan
 from .progress import progress
+from .random_states import random_states
 
 _ADVICE = (
     "as its graph breaks, a copy has to run; "
@@ -184,21 +183,14 @@ def _run_in_parts(
             t for t in pytree.tree_leaves((other_args, other_kwargs)) if isinstance(t, Tensor)
         ]
         device = tensors[0].device if tensors else torch.device("cpu")
-        with _random_states_restored(device), saved_storages(device) as storages:
-            result = call(other, "0", original_forward(other), other_args, other_kwargs)
-            totals.append(sum(storages.values()))
-            del result
+        restore = random_states(device)
+        try:
+            with saved_storages(device) as storages:
+                result = call(other, "0", original_forward(other), other_args, other_kwargs)
+                totals.append(sum(storages.values()))
+                del result
+        finally:
+            restore()
     found.eager, found.least = totals
     for graph in found.graphs:
         graph.maps = [m.times(graph.runs) for m in graph.maps]
-
-
-@contextmanager
-def _random_states_restored(device: torch.device) -> Iterator[None]:
-    numpy = sys.modules.get("numpy")
-    python, of_numpy = random.getstate(), numpy and numpy.random.get_state()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        yield
-    random.setstate(python)
-    if numpy:
-        numpy.random.set_state(of_numpy)

@@ -290,7 +290,7 @@ class Plan:
         segments: by their first and last boundaries, the maps that they save while their backward
             runs.
         known: the names of the maps that were decided about.
-        spent: the bytes that the graphs save that were decided about.
+        eager, spent: the bytes that the graphs save that were decided about, unfused and fused.
         peak: of a budget for it, what the plan needs by the planner's estimate.
         added_flops, added_seconds: of recomputing in a step of these graphs.
         parts: the number of graphs that the model breaks into, or 0 if it is one graph.
@@ -305,12 +305,17 @@ class Plan:
         self.known: set[str] = set()
         self.complete = memory == "min"
         self.parts = 0
-        self.spent = self.added_flops = self.peak = 0
+        self.eager = self.spent = self.added_flops = self.peak = 0
         self.added_seconds = 0.0
 
     @property
     def has_budget(self) -> bool:
         return not isinstance(self.memory, str)
+
+    @property
+    def share(self) -> float:
+        """Of what eager saves, what is saved."""
+        return self.spent / max(self.eager, 1)
 
     def decide(
         self,
@@ -328,6 +333,7 @@ class Plan:
             OutOfReach: the budget is less than the least that is possible.
         """
         self.known |= {m.name for m in maps}
+        self.eager += eager
         if self.has_budget and curve is not None:
             return self._take(curve, eager)
         if not self.has_budget:
