@@ -294,6 +294,7 @@ class Plan:
         peak: of a budget for it, what the plan needs by the planner's estimate.
         added_flops, added_seconds: of recomputing in a step of these graphs.
         parts: the number of graphs that the model breaks into, or 0 if it is one graph.
+        autocast: for which types of device it was on when the plan was made, and with which type.
         complete: whether the whole model was captured; a map that is not known then comes from a
             branch that was not taken.
     """
@@ -303,6 +304,8 @@ class Plan:
         self.saved: set[str] = set()
         self.segments: dict[tuple[Boundary, Boundary], frozenset[str]] = {}
         self.known: set[str] = set()
+        kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+        self.autocast = {kind: torch.get_autocast_dtype(kind) for kind in kinds}
         self.complete = memory == "min"
         self.parts = 0
         self.eager = self.spent = self.added_flops = self.peak = 0

@@ -1,5 +1,6 @@
 """Training steps that are repeated with a tighter plan where memory runs out."""
 
+import contextlib
 import functools
 import gc
 import traceback
@@ -119,13 +120,17 @@ def _tighten(model: nn.Module) -> bool:
 
     fusion = model._fusion
     args, kwargs = fusion.example
-    found, share = find(model, args, kwargs, "min", False), fusion.plan.share
-    is_last = _LESS * share * found.eager < found.least
-    if not is_last or found.curve is not None:
-        parts = found.plan.parts
-        found.plan = Plan(Peak(found.curve.lowest().peak) if is_last else _LESS * share)
-        found.plan.parts = parts
-        decide(found)
+    share = fusion.plan.share
+    with contextlib.ExitStack() as context:
+        for kind, dtype in fusion.plan.autocast.items():
+            context.enter_context(torch.autocast(kind, dtype))
+        found = find(model, args, kwargs, "min", False)
+        is_last = _LESS * share * found.eager < found.least
+        if not is_last or found.curve is not None:
+            parts = found.plan.parts
+            found.plan = Plan(Peak(found.curve.lowest().peak) if is_last else _LESS * share)
+            found.plan.parts = parts
+            decide(found)
     warnings.warn(
         "rescue: a step ran out of memory; it runs again with a plan that saves "
         f"{found.plan.share:.2f} of eager's bytes for backward, instead of {share:.2f}",

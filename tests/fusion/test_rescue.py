@@ -130,6 +130,15 @@ def test_errors_of_allocators(error):
     assert net._fusion.plan.share <= 0.7 * before
 
 
+def test_the_plan_is_made_again_under_autocast():
+    with torch.autocast("cpu", torch.bfloat16):
+        net = fuse(Net(), images().float(), memory=1.0)
+    bytes_in_half, fails = net._fusion.plan.eager, Fails(1)
+    with pytest.warns(UserWarning, match="rescue"):
+        rescue(net, fails)()
+    assert net._fusion.plan.eager == bytes_in_half
+
+
 def test_other_errors_pass():
     net = made()
     step = rescue(net, Fails(1, RuntimeError("shapes do not match")))
