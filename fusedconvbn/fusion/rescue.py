@@ -76,29 +76,28 @@ def rescue(
             "rescue: expected a model that fuse made with example_inputs, got "
             f"{how} ({type(model).__name__})"
         )
-    modules = nn.ModuleList([model, *also])
-    kept: list[Tensor] = []  # copies of the buffers
+    undo = _Undo([model, *also])
     is_last = False  # whether there is no tighter plan
 
     @functools.wraps(step)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         nonlocal is_last
         while True:
-            before = _Before(modules, (args, kwargs), kept)
-            hook = register_optimizer_step_pre_hook(before.optimizer_begins)
+            undo.begin((args, kwargs))
+            hook = register_optimizer_step_pre_hook(undo.optimizer_begins)
             try:
                 return step(*args, **kwargs)
             except (RuntimeError, MemoryError) as error:
                 if not _is_out_of_memory(error):
                     raise
-                reason = "no plan needs less memory" if is_last else before.what_stays()
+                reason = "no plan needs less memory" if is_last else undo.what_stays()
                 if reason:
                     error.args = (f"{error}\nrescue: the step is not repeated: {reason}",)
                     raise
                 traceback.clear_frames(error.__traceback__)  # which hold tensors of the step
             finally:
                 hook.remove()
-            before.restore()
+            undo.restore()
             gc.collect()
             empty_cache()
             if torch.cuda.is_initialized():
@@ -140,33 +139,30 @@ def _tighten(model: nn.Module) -> bool:
     return is_last
 
 
-class _Before:
-    """What a training step may change, as it was before.
+class _Undo:
+    """Brings back the gradients, buffers and random numbers of the time before a training step, if
+    the step has changed nothing else."""
 
-    Args:
-        modules: whose parameters, gradients and buffers may change.
-        arguments: of the step.
-        kept: where the copies of the buffers are, or will be.
-    """
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        every = nn.ModuleList(modules).modules()
+        self._owners = [(m._parameters, m._buffers) for m in every if m._parameters or m._buffers]
+        self._parameters: list[nn.Parameter] = []
+        self._buffers: list[Tensor] = []
+        self._kept: list[Tensor] = []  # copies of the buffers
 
-    def __init__(self, modules: nn.Module, arguments: Any, kept: list[Tensor]) -> None:
-        parameters = [*modules.parameters()]
+    def begin(self, arguments: Any) -> None:
+        """A step with these arguments begins."""
+        parameters = [p for ours, _ in self._owners for p in ours.values() if p is not None]
         tensors = [t for t in pytree.tree_leaves(arguments) if isinstance(t, Tensor)]
         tensors = [t for t in tensors if not t.is_inference()]  # these have no version
         self._unchanged = [(t, t._version) for t in (*parameters, *tensors)]
         # A reference to the gradient itself would keep zero_grad from freeing it.
         self._grads = [(p, _identity(p.grad), _version(p.grad)) for p in parameters]
-        self._buffers = [
-            (m._buffers, name, t)
-            for m in modules.modules()
-            for name, t in m._buffers.items()
-            if t is not None
-        ]
-        self._kept = kept
-        buffers = [t for *_, t in self._buffers]
-        if [*map(_kind, kept)] != [*map(_kind, buffers)]:
-            kept[:] = map(torch.empty_like, buffers)
-        _copy(buffers, kept)
+        self._places = [(ours, n) for _, ours in self._owners for n in ours if ours[n] is not None]
+        buffers = [ours[name] for ours, name in self._places]
+        if [*map(id, buffers)] != [*map(id, self._buffers)]:
+            self._buffers, self._kept = buffers, [*map(torch.empty_like, buffers)]
+        _copy(self._buffers, self._kept)
         self._restore_random = random_states(parameters[0].device)
         self._optimizer_began = False
 
@@ -188,10 +184,9 @@ class _Before:
         for p, identity, _ in self._grads:
             if not _is(p.grad, identity):
                 p.grad = None
-        for owner, name, t in self._buffers:
+        for (owner, name), t in zip(self._places, self._buffers, strict=True):
             owner[name] = t
-        with torch.no_grad():
-            _copy(self._kept, [t for *_, t in self._buffers])
+        _copy(self._kept, self._buffers)
         self._restore_random()
 
 
@@ -215,14 +210,11 @@ def _version(grad: Tensor | None) -> int:
     return 0 if grad is None else grad._version
 
 
-def _kind(t: Tensor) -> tuple[Any, ...]:
-    return t.shape, t.stride(), t.dtype, t.device
-
-
 def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
     """With a launch for each type, not for each tensor."""
     groups: dict[Any, list[tuple[Tensor, Tensor]]] = defaultdict(list)
     for source, target in zip(sources, targets, strict=True):
         groups[source.dtype, source.device].append((target, source))
-    for pairs in groups.values():
-        torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
+    with torch.no_grad():
+        for pairs in groups.values():
+            torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))

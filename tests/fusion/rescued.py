@@ -8,8 +8,8 @@ from pathlib import Path
 
 MIB = 2**20
 if sys.argv[1] == "cpu":
-    # The operators' own cache is a range of addresses as large as the machine's memory. Without room
-    # for it they take theirs from malloc, which meets the limit.
+    # The operators' own cache is a range of addresses as large as the machine's memory. Without
+    # room for it they take theirs from malloc, which meets the limit.
     resource.setrlimit(resource.RLIMIT_AS, (os.sysconf("SC_PHYS_PAGES") * 2**12 // 2,) * 2)
 
 import torch
