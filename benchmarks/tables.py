@@ -184,7 +184,7 @@ def gpu_table() -> str:
         rows += required_rows_on_gpu(load(path.stem))
     table = f"{facts}; {rates}.\n\n{markdown(REQUIRED_COLUMNS, rows)}"
     names = [f"{path.stem}-{NETWORK}" for path in gpu_models()]
-    pictures = [f"![{name}](benchmarks/results/{name}.png)\n" for name in names]
+    pictures = [f"![{name}](../benchmarks/results/{name}.png)\n" for name in names]
     return "\n".join([table, *pictures[:1]])
 
 
@@ -244,21 +244,26 @@ def peaks_table(name: str = "peaks-cpu") -> str:
     return markdown(["", *map(str, shares)], cells) if cells else NOT_MEASURED
 
 
-def summary_table() -> str:
-    """Each model at two budgets, in bytes and milliseconds."""
-    rows = []
-    for model, configurations in load("models-cpu")["models"].items():
-        variants = configurations.get(FULL, {})
-        for variant in (v for v in ("fuse auto", "fuse min") if v in variants):
-            eager = variants["eager"]
-            row = variants[variant]
-            cells = []
-            for key in ("saved", "peak"):
-                before, after = (r[key] / 2**20 for r in (eager, row))
-                cells.append(f"{before:.0f} → {after:.0f} MiB ({row['of_eager'][key]:.2f})")
-            times = f"{eager['milliseconds']:.0f} → {row['milliseconds']:.0f} ms"
-            rows.append([f"{model}, {label(variant)}", *cells, f"{times} ({row['ratio']:.2f})"])
-    return markdown(["", "saved for backward", "peak", "time"], rows)
+def summary_table(name: str, configuration: str) -> str:
+    """Each model at two budgets, as ratios to eager; and what was measured where."""
+    results, rows = load(name), []
+    if not results:
+        return NOT_MEASURED
+    commits = set()
+    for model, configurations in results["models"].items():
+        found = configurations.get(configuration, {})
+        ours = [found[v] for v in ("fuse auto", "fuse min") if v in found]
+        if len(ours) == 2:
+            cells = [(*map(row["of_eager"].get, ("saved", "peak")), row["ratio"]) for row in ours]
+            rows.append([model.split(":")[-1], *(f"{n:.2f}" for three in cells for n in three)])
+            commits |= {row["commit"] for row in ours}
+    machine, size = results["machine"], results["size"]
+    facts = f"{machine['device']}, torch {machine['torch']}, {configuration}, batch "
+    facts += f"{results['batch']} at {size}×{size}, commits {', '.join(sorted(commits))}.\n\n"
+    columns = [
+        f"{budget}: {what}" for budget in ("auto", "min") for what in ("saved", "peak", "time")
+    ]
+    return facts + markdown(["of eager's", *columns], rows)
 
 
 def targets_table() -> str:
@@ -331,7 +336,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu-kernels": lambda: kernels_table("gpu-kernels"),
     "kernels": kernels_table,
     "models": models_table,
-    "summary": summary_table,
+    "summary": lambda: summary_table("models-cpu", FULL),
+    "gpu-summary": lambda: summary_table("gpu-models-256", "bfloat16, channels last"),
     "targets": targets_table,
     "behind-compile": behind_table,
     "configurations": configurations_table,
