@@ -244,6 +244,30 @@ def peaks_table(name: str = "peaks-cpu") -> str:
     return markdown(["", *map(str, shares)], cells) if cells else NOT_MEASURED
 
 
+def rival_table(rival: str) -> str:
+    """Each variant of a rival, and the fastest fused one that saves no more; shares of eager's."""
+    columns = [
+        "",
+        *(f"{whose}{of}" for whose in ("", "`fuse`: ") for of in ("saved", "peak", "time")),
+    ]
+    rows = []
+    for model, configurations in load("models-cpu")["models"].items():
+        variants = configurations.get(FULL, {})
+        for variant in (v for v in variants if v.startswith(rival)):
+            theirs = variants[variant]
+            within = theirs["of_eager"]["saved"] + 0.0005
+            ours = [r for v, r in variants.items() if v.startswith("fuse")]
+            ours = [r for r in ours if r["of_eager"]["saved"] <= within]
+            pair = [theirs, *sorted(ours, key=lambda r: r["ratio"])[:1]]
+            cells = [
+                f"{value:.2f}"
+                for r in pair
+                for value in (r["of_eager"]["saved"], r["of_eager"]["peak"], r["ratio"])
+            ]
+            rows.append([f"{model}, {variant}", *cells, *["—"] * (6 - len(cells))])
+    return markdown(columns, rows)
+
+
 def summary_table(name: str, configuration: str) -> str:
     """Each model at two budgets, as ratios to eager; and what was measured where."""
     results, rows = load(name), []
@@ -336,6 +360,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu-kernels": lambda: kernels_table("gpu-kernels"),
     "kernels": kernels_table,
     "models": models_table,
+    "checkpoint": lambda: rival_table("checkpoint"),
+    "memory-budget": lambda: rival_table("compile, budget"),
     "summary": lambda: summary_table("models-cpu", FULL),
     "gpu-summary": lambda: summary_table("gpu-models-256", "bfloat16, channels last"),
     "targets": targets_table,

@@ -30,7 +30,7 @@ def empty_cache() -> int:
 
 
 class MemoryReport:
-    """What :func:`track_memory` measured; all figures are bytes.
+    """What :func:`fusedconvbn.track_memory` measured; all figures are bytes.
 
     Attributes:
         end_of_forward: Live just before autograd runs its first backward node, or at the end

@@ -49,12 +49,12 @@ class PlanFit:
 
 @dataclass
 class Fit:
-    """The result of :func:`fit`; ``print`` shows it as a table.
+    """The result of :func:`fusedconvbn.fit`; ``print`` shows it as a table.
 
     Attributes:
         model: the source of the model, or its class.
         memory: bytes that a step may need.
-        sample, optimizer, dtype, device: as for :func:`fit`.
+        sample, optimizer, dtype, device: as for :func:`fusedconvbn.fit`.
         plans: eager, ``"auto"``, and smaller budgets.
     """
 

@@ -55,7 +55,7 @@ class FrontPoint:
 
 @dataclass
 class Report:
-    """The result of :func:`explain`; ``print`` shows it as a table.
+    """The result of :func:`fusedconvbn.explain`; ``print`` shows it as a table.
 
     Attributes:
         chains: each chain, in order.
