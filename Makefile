@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CUDA_VENV := .venv-cuda
 COVERAGE_VENV := .venv-coverage
+DOCS_VENV := .venv-docs
 # For test-torch: make test-torch TORCH=2.11.0
 TORCH ?= 2.14.1
 TORCH_VENV := .venv-torch-$(TORCH)
@@ -21,7 +22,17 @@ $(@D)/bin/pip install --quiet --no-deps 'torchvision==0.$(shell expr $(word 2,$(
 touch $@
 endef
 
-.PHONY: demo test test-all lint check-cuda test-cuda test-torch says-what-it-needs gpu-bundle bench bench-models bench-cuda coverage fuzz leak sanitize build format clean
+# An environment with more packages. torch, torchvision and fusedconvbn are those of $(VENV), with the versions that are there.
+define beside
+$(BIN)/python -m venv $(@D)
+$(@D)/bin/pip install --quiet $(1) -r $<
+$(@D)/bin/python -c 'import site, sys; print(f"import site; site.addsitedir({sys.argv[1]!r})", \
+  file=open(site.getsitepackages()[0] + "/project.pth", "w"))' \
+  "$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')"
+touch $@
+endef
+
+.PHONY: demo test test-all lint check-cuda test-cuda test-torch says-what-it-needs gpu-bundle bench bench-models bench-cuda coverage docs fuzz leak sanitize build format clean
 
 demo: build
 	$(BIN)/python examples/mnist.py --output output/mnist.png
@@ -68,14 +79,16 @@ COVERAGE ?=
 coverage: build $(COVERAGE_VENV)/requirements
 	$(COVERAGE_VENV)/bin/python benchmarks/coverage.py --resume $(COVERAGE)
 
-# torch, torchvision and fusedconvbn are those of $(VENV), with the versions that are there.
 $(COVERAGE_VENV)/requirements: benchmarks/coverage-requirements.txt $(VENV)/requirements
-	$(BIN)/python -m venv $(@D)
-	$(@D)/bin/pip install --quiet --no-deps -r $<
-	$(@D)/bin/python -c 'import site, sys; print(f"import site; site.addsitedir({sys.argv[1]!r})", \
-	  file=open(site.getsitepackages()[0] + "/project.pth", "w"))' \
-	  "$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')"
-	touch $@
+	$(call beside,--no-deps)
+
+# The site, in build/docs. A warning is an error.
+docs: build $(DOCS_VENV)/requirements
+	$(DOCS_VENV)/bin/sphinx-build --quiet --fail-on-warning --keep-going --nitpicky docs build/docs
+	@echo build/docs/index.html
+
+$(DOCS_VENV)/requirements: docs/requirements.txt $(VENV)/requirements
+	$(call beside)
 
 # 10,000 random calls, other ones each time; a failure prints how to repeat it. FUZZ_EXAMPLES=100000 for a night, with
 # -j2 on two cores.
@@ -170,4 +183,4 @@ build/gpu/_C.py: $(CUDA_VENV)/requirements $(SOURCES) tests/kernels/build_cuda.p
 	$(CUDA_VENV)/bin/python tests/kernels/build_cuda.py bundle build/gpu
 
 clean:
-	rm -rf build $(VENV) $(CUDA_VENV) $(COVERAGE_VENV) .venv-torch-* fusedconvbn/*.so *.egg-info
+	rm -rf build $(VENV) $(CUDA_VENV) $(COVERAGE_VENV) $(DOCS_VENV) .venv-torch-* fusedconvbn/*.so *.egg-info

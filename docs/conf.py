@@ -3,7 +3,10 @@
 import sys
 from pathlib import Path
 
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
+from sphinx.writers.html5 import HTML5Translator
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -25,12 +28,17 @@ myst_enable_extensions = ["colon_fence"]
 default_role = "code"
 highlight_language = "none"
 autodoc_member_order = "bysource"
+napoleon_use_ivar = True
 napoleon_use_param = False  # several arguments share a line
 napoleon_use_rtype = False
 python_maximum_signature_line_length = 88
-# There is no network to look these up in.
-nitpick_ignore_regex = [(r"py:.*", r"(torch|nn|collections|pathlib|typing|Path|Tensor)\b.*")]
+# Names of other libraries, for which there is no network to look them up, and private ones.
+nitpick_ignore_regex = [
+    (r"py:.*", r"(torch|nn|collections|pathlib|typing|Path|Tensor)\b.*"),
+    (r"py:.*", r"fusedconvbn\..*\._\w+"),
+]
 
+html_math_renderer = "mathml"
 html_theme = "furo"
 html_title = f"fusedconvbn {release}"
 html_static_path = ["_static"]
@@ -47,5 +55,25 @@ def _within_the_site(app: Sphinx, page: str, source: list[str]) -> None:
         source[0] = source[0].replace(f"](../{name}.md", f"]({name.lower()}.md")
 
 
+def _spatial(app: Sphinx, what: str, name: str, obj: object, options: object, *signature: str):
+    """Writes out TorchScript's type of an int or a list of them, which is None at run time."""
+    arguments, returned = signature
+    if name == "fusedconvbn.conv_bn":
+        return arguments.replace(": None = None", ": int | list[int] | None = None"), returned
+
+
+def _inline(writer: HTML5Translator, node: nodes.math) -> None:
+    writer.body.append(tex2mathml(node.astext()))
+    raise nodes.SkipNode
+
+
+def _block(writer: HTML5Translator, node: nodes.math_block) -> None:
+    writer.body.append(f'<div class="math">{tex2mathml(node.astext(), as_block=True)}</div>')
+    raise nodes.SkipNode
+
+
 def setup(app: Sphinx) -> None:
     app.connect("source-read", _within_the_site)
+    app.connect("autodoc-process-signature", _spatial)
+    # As browsers know it: MathJax would come from a network.
+    app.add_html_math_renderer("mathml", (_inline, None), (_block, None))

@@ -54,8 +54,8 @@ def conv_bn(
     the biased variance :math:`v` and the number of values :math:`R` of :math:`Y`,
 
     .. math::
-        \mathrm{out} = \mathrm{act}\Big(\gamma\,\frac{Y - \mu}{\sqrt{v + \mathrm{eps}}} + \beta
-            \;[+\,\mathrm{residual}]\Big),
+        \mathrm{out} = \mathrm{act}\left(\gamma\,\frac{Y - \mu}{\sqrt{v + \mathrm{eps}}} + \beta
+            \;[+\,\mathrm{residual}]\right),
 
     which is ``act(F.batch_norm(F.conv*d(input, weight, bias, …), …) + residual)``. Saved for
     backward are ``input``, the parameters and a few vectors. Backward recomputes :math:`Y` by a

@@ -64,7 +64,7 @@ def check_recompute(enabled: bool = True) -> None:
 
     The check allows for rounding: that of another algorithm for the same convolution, which cuDNN
     may choose in backward, and that of TF32 where it is enabled; a change is then found only if it
-    is larger than 2⁻⁹ (docs/debugging.md has the bounds). A change that leaves the mean and the
+    is larger than 2⁻⁹ (the page "Debugging" has the bounds). A change that leaves the mean and the
     variance of each channel as they were, such as a write to γ, is not found.
 
     An error names the layer if the check was on during its forward. A call of

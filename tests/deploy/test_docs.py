@@ -8,6 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import fusedconvbn
+from fusedconvbn.__main__ import main
 
 DOCS = Path(__file__).parents[2] / "docs"
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```\s*$", re.MULTILINE | re.DOTALL)
@@ -44,9 +48,37 @@ def test_examples_run(page, tmp_path):
     assert run.returncode == 0, f"docs/{page}.md (lines as in the page):\n{run.stderr[-4000:]}"
 
 
+# Pages of results and of the project, and those with tests of their own.
+WITHOUT_EXAMPLE = {"performance", "measurements", "coverage", "cuda", "experiments"}
+WITHOUT_EXAMPLE |= {"design", "changelog", "contributing", "installation", "recipes"}
+
+
 def test_every_page_about_a_feature_has_an_example():
-    without = {name for name, code in PAGES.items() if not code.strip()}
-    assert without <= {"coverage", "cuda", "design", "experiments", "measurements", "performance"}
+    assert {name for name, code in PAGES.items() if not code.strip()} <= WITHOUT_EXAMPLE
+
+
+def test_the_reference_has_everything_public():
+    reference = "".join(path.read_text("utf-8") for path in (DOCS / "api").glob("*.md"))
+    documented = re.findall(r"^\.\. auto\w+:: (\w+)", reference, re.MULTILINE)
+    assert {*fusedconvbn.__all__} <= {*documented}
+
+
+def test_the_reference_has_the_operators_as_they_are():
+    page = (DOCS / "api" / "operators.md").read_text("utf-8")
+    known = (s for s in torch._C._jit_get_all_schemas() if re.match("fusedconvbn::[^_]", s.name))
+    texts = [block[2] for block in FENCE.finditer(page) if block[1] == "text"]
+    documented = {str(torch._C.parse_schema(f"fusedconvbn::{text.strip()}")) for text in texts}
+    assert documented == {*map(str, known)}
+
+
+@pytest.mark.parametrize("command", ["explain", "fit"])
+def test_the_reference_has_every_option_of_the_command_line(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    options = {*re.findall(r"--[a-z]\w+", capsys.readouterr().out)} - {"--help"}
+    page = (DOCS / "api" / "cli.md").read_text("utf-8")
+    assert {"--json", "--size"} <= options
+    assert {option for option in options if f"| `{option}" not in page} == set()
 
 
 def test_blocks_are_found():
