@@ -54,7 +54,10 @@ class Fit:
     Attributes:
         model: the source of the model, or its class.
         memory: bytes that a step may need.
-        sample, optimizer, dtype, device: as for :func:`fusedconvbn.fit`.
+        sample: as for :func:`fusedconvbn.fit`.
+        optimizer: likewise.
+        dtype: likewise, as a name.
+        device: likewise.
         plans: eager, ``"auto"``, and smaller budgets.
     """
 

@@ -40,30 +40,46 @@ def _local_strings(function: ast.AST) -> dict[str, ast.AST]:
     }
 
 
+def _message(node: ast.AST) -> ast.AST | None:
+    """What an exception is made with, or is given to `warn` and its kind."""
+    match node:
+        case (
+            ast.Raise(exc=ast.Call(args=[said, *_]))
+            | ast.Assign(targets=[ast.Attribute(attr="args")], value=ast.Tuple(elts=[said]))
+        ):
+            return said
+        case ast.Return(value=ast.Call(func=ast.Name(id=name), args=[said, *_])):
+            return said if name.endswith("Error") else None
+        case ast.Call(func=ast.Attribute(attr=name), args=[said, *_]):
+            return said if name in SAYING else None
+    return None
+
+
+def _reasons(node: ast.AST) -> list[ast.AST]:
+    """What is returned, or noted down, and may be put into a message."""
+    match node:
+        case (
+            ast.Return(value=said)
+            | ast.Assign(targets=[ast.Subscript() | ast.Name(id="reason")], value=said)
+            | ast.Call(func=ast.Attribute(attr="setdefault"), args=[_, said])
+        ):
+            return [said.body, said.orelse] if isinstance(said, ast.IfExp) else [said]
+    return []
+
+
 def python_messages(source: str) -> Iterator[str]:
-    """What a module raises or warns of, and the reasons that it returns or notes down for others to
-    put in: strings of four words and more."""
+    """What a module raises or warns of, and the reasons in it: strings of four words and more."""
     tree = ast.parse(source)
     for function in ast.walk(tree):
         if not isinstance(function, ast.FunctionDef) or function.name == "__str__":
             continue
         local = _local_strings(tree) | _local_strings(function)
         for node in ast.walk(function):
-            match node:
-                case ast.Raise(exc=ast.Call(args=[said, *_])):
-                    yield _text(said, local)
-                case ast.Return(value=ast.Call(func=ast.Name(id=name), args=[said, *_])) if (
-                    name.endswith("Error")
-                ):
-                    yield _text(said, local)
-                case ast.Call(func=ast.Attribute(attr=name), args=[said, *_]) if name in SAYING:
-                    yield _text(said, local)
-                case (
-                    ast.Return(value=said)
-                    | ast.Assign(targets=[ast.Subscript() | ast.Name(id="reason")], value=said)
-                    | ast.Call(func=ast.Attribute(attr="setdefault"), args=[_, said])
-                ) if len(re.findall(r"\w{2,}", _text(said, local))) >= 4:
-                    yield _text(said, local)
+            if message := _message(node):
+                yield _text(message, local)
+            for reason in _reasons(node):
+                if len(re.findall(r"\w{2,}", text := _text(reason, local))) >= 4:
+                    yield text
 
 
 CHECK = re.compile(r"\bTORCH_(?:CHECK\w*|WARN\w*)\(")
