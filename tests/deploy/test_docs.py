@@ -32,6 +32,7 @@ def script(text: str) -> str:
 PAGES = {path.stem: script(path.read_text("utf-8")) for path in sorted(DOCS.glob("*.md"))}
 
 
+@pytest.mark.independent
 @pytest.mark.parametrize("page", [name for name, code in PAGES.items() if code.strip()])
 def test_examples_run(page, tmp_path):
     path = tmp_path / f"{page}.py"
@@ -79,6 +80,14 @@ def test_the_reference_has_every_option_of_the_command_line(command, capsys):
     page = (DOCS / "api" / "cli.md").read_text("utf-8")
     assert {"--json", "--size"} <= options
     assert {option for option in options if f"| `{option}" not in page} == set()
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_links_beside_the_site_lead_somewhere(page):
+    """Sphinx checks those of docs/."""
+    links = re.findall(r"\]\(([^)#:]+)[^):]*\)", (DOCS.parent / page).read_text("utf-8"))
+    assert links
+    assert [link for link in links if not (DOCS.parent / link).exists()] == []
 
 
 def test_blocks_are_found():
