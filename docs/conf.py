@@ -23,7 +23,6 @@ exclude_patterns = ["requirements.txt"]
 
 # Links between pages are written for a reader of the repository, too: `page.md#heading`.
 myst_heading_anchors = 3
-myst_enable_extensions = ["colon_fence"]
 
 default_role = "code"
 highlight_language = "none"
@@ -46,8 +45,7 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_show_sphinx = False
 
-copybutton_exclude = ".linenos, .gp, .go"
-copybutton_prompt_text = "$ "
+copybutton_exclude = ".linenos, .gp, .go"  # prompts and what was printed
 
 
 def _within_the_site(app: Sphinx, page: str, source: list[str]) -> None:
