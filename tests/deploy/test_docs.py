@@ -1,4 +1,4 @@
-"""The Python examples in docs/ run as they stand: the blocks of a page from top to bottom, as one
+"""The Python examples in README.md and docs/ run as they stand: the blocks of a page from top to bottom, as one
 script in a process of its own. A block below a line `<!-- not run -->` is left out."""
 
 import os
@@ -29,7 +29,8 @@ def script(text: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-PAGES = {path.stem: script(path.read_text("utf-8")) for path in sorted(DOCS.glob("*.md"))}
+PATHS = [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]
+PAGES = {path.stem: script(path.read_text("utf-8")) for path in PATHS}
 
 
 @pytest.mark.independent
@@ -46,7 +47,7 @@ def test_examples_run(page, tmp_path):
         text=True,
         timeout=600,
     )
-    assert run.returncode == 0, f"docs/{page}.md (lines as in the page):\n{run.stderr[-4000:]}"
+    assert run.returncode == 0, f"{page}.md (lines as in the page):\n{run.stderr[-4000:]}"
 
 
 # Pages of results and of the project, and those with tests of their own.
