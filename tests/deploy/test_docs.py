@@ -1,5 +1,6 @@
-"""The Python examples in README.md and docs/ run as they stand: the blocks of a page from top to bottom, as one
-script in a process of its own. A block below a line `<!-- not run -->` is left out."""
+"""The Python examples in README.md and docs/ run as they stand: the blocks of a page from top to
+bottom, as one script in a process of its own. A block below a line `<!-- not run -->` is left
+out."""
 
 import os
 import re
