@@ -12,7 +12,6 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import compilers
 from common import RESULTS, ROOT, Row
@@ -376,102 +375,6 @@ def filled(page: str) -> str:
     return TABLE.sub(lambda m: m[1] + TABLES[m[2]]() + m[3], page)
 
 
-# How the variants of a picture begin, what they are called in it, and how they look.
-FAMILIES = {
-    "fuse": ("fuse", "tab:blue", "o-"),
-    "compile": ("torch.compile", "tab:orange", "^-"),
-    "checkpoint": ("checkpoint", "tab:green", "D-"),
-    "In-Place ABN": ("In-Place ABN", "tab:purple", "v-"),
-    "eager": ("eager", "black", "s-"),
-}
-
-
-def plot_model(ax: Any, variants: dict[str, Row]) -> None:
-    """Draws time against saved bytes, as shares of eager's: a curve for each family, which its name
-    stands beside, and at each of its points the budget."""
-    for start, (name, color, style) in FAMILIES.items():
-        found = {v: row for v, row in variants.items() if v.startswith(start)}
-        points = sorted((row["of_eager"]["saved"], row["ratio"], v) for v, row in found.items())
-        if not points:
-            continue
-        saved, times, _ = zip(*points, strict=True)
-        ax.plot(saved, times, style, color=color, markersize=5, linewidth=1)
-        beside = {"textcoords": "offset points", "color": color, "fontsize": 8}
-        taken: list[float] = []
-        for x, y, variant in sorted(points, key=lambda p: p[2] not in ("fuse auto", "fuse min")):
-            budget = variant.removeprefix(start).removeprefix(", budget").strip()
-            if all(abs(x - other) > 0.06 for other in taken):  # two labels would overlap
-                ax.annotate(budget, (x, y), (0, 6), ha="center", **beside)
-                taken.append(x)
-        ax.annotate(name, (saved[-1], times[-1]), (6, -3), va="top", **{**beside, "fontsize": 9})
-    ax.axhline(1, color="0.7", linewidth=0.8, zorder=0)
-    ax.set(xlim=(0, 1.25), xlabel="bytes saved for backward, of eager's")
-    ax.margins(y=0.12)
-    ax.spines[["top", "right"]].set_visible(False)
-
-
-def plot_models(results: Path, configuration: str) -> None:
-    """A picture of each model; of resnet50 also one alone."""
-    from matplotlib import pyplot
-
-    found = load(results.stem)["models"]
-    models = {name: model[configuration] for name, model in found.items() if configuration in model}
-    alone = [name for name in models if name == NETWORK]
-    for names, path in (
-        (list(models), results.with_suffix(".png")),
-        (alone, results.with_name(f"{results.stem}-{NETWORK}.png")),
-    ):
-        if not names:
-            continue
-        columns = min(3, len(names))
-        rows = -(-len(names) // columns)
-        figure, axes = pyplot.subplots(
-            rows,
-            columns,
-            figsize=(3 + 4 * columns, 4.2 * rows),
-            squeeze=False,
-            layout="constrained",
-        )
-        for ax, name in zip(axes.flat, names, strict=False):
-            plot_model(ax, models[name])
-            ax.set_title(name.split(":")[-1], fontsize=10)
-        for ax in axes.flat[len(names) :]:
-            ax.remove()
-        for row in axes:
-            row[0].set_ylabel("time of a step, of eager's")
-        figure.suptitle(configuration, fontsize=10)
-        figure.savefig(path, dpi=110)
-        pyplot.close(figure)
-
-
-def plot_growth(results: Path) -> None:
-    from matplotlib import pyplot
-
-    curves = load(results.stem)["curves"]
-    figure, axes = pyplot.subplots(2, len(curves), figsize=(11, 5.6), layout="constrained")
-    for column, (curve, points) in enumerate(curves.items()):
-        values = [int(v) for v in points]
-        what = {
-            "time of a step, ms": ("milliseconds", 1),
-            "peak memory, MiB": ("peak", 2**20),
-        }
-        for row, (title, (key, unit)) in enumerate(what.items()):
-            ax = axes[row][column]
-            for variant in ("eager", "fused"):
-                ax.plot(
-                    values, [p[variant][key] / unit for p in points.values()], "o-", label=variant
-                )
-            ax.set_ylim(bottom=0)
-            ax.grid(alpha=0.3)
-            if column == 0:
-                ax.set_ylabel(title)
-            if row == 1:
-                ax.set_xlabel({"size": "height and width of an image"}.get(curve, curve))
-    axes[0][0].legend()
-    figure.savefig(results.with_suffix(".png"), dpi=110)
-    pyplot.close(figure)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing; fail on a difference")
@@ -479,16 +382,15 @@ def main() -> None:
     if arguments.check:
         stale = [p.name for p in PAGES if filled(p.read_text("utf-8")) != p.read_text("utf-8")]
         sys.exit(f"not what the results say: {', '.join(stale)}" if stale else 0)
-    import matplotlib
+    import pictures  # needs matplotlib
 
-    matplotlib.use("Agg")
     for page in PAGES:
         page.write_text(filled(page.read_text("utf-8")), "utf-8")
-    plot_models(RESULTS / "models-cpu.json", FULL)
+    pictures.plot_models(RESULTS / "models-cpu.json", FULL, NETWORK)
     for path in gpu_models():
-        plot_models(path, "bfloat16, channels last")
+        pictures.plot_models(path, "bfloat16, channels last", NETWORK)
     for path in RESULTS.glob("*growth*.json"):
-        plot_growth(path)
+        pictures.plot_growth(path)
 
 
 if __name__ == "__main__":

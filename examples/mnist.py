@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 import fusedconvbn
 from fusedconvbn import reference
+from fusedconvbn._style import EAGER, FUSED, STYLE, WIDTH
 
 MIB = 2**20
 WARMUP_STEPS = 3
@@ -264,58 +265,47 @@ def table(unfused: Result, fused: Result) -> str:
 
 def plot(unfused: Result, fused: Result, title: str, path: Path) -> None:
     """Draws both loss curves over each other, and the memory of both as bars."""
-    import matplotlib
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    from matplotlib.ticker import MaxNLocator
-
-    light, dark, ink = "#f2a65a", "#1f4e79", "#333333"
-    style = {
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.edgecolor": ink,
-        "axes.titleweight": "bold",
-        "font.size": 10,
-        "legend.frameon": False,
-    }
-    with plt.rc_context(style):
-        figure, (curves, bars) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-        figure.get_layout_engine().set(h_pad=0.1, wspace=0.06)
-        figure.suptitle(title, color=ink, size=10)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 4))
+        curves, bars = figure.subplots(1, 2)
+        figure.suptitle(title)
 
         steps = range(1, len(unfused.losses) + 1)
-        curves.plot(steps, unfused.losses, color=light, linewidth=6, alpha=0.7, label="unfused")
-        curves.plot(steps, fused.losses, color=dark, linewidth=1.4, linestyle="--", label="fused")
+        curves.plot(steps, unfused.losses, color=EAGER, linewidth=7, alpha=0.4)
+        curves.plot(steps, fused.losses, color=FUSED, linestyle="--")
         curves.set(title="Training loss", xlabel="step", ylabel="negative log-likelihood (nats)")
         curves.set_yscale("log")
+        curves.yaxis.set_major_formatter(ScalarFormatter())
         curves.xaxis.set_major_locator(MaxNLocator(integer=True))
-        curves.legend()
+        above = {"xycoords": "axes fraction", "ha": "right", "weight": "bold"}
+        curves.annotate("unfused, the thick line", (1, 0.93), color=EAGER, **above)
+        curves.annotate("fused, the dashed line", (1, 0.86), color=FUSED, **above)
 
+        before, after = (
+            [result.memory.end_of_forward / MIB, result.memory.peak / MIB]
+            for result in (unfused, fused)
+        )
         groups = ["end of forward", "peak of a step"]
-        width = 0.36
-        for offset, color, name, result in (
-            (-width / 2, light, "unfused", unfused),
-            (width / 2, dark, "fused", fused),
+        for place, name, heights, look in (
+            (-0.2, "unfused", before, {"color": EAGER, "alpha": 0.45}),
+            (0.2, "fused", after, {"color": FUSED}),
         ):
-            heights = [result.memory.end_of_forward / MIB, result.memory.peak / MIB]
-            drawn = bars.bar(
-                [i + offset for i in range(2)], heights, width * 0.94, color=color, label=name
-            )
-            bars.bar_label(drawn, fmt="%.0f", padding=3, color=ink)
-            if result is fused:
-                of_unfused = (unfused.memory.end_of_forward, unfused.memory.peak)
-                ratios = [f"× {h * MIB / u:.2f}" for h, u in zip(heights, of_unfused, strict=True)]
-                bars.bar_label(
-                    drawn, ratios, label_type="center", color="white", weight="bold", size=12
-                )
+            drawn = bars.bar([i + place for i in range(2)], heights, 0.38, **look)
+            labels = [f"{name}\n{height:.0f}" for height in heights]
+            bars.bar_label(drawn, labels, padding=3, color=look["color"], weight="bold")
+        ratios = [f"× {a / b:.2f}" for a, b in zip(after, before, strict=True)]
+        bars.bar_label(
+            drawn, ratios, label_type="center", color="white", weight="bold", fontsize=12
+        )
         bars.set_xticks(range(2), groups)
         bars.tick_params(axis="x", length=0)
         bars.set(title="Memory of a training step", ylabel="memory (MiB)")
-        bars.margins(y=0.22)
-        bars.legend(loc="upper left", ncols=2)
-        figure.savefig(path, dpi=160)
-        plt.close(figure)
+        bars.margins(y=0.16)
+        figure.savefig(path)
 
 
 def synchronize(device: torch.device) -> None:

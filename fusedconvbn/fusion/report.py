@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     from .find import Findings
 
 
-_MOST_BARS = 30  # of a picture
-
-
 @dataclass
 class MapReport:
     """An inner map: the path of the call whose result it is, its bytes, whether it is saved
@@ -142,48 +139,15 @@ class Report:
         """Draws what each budget costs, with this plan, and the bytes of the chains that save most
         unfused, before and after.
 
+        Args:
+            path: the file; its ending says which kind (``.png``, ``.svg``, ``.pdf``).
+
         Raises:
             ImportError: matplotlib is not installed.
         """
-        import matplotlib
+        from .picture import draw
 
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
-        chains = sorted(self.chains, key=lambda c: -c.before)[:_MOST_BARS]
-        figure, axes = pyplot.subplots(
-            1,
-            1 + bool(chains),
-            figsize=(14 if chains else 7, 2 + max(3.5, 0.3 * len(chains))),
-            layout="constrained",
-            squeeze=False,
-        )
-        curve = axes[0, 0]
-        shares = [p.saved / max(self.eager, 1) for p in self.front]
-        curve.plot(shares, [1e3 * p.added_seconds for p in self.front], ".-")
-        here = self.saved / max(self.eager, 1), 1e3 * self.added_seconds
-        curve.plot(*here, "o", markersize=10)
-        curve.annotate(f"  {here[0]:.2f}, {here[1]:.0f} ms", here)
-        curve.set_xlabel("bytes saved for backward, of eager's")
-        curve.set_ylabel("ms that recomputing adds to a step, as estimated")
-        curve.set_title(f"{self.model}: {self.eager / MIB:.0f} → {self.saved / MIB:.0f} MiB")
-        curve.legend(["fastest plan for each budget", "this plan"])
-        curve.set_xlim(0, 1)
-        curve.set_ylim(bottom=0)
-        curve.grid(alpha=0.3)
-        if chains:
-            bars, rows = axes[0, 1], range(len(chains))
-            bars.barh([row - 0.2 for row in rows], [c.before / MIB for c in chains], 0.4)
-            bars.barh([row + 0.2 for row in rows], [c.after / MIB for c in chains], 0.4)
-            names = [c.name if len(c.name) <= 48 else c.name[:47] + "…" for c in chains]
-            bars.set_yticks(rows, names, fontsize=9)
-            bars.invert_yaxis()
-            bars.set_xlabel("MiB saved for backward")
-            bars.legend(["eager", "fused"])
-            left_out = len(self.chains) - len(chains)
-            bars.set_title(f"chains{f', without {left_out} smaller ones' if left_out else ''}")
-        figure.savefig(path, dpi=120)
-        pyplot.close(figure)
+        draw(self, path)
 
 
 def explain(
