@@ -46,6 +46,7 @@ def test_plain_model_takes_the_checkpoint(sync, tmp_path):
     assert difference < 1e-3
     (difference,) = numbers(done.stdout, "largest difference of the processes' running statistics")
     assert difference == 0 if sync else difference > 1e-3
+    assert ("(normal: each process has" in done.stdout) != sync
 
     keys = torch.load(checkpoint).keys()
     assert {"conv1.weight", "bn1.running_mean", "layer4.1.bn2.weight", "fc.bias"} <= keys
