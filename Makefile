@@ -107,11 +107,11 @@ leak: build
 
 # The suite on a build with AddressSanitizer and UBSan, in a folder of its own; what tests compile with g++ (the CUDA kernels'
 # shim) has both too. Left out is what starts a compiler under the sanitizer's preload (TorchInductor, CMake), what measures memory,
-# which the sanitizer's allocator holds back, and what does not run the operators: the build's facts, the reference, the
-# example.
+# which the sanitizer's allocator holds back, and what does not run the operators: the build's facts, the reference. The
+# examples are left out, too.
 SANITIZED := build/sanitize/lib
 SANITIZER_PRELOAD = $(shell g++ -print-file-name=libasan.so):$(shell g++ -print-file-name=libubsan.so)
-NOT_SANITIZED := deploy/test_mnist deploy/test_package operator/test_reference operator/test_memory \
+NOT_SANITIZED := deploy/test_mnist deploy/test_train_folder deploy/test_quickstart deploy/test_package operator/test_reference operator/test_memory \
   operator/test_memory_contract deploy/test_compile deploy/test_export deploy/test_cpp_example gpu/test_gpu_script
 sanitize: $(SANITIZED)/built
 	LD_PRELOAD=$(SANITIZER_PRELOAD) PYTHONPATH=$(SANITIZED) OMP_NUM_THREADS=2 \

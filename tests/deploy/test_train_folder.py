@@ -71,6 +71,7 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(images, finished, tmp_pa
     assert losses(found) == losses(expected)
     assert len(found["history"]) == 2
     torch.testing.assert_close(found["model"], expected["model"], rtol=0, atol=0)
+    assert found["scheduler"] == expected["scheduler"]
 
 
 def test_unfused_model_takes_the_checkpoint(finished):
