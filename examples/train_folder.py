@@ -85,7 +85,9 @@ class Run:
             # Of the size of a batch; only its shape matters. Under autocast as in training.
             example = self.placed(torch.empty(arguments.batch_size, 3, *[arguments.size] * 2))
             with self.autocast():
-                self.model = fusedconvbn.fuse(model, example, memory=arguments.budget)
+                self.model = fusedconvbn.fuse(
+                    model, example, memory=arguments.budget, optimizer="sgd"
+                )
         self.optimizer = torch.optim.SGD(self.model.parameters(), arguments.lr, momentum=0.9)
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, self.epochs)
         self.memory: dict[str, int] = {}
@@ -114,7 +116,7 @@ class Run:
             seen += len(images)
             if self.memory or seen < len(batches) * len(images):
                 total += self.step(images, labels)
-            else:  # the last step of the first epoch, as this takes longer
+            else:  # once, in the last step of an epoch: to measure takes longer
                 with fusedconvbn.track_memory(self.device) as memory:
                     total += self.step(images, labels)
                 self.memory = {"saved": memory.saved, "peak": memory.peak}
@@ -159,6 +161,8 @@ class Run:
                     f"--{name.replace('_', '-')} must be that of {path}, {value}, "
                     f"got {self.settings[name]}"
                 )
+        if len(checkpoint["history"]) == self.epochs:
+            raise ValueError(f"--resume must be of a run that was stopped, {path} is complete")
         for name in ("model", "optimizer", "scheduler"):
             getattr(self, name).load_state_dict(checkpoint[name])
         self.history = checkpoint["history"]

@@ -81,19 +81,18 @@ def test_unfused_model_takes_the_checkpoint(finished):
 
 
 def test_an_unfused_run_goes_on_with_it(images, finished, tmp_path, monkeypatch, capsys):
-    """And the last table shows both runs."""
+    """And the table at its end shows both runs."""
     arguments = ["--data", str(images), *SMALL, "--output", str(tmp_path)]
     stopped(monkeypatch, arguments)
-    main([*arguments, "--resume", str(tmp_path / "fused.pt"), "--unfused"])
+    shutil.move(tmp_path / "fused.pt", tmp_path / "stopped.pt")
+    shutil.copy(finished / "fused.pt", tmp_path)
+    main([*arguments, "--resume", str(tmp_path / "stopped.pt"), "--unfused"])
     (_, expected), (_, found) = (
-        losses(torch.load(path)) for path in (finished / "fused.pt", tmp_path / "unfused.pt")
+        losses(torch.load(tmp_path / f"{kind}.pt")) for kind in ("fused", "unfused")
     )
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-3)
     assert found["validation loss"] == pytest.approx(expected["validation loss"], rel=1e-2)
 
-    shutil.copy(finished / "fused.pt", tmp_path)
-    capsys.readouterr()
-    main([*arguments, "--resume", str(tmp_path / "unfused.pt"), "--unfused"])
     output = capsys.readouterr().out
     assert re.search(r"^ +unfused +fused$", output, re.MULTILINE)
     (row,) = re.findall(r"^saved for backward \(MiB\)(.*)$", output, re.MULTILINE)
@@ -129,6 +128,7 @@ def test_digits(tmp_path):
     [
         (["--batch-size", "25"], "--batch-size must be at most 24, the images in train"),
         (["--epochs", "3", "--resume", "{finished}/fused.pt"], "--epochs must be .*, 2, got 3"),
+        (["--resume", "{finished}/fused.pt"], "of a run that was stopped, .*fused.pt is complete"),
         (["--resume", "{finished}/none.pt"], "No such file or directory: '.*none.pt'"),
         (["--data", "{finished}"], "No such file or directory: '.*train'"),
         (["--budget", "a lot"], "memory.*got 'a lot'"),
