@@ -45,7 +45,7 @@ def table(runs: dict[str, Checkpoint]) -> str:
     }
     lines = [f"{'':26}" + "".join(f"{kind:>10}" for kind in rows)]
     for name in next(iter(rows.values())):
-        lines.append(f"{name:26}" + "".join(f"{row[name]:10.3f}" for row in rows.values()))
+        lines.append(f"{name:26}" + "".join(f"{row[name]:10.4g}" for row in rows.values()))
     return "\n".join(lines)
 
 
