@@ -38,12 +38,15 @@ class Fused:
     @contextmanager
     def _plain(self) -> Iterator[nn.Module]:
         """The model as it was before it was fused, inside the context."""
-        fused, fusion = type(self), self._fusion
-        fusion.take_off(self)
+        fused, forward = type(self), vars(self).get("forward")
+        self._fusion.take_off(self)
         try:
             yield self
         finally:
-            fusion.put_on(self, fused)
+            self.__class__ = fused
+            vars(self).pop("forward", None)
+            if forward is not None:
+                self.forward = forward
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         with self._plain() as plain:
@@ -108,17 +111,14 @@ class Fusion:
         return self.own(*args, **kwargs)
 
     def take_off(self, model: nn.Module) -> None:
+        """Gives the model its own class and ``forward``. A ``forward`` that it was given after it
+        was fused stays, as it wraps one of the two."""
         model.__class__ = self.kind
-        if self.own is not None:
+        if self.own is not None and "forward" not in vars(model):
             bound = isinstance(self.own, types.MethodType)
             model.__dict__["forward"] = (
                 types.MethodType(self.own.__func__, model) if bound else self.own
             )
-
-    def put_on(self, model: nn.Module, kind: type) -> None:
-        model.__class__ = kind
-        if self.own is not None:
-            del model.__dict__["forward"]
 
     def run(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if _is_traced():
@@ -247,6 +247,8 @@ def fused(model: nn.Module, plan: Plan, example: Any = None) -> nn.Module:
     fusion = Fusion(model, plan, example)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self, kind):  # it was unfused or copied, with a wrapper around this
+            return fusion.forward(self, *args, **kwargs)
         if torch.compiler.is_dynamo_compiling():
             return fusion.run_traced(self, args, kwargs)
         return fusion.run(self, args, kwargs)

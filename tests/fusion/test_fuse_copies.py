@@ -146,6 +146,10 @@ def test_a_wrapped_forward():
     for m in (made, fused):
         copied = zeroed(copy.deepcopy(m))(x)
         torch.testing.assert_close(copied, x.relu(), rtol=0.02, atol=0.02)
+    plain, runs = unfuse(fused), fused._fusion.runs
+    assert saved(plain, x) == saved(made, x)
+    torch.testing.assert_close(plain(x), made(x))
+    assert fused._fusion.runs == runs  # the plain one does not run the fused one's graphs
     fused.forward = MethodType(fused.__dict__["forward"].__wrapped__, fused)  # unwrapped
     del made.forward
     torch.testing.assert_close(fused(x), made(x))
@@ -161,6 +165,11 @@ def test_a_forward_of_one_object():
     assert plain.forward.__self__ is plain and "forward" not in fused.__dict__
     torch.testing.assert_close(plain(x), made(x))
     assert zeroed(copy.deepcopy(fused))(x).sum() == 2 * x.relu().sum()
+
+    fused.forward = lambda x, forward=fused.forward: forward(x) + 1  # given after it was fused
+    copy.copy(fused), copy.deepcopy(fused)
+    torch.testing.assert_close(fused(x), made(x) + 1)
+    torch.testing.assert_close(unfuse(fused, inplace=True)(x), made(x) + 1)
 
 
 def test_averages():
