@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 CUDA_VENV := .venv-cuda
 COVERAGE_VENV := .venv-coverage
 DOCS_VENV := .venv-docs
+RECIPES_VENV := .venv-recipes
 # For test-torch: make test-torch TORCH=2.11.0
 TORCH ?= 2.14.1
 TORCH_VENV := .venv-torch-$(TORCH)
@@ -32,7 +33,7 @@ $(@D)/bin/python -c 'import site, sys; print(f"import site; site.addsitedir({sys
 touch $@
 endef
 
-.PHONY: demo test test-all lint check-cuda test-cuda test-torch says-what-it-needs gpu-bundle bench bench-models bench-cuda coverage docs fuzz leak sanitize build format clean
+.PHONY: demo test test-all lint check-cuda test-cuda test-torch says-what-it-needs gpu-bundle bench bench-models bench-cuda coverage recipes docs fuzz leak sanitize build format clean
 
 demo: build
 	$(BIN)/python examples/mnist.py --output output/mnist.png
@@ -80,6 +81,13 @@ coverage: build $(COVERAGE_VENV)/requirements
 	$(COVERAGE_VENV)/bin/python benchmarks/coverage.py --resume $(COVERAGE)
 
 $(COVERAGE_VENV)/requirements: benchmarks/coverage-requirements.txt $(VENV)/requirements
+	$(call beside,--no-deps)
+
+# The recipes of docs/recipes.md, with the frameworks that they are for: two minutes.
+recipes: build $(RECIPES_VENV)/requirements
+	$(RECIPES_VENV)/bin/python -m pytest tests/recipes
+
+$(RECIPES_VENV)/requirements: tests/recipes/requirements.txt benchmarks/coverage-requirements.txt $(VENV)/requirements
 	$(call beside,--no-deps)
 
 # The site, in build/docs. A warning is an error.
@@ -183,4 +191,4 @@ build/gpu/_C.py: $(CUDA_VENV)/requirements $(SOURCES) tests/kernels/build_cuda.p
 	$(CUDA_VENV)/bin/python tests/kernels/build_cuda.py bundle build/gpu
 
 clean:
-	rm -rf build $(VENV) $(CUDA_VENV) $(COVERAGE_VENV) $(DOCS_VENV) .venv-torch-* fusedconvbn/*.so *.egg-info
+	rm -rf build $(VENV) $(CUDA_VENV) $(COVERAGE_VENV) $(DOCS_VENV) $(RECIPES_VENV) .venv-torch-* fusedconvbn/*.so *.egg-info

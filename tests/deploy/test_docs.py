@@ -1,37 +1,21 @@
 """The Python examples in README.md and docs/ run as they stand: the blocks of a page from top to
 bottom, as one script in a process of its own. A block below a line `<!-- not run -->` is left
-out."""
+out. The blocks of docs/recipes.md need packages of others; tests/recipes runs them."""
 
 import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from pages import DOCS, FENCE, script
 
 import fusedconvbn
 from fusedconvbn.__main__ import main
 
-DOCS = Path(__file__).parents[2] / "docs"
-FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```\s*$", re.MULTILINE | re.DOTALL)
-
-
-def script(text: str) -> str:
-    """The Python of a page, each line at its place in the page, so that an error names the page's
-    own line."""
-    lines = [""] * text.count("\n")
-    for block in FENCE.finditer(text):
-        before = text[: block.start()].rstrip("\n").rpartition("\n")[2].strip()
-        if block[1] == "python" and before != "<!-- not run -->":
-            first = text[: block.start(2)].count("\n")
-            lines[first : first + block[2].count("\n")] = block[2].splitlines()
-    return "\n".join(lines) + "\n"
-
-
 PATHS = [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]
-PAGES = {path.stem: script(path.read_text("utf-8")) for path in PATHS}
+PAGES = {path.stem: script(path.read_text("utf-8")) for path in PATHS if path.stem != "recipes"}
 
 
 @pytest.mark.independent
@@ -53,7 +37,7 @@ def test_examples_run(page, tmp_path):
 
 # Pages of results and of the project, and those with tests of their own.
 WITHOUT_EXAMPLE = {"performance", "measurements", "coverage", "cuda", "experiments"}
-WITHOUT_EXAMPLE |= {"design", "changelog", "contributing", "installation", "recipes"}
+WITHOUT_EXAMPLE |= {"design", "changelog", "contributing", "installation"}
 
 
 def test_every_page_about_a_feature_has_an_example():
