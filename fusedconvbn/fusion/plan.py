@@ -180,21 +180,25 @@ class Peak:
 
 
 Memory = float | int | str | Peak
+_LEAST_BYTES = 1000  # of an int: a smaller one is taken for a fraction or a percentage
 
 
 def parse_memory(memory: float | int | str) -> Memory:
-    """``"auto"``, ``"min"``, a fraction as a float, bytes as an int, or a peak.
+    """``"auto"``, ``"min"``, a fraction as a float or a string like ``"40%"``, bytes as an int or a
+    string like ``"6GiB"``, or a peak.
 
     Raises:
         ValueError, TypeError: it is none of these.
     """
     rule = (
-        'expected memory "auto", "min", a fraction of eager\'s bytes above 0, a size like "6GiB", '
-        'or a peak like "peak 12GiB"'
+        'expected memory "auto", "min", a fraction of eager\'s bytes above 0 as a float or "40%", '
+        'a size as an int or "6GiB", or a peak like "peak 12GiB"'
     )
     if isinstance(memory, str):
         if memory in ("auto", "min"):
             return memory
+        if percent := re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", memory.strip()):
+            return parse_memory(float(percent[1]) / 100)
         found = re.fullmatch(r"(peak\s+)?(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B", memory.strip())
         if not found:
             raise ValueError(f"{rule}, got {memory!r}")
@@ -205,7 +209,13 @@ def parse_memory(memory: float | int | str) -> Memory:
         raise TypeError(f"{rule}, got {memory!r}")
     if not memory > 0 or memory == float("inf"):
         raise ValueError(f"{rule}, got {memory!r}")
-    return float(memory) if isinstance(memory, float) or memory == 1 else memory
+    if isinstance(memory, int) and memory < _LEAST_BYTES:
+        fraction = 1.0 if memory == 1 else memory / 100
+        raise ValueError(
+            f"{rule}, got {memory!r}, an int, which stands for bytes; write {fraction} or "
+            f"'{fraction:.0%}' for a fraction"
+        )
+    return memory
 
 
 def knapsack(maps: Iterable[InnerMap], budget: int | None, price: float = 0.0) -> frozenset[str]:

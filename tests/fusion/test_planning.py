@@ -99,7 +99,10 @@ def test_sizes_without_a_common_divisor():
         ("auto", "auto"),
         ("min", "min"),
         (0.3, 0.3),
-        (1, 1.0),
+        (1.0, 1.0),
+        ("40%", 0.4),
+        ("12.5 %", 0.125),
+        (1000, 1000),
         (5000, 5000),
         ("6GiB", 6 * 2**30),
         ("1.5 MB", 1_500_000),
@@ -107,7 +110,16 @@ def test_sizes_without_a_common_divisor():
     ],
 )
 def test_memory_is_read(given, expected):
-    assert parse_memory(given) == expected
+    found = parse_memory(given)
+    assert found == expected and type(found) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("given", "written"), [(1, r"1\.0 or '100%'"), (40, r"0\.4 or '40%'"), (999, "9.99 or '999%'")]
+)
+def test_a_small_int_is_no_fraction(given, written):
+    with pytest.raises(ValueError, match=f"got {given}, an int, .* bytes; write {written} for a"):
+        parse_memory(given)
 
 
 # ------------------------------------------------------------------------------------------ devices
