@@ -1,5 +1,6 @@
 """Loads the operators; where they do not load, an error says why in a sentence."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,17 @@ def build_info() -> dict[str, Any]:
     try:
         from . import _C
     except ImportError as error:
+        what = f"fusedconvbn in {Path(__file__).parent} is not built"
+        built = [path for path in sys.path if any(Path(path, "fusedconvbn").glob("_C*.so"))]
+        if built:  # behind the folder that `python -m` and `python -c` search first
+            raise ImportError(
+                f"{what}, and hides the one that is installed in {built[0]}: start Python in "
+                "another folder, or type `fusedconvbn` instead of `python -m fusedconvbn`"
+            ) from None
         raise ImportError(
-            f"fusedconvbn in {Path(__file__).parent} is not built ({error}); run `pip install .` "
-            "in its sources, and import it from another folder than the sources"
-        ) from error
+            f"{what} ({error}); run `pip install .` in its sources, and import it from another "
+            "folder than the sources"
+        ) from None
     return _C.build_info()
 
 

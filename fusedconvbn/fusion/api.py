@@ -54,14 +54,15 @@ def fuse(
             in which the model will be trained. The model is captured, and the plan is made, with
             their shapes. The model does not run, unless the graph breaks where it needs values:
             then a copy of it does. Without ``example_inputs`` the first call does all this.
-        memory: what may be saved for backward. A float is a fraction of what eager saves for
-            ``example_inputs``; an int, or a string like ``"6GiB"``, is a number of bytes; the plan
-            is the fastest one within this budget. Below what ``"min"`` saves, whole parts of the
-            model run again in backward, and save their inputs alone; such a plan needs no more
-            memory at its peak than ``"min"``. A string like ``"peak 12GiB"`` is a budget for all
-            that is live at any moment of a step: parameters, buffers, inputs, gradients, the state
-            of the optimizer, and what forward and backward need. On CUDA a plan for any of these
-            runs each convolution, to measure cuDNN's workspaces, and resets CUDA's peak statistics.
+        memory: what may be saved for backward. A float, or a string like ``"40%"``, is a fraction
+            of what eager saves for ``example_inputs``; an int of at least 1000, or a string like
+            ``"6GiB"``, is a number of bytes; the plan is the fastest one within this budget. Below
+            what ``"min"`` saves, whole parts of the model run again in backward, and save their
+            inputs alone; such a plan needs no more memory at its peak than ``"min"``. A string like
+            ``"peak 12GiB"`` is a budget for all that is live at any moment of a step: parameters,
+            buffers, inputs, gradients, the state of the optimizer, and what forward and backward
+            need. On CUDA a plan for any of these runs each convolution, to measure cuDNN's
+            workspaces, and resets CUDA's peak statistics.
             ``"min"`` recomputes every inner map of the chains.
             ``"auto"`` recomputes as many maps as it takes to come down to 0.53 of eager's bytes, or
             all of them if that is not enough; on CPU it begins with the maps that are nearly free
@@ -195,14 +196,8 @@ def _stand_ins(example_inputs: Any) -> Any:
 
 
 def _warn_if_useless(name: str, found: "Findings") -> None:
-    norms = sum(g.norms * g.runs for g in found.graphs)
-    if not any(g.matches for g in found.graphs):
-        none = "no captured graph of it runs one" if found.untraceable else "it runs no batch norm"
-        what = f"none of its {norms} batch norms can be" if norms else none
-        reasons = {reason for g in found.graphs for reason in g.refused.values()}
-        reasons |= set(found.untraceable.values())
-        why = f": {'; '.join(sorted(reasons)[:3])}" if reasons else ""
-        warnings.warn(f"fuse: nothing of {name} is fused, {what}{why}", stacklevel=3)
+    if found.unfused:
+        warnings.warn(f"fuse: nothing of {name} is fused, {found.unfused}", stacklevel=3)
     elif found.saved > 0.95 * found.eager:
         share = found.saved / max(found.eager, 1)
         warnings.warn(

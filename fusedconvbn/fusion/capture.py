@@ -14,7 +14,10 @@ import torch
 import torch._dynamo
 from torch import Tensor, fx, nn
 from torch._dynamo.types import ConvertFrameReturn
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.fx.experimental.symbolic_shapes import (
+    GuardOnDataDependentSymNode,
+    free_unbacked_symbols,
+)
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -39,6 +42,8 @@ _SETTINGS = {
     "accumulated_recompile_limit": 65536,
     "optimize_ddp": False,
 }
+
+_VALUES = "it takes numbers or sizes out of tensors, as x.item() does"
 
 Backend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 
@@ -195,10 +200,12 @@ def capture_whole(
     except _Stop:
         # Asked for a whole graph, Dynamo captures calls that break the graph otherwise.
         if any(_depends_on_values(value(node)) for node in found[0][0].graph.nodes):
-            return {"": "it takes numbers or sizes out of tensors, as x.item() does"}
+            return {"": _VALUES}
         return found[0]
     except torch._dynamo.exc.TorchDynamoException as error:
         return _where_and_why(error)
+    except GuardOnDataDependentSymNode:
+        return {"": _VALUES}
     return {"": "it computes nothing with tensors"}
 
 

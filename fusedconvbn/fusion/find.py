@@ -52,6 +52,18 @@ class Findings:
     def maps(self) -> list[InnerMap]:
         return [m for graph in self.graphs for m in graph.maps]
 
+    @property
+    def unfused(self) -> str:
+        """Why nothing is fused; empty if something is."""
+        if any(g.matches for g in self.graphs):
+            return ""
+        norms = sum(g.norms * g.runs for g in self.graphs)
+        none = "no captured graph of it runs one" if self.untraceable else "it runs no batch norm"
+        what = f"none of its {norms} batch norms can be" if norms else none
+        reasons = {reason for g in self.graphs for reason in g.refused.values()}
+        reasons |= set(self.untraceable.values())
+        return f"{what}: {'; '.join(sorted(reasons)[:3])}" if reasons else what
+
     @functools.cached_property
     def curve(self) -> Curve | None:
         """The plans for all budgets. Segments are for a graph that is the whole model."""

@@ -10,12 +10,13 @@ from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
 
 from ..memory import MIB
-from ..sources import factory_of, without_memory
+from ..sources import factory_of, takes_a_batch, without_memory
 from . import cuda_libraries
 from .api import checked, uncompiled
 from .copies import copied
 from .optimizers import OPTIMIZERS, optimizer_bytes
 from .plan import CPU, H100, H200, Device, OutOfReach, Plan, device_figures, parse_memory
+from .progress import progress
 
 if TYPE_CHECKING:
     from .find import Findings
@@ -59,6 +60,7 @@ class Fit:
         dtype: likewise, as a name.
         device: likewise.
         plans: eager, ``"auto"``, and smaller budgets.
+        unfused: why nothing is fused; empty if something is.
     """
 
     model: str
@@ -68,6 +70,7 @@ class Fit:
     dtype: str
     device: str
     plans: list[PlanFit]
+    unfused: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """The result as numbers, strings, lists and dicts, for JSON."""
@@ -117,7 +120,7 @@ def fit(
         model: a model; a function that makes one; or a source: ``"torchvision:resnet50"``,
             ``"timm:NAME"``, ``"package.module:FACTORY"``, ``"path/to/file.py:FACTORY"``. It is not
             changed. Its forward takes a batch of samples, and must be one graph.
-        memory: bytes, or a string like ``"12GiB"``.
+        memory: bytes, at least 1000, or a string like ``"12GiB"``.
         sample: the shape of one sample.
         optimizer: ``"sgd"`` (with momentum), ``"adam"``, ``"adamw"``, or ``"none"``, for a state of
             0 bytes.
@@ -141,7 +144,7 @@ def fit(
     Example:
         >>> print(fusedconvbn.fit("torchvision:resnet50", "12GiB"))
     """
-    nbytes = _bytes(memory)
+    nbytes = bytes_of(memory)
     for name, found, known in (
         ("optimizer", optimizer, OPTIMIZERS),
         ("device", device or "cpu", DEVICES),
@@ -153,18 +156,22 @@ def fit(
     if device is None:
         figures = device_figures(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         device = next(name for name, known in DEVICES.items() if known is figures)
-    steps = _Steps(model, tuple(sample), optimizer, dtype, DEVICES[device], channels_last)
+    name = model if isinstance(model, str) else getattr(model, "__name__", type(model).__name__)
     plans: list[PlanFit] = []
-    for plan in _PLANS:
-        try:
-            saved = steps.saved(plan)
-        except OutOfReach:
-            continue
-        if isinstance(plan, float) and saved >= plans[-1].saved:
-            continue
-        batch, needed = _largest(nbytes, lambda n: steps.nbytes(n, plan), steps.fixed)  # noqa: B023
-        seconds = steps.seconds(max(batch, 1), plan) / max(batch, 1)
-        plans.append(PlanFit(plan, batch, needed, saved, seconds))
+    with progress(f"fit {name}", 1 + len(_PLANS)) as stage:
+        stage("build")
+        steps = _Steps(model, tuple(sample), optimizer, dtype, DEVICES[device], channels_last)
+        for plan in _PLANS:
+            stage(f"memory {plan}")
+            try:
+                saved = steps.saved(plan)
+            except OutOfReach:
+                continue
+            if isinstance(plan, float) and saved >= plans[-1].saved:
+                continue
+            batch, needed = _largest(nbytes, lambda n: steps.nbytes(n, plan), steps.fixed)  # noqa: B023
+            seconds = steps.seconds(max(batch, 1), plan) / max(batch, 1)
+            plans.append(PlanFit(plan, batch, needed, saved, seconds))
     plans.sort(key=lambda p: -p.saved)
     if not any(p.batch for p in plans):
         least = min(p.nbytes for p in plans)
@@ -173,10 +180,16 @@ def fit(
             f"needs, got {memory!r}"
         )
     short = str(dtype).removeprefix("torch.")
-    return Fit(steps.name, nbytes, tuple(sample), optimizer, short, device, plans)
+    unfused = steps.unfused()
+    return Fit(steps.name, nbytes, tuple(sample), optimizer, short, device, plans, unfused)
 
 
-def _bytes(memory: int | str) -> int:
+def bytes_of(memory: int | str) -> int:
+    """The bytes that a `memory` of :func:`fit` stands for.
+
+    Raises:
+        ValueError: it is no number of bytes.
+    """
     rule = 'fit: expected memory in bytes or a size like "12GiB"'
     try:
         found = parse_memory(memory)
@@ -242,6 +255,11 @@ class _Steps:
     ) -> None:
         source = model if isinstance(model, str) else ""
         if isinstance(model, str):
+            if not takes_a_batch(model):
+                raise ValueError(
+                    "fit: expected a model whose forward takes one batch of samples, got "
+                    f"{model}, which takes more; explain takes such models"
+                )
             model = factory_of(model)
         if not isinstance(model, nn.Module):
             model = without_memory(model)
@@ -276,6 +294,10 @@ class _Steps:
             return 1.0
         found = self._planned(_START, plan)[0]
         return found.saved / max(found.eager, 1)
+
+    def unfused(self) -> str:
+        """Why nothing is fused; empty if something is."""
+        return self._planned(_START, "auto")[0].unfused
 
     def nbytes(self, batch: int, plan: str | float) -> int:
         """Bytes that a step needs."""

@@ -1,5 +1,6 @@
 """A progress bar in the terminal."""
 
+import shutil
 import sys
 import threading
 import time
@@ -7,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 _PATIENCE = 2.0  # seconds without a bar
+_INTERVAL = 0.2  # seconds between two drawings
 _WIDTH = 24
 
 
@@ -26,10 +28,13 @@ def progress(title: str, stages: int) -> Iterator[Callable[[str], None]]:
 
     def draw() -> None:
         done.wait(_PATIENCE)
-        while not done.wait(0.2):
+        while not done.wait(_INTERVAL):
             full = _WIDTH * (current[0] - 1) // stages
             bar = "█" * full + "░" * (_WIDTH - full)
-            sys.stderr.write(f"\r{title} {bar} {current[1]} {time.monotonic() - start:.0f} s ")
+            line = f"{title} {bar} {current[1]} {time.monotonic() - start:.0f} s"
+            # One that is wrapped could not be written over.
+            line = line[: shutil.get_terminal_size().columns - 1]
+            sys.stderr.write(f"\r{line}\033[K")
             sys.stderr.flush()
         if time.monotonic() - start > _PATIENCE:
             sys.stderr.write("\r\033[K")

@@ -10,6 +10,7 @@ from ..memory import MIB
 from .api import args_and_kwargs, checked, uncompiled, with_static
 from .match import Match
 from .plan import OutOfReach, knapsack
+from .progress import progress
 from .segments import boundaries
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ class Report:
             its inputs alone and runs again in backward.
         front: the fastest plans, from the one that saves everything to the one that saves least.
         out_of_reach: why the plan is that of ``"min"``, where the budget is too small.
+        unfused: why nothing is fused; empty if something is.
     """
 
     model: str
@@ -90,6 +92,7 @@ class Report:
     segments: list[str]
     front: list[FrontPoint]
     out_of_reach: str = ""
+    unfused: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """The report as numbers, strings, lists and dicts, for JSON."""
@@ -127,7 +130,8 @@ class Report:
         if self.out_of_reach:
             lines.append(f"the plan is that of memory='min': {self.out_of_reach}")
         lines += [f"not fused: {name}: {reason}" for name, reason in self.refused.items()]
-        lines += [f"the graph breaks {where}: {why}" for where, why in self.untraceable.items()]
+        for where, why in self.untraceable.items():
+            lines.append(f"the graph breaks{f' {where}' if where else ''}: {why}")
         return "\n".join(lines)
 
     @property
@@ -186,7 +190,10 @@ def explain(
     except OutOfReach as error:
         reason = str(error)
         found = find(model, args, kwargs, "min", calibrate)
-    return _report(type(model).__name__, found, reason)
+    name = type(model).__name__
+    with progress(f"explain {name}", 1) as stage:
+        stage("all budgets")
+        return _report(name, found, reason)
 
 
 def _report(name: str, found: "Findings", out_of_reach: str) -> Report:
@@ -232,6 +239,7 @@ def _report(name: str, found: "Findings", out_of_reach: str) -> Report:
         segments,
         _front(found),
         out_of_reach,
+        found.unfused,
     )
 
 

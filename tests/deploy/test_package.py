@@ -44,13 +44,6 @@ def test_the_build_facts_need_no_torch(tmp_path):
     assert json.loads(result.stdout)["torch"] == torch.__version__
 
 
-def test_command_line_shows_the_facts(tmp_path):
-    result = python("-m", "fusedconvbn", cwd=tmp_path, check=True)
-    for name, value in fusedconvbn.build_info().items():
-        assert name in result.stdout
-        assert str(value) in result.stdout or isinstance(value, tuple)
-
-
 def test_metadata_requires_the_torch_of_the_build():
     minor = ".".join(torch.__version__.split(".")[:2])
     assert importlib.metadata.requires("fusedconvbn") == [f"torch=={minor}.*"]
@@ -80,14 +73,25 @@ def test_a_library_that_does_not_load_is_explained(tmp_path):
     assert "to build it again" in result.stderr
 
 
-def test_sources_that_are_not_built_are_explained(tmp_path):
+@pytest.mark.parametrize("installed", (False, True))
+def test_sources_that_are_not_built_are_explained(installed, tmp_path):
     for library in copy_package(tmp_path).glob("*.so"):
         library.unlink()
     # An editable install would find the libraries of the sources.
-    code = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in str(f)]"
-    result = python("-c", f"{code}; import fusedconvbn", cwd=tmp_path)
-    assert "is not built" in result.stderr
-    assert "run `pip install .`" in result.stderr
+    code = """
+import sys
+from pathlib import Path
+sys.meta_path = [f for f in sys.meta_path if 'editable' not in str(f)]
+sys.path = [p for p in sys.path if not list(Path(p, 'fusedconvbn').glob('_C*'))]
+"""
+    if installed:
+        code += f"sys.path.append({str(PACKAGE.parent)!r})\n"
+    result = python("-c", f"{code}import fusedconvbn", cwd=tmp_path)
+    *_, said = result.stderr.splitlines()
+    assert said.startswith(f"ImportError: fusedconvbn in {tmp_path}/fusedconvbn is not built")
+    assert ("run `pip install .`" in said) is not installed
+    hides = f"hides the one that is installed in {PACKAGE.parent}: start Python in another folder"
+    assert (hides in said) is installed
 
 
 @pytest.mark.parametrize(

@@ -172,6 +172,10 @@ def net():
     return nn.Sequential(nn.Conv2d(3, WIDTH, 3), nn.BatchNorm2d(WIDTH), nn.ReLU())
 def three():
     return 3
+def wide(width, depth=3):
+    return net()
+def fails():
+    raise KeyError("weights")
 text = "net"
 """
 
@@ -180,13 +184,15 @@ text = "net"
 def folder(tmp_path, monkeypatch):
     (tmp_path / "of_file.py").write_text(FILE)
     (tmp_path / "beside.py").write_text("WIDTH = 8")
+    (tmp_path / "broken.py").write_text("1 / 0")
+    (tmp_path / "imports.py").write_text("import not_there")
     package = tmp_path / "a_package"
     package.mkdir()
     (package / "__init__.py").write_text("")
     (package / "models.py").write_text(FILE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    for name in ("of_file", "beside", "a_package", "a_package.models"):
+    for name in ("of_file", "beside", "broken", "imports", "a_package", "a_package.models"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     return tmp_path
 
@@ -221,7 +227,11 @@ SOURCE_ERRORS = {
     "of_file.py:nothing": "expected 'nothing' in of_file.py to be a function .* got nothing",
     "of_file.py:text": "expected 'text' in of_file.py to be a function or class, got str",
     "of_file.py:three": "expected of_file.py:three to return an nn.Module, got int",
-    "not_there:net": "No module named 'not_there'",
+    "of_file.py:wide": "expected of_file.py:wide to need no arguments, got one that needs width",
+    "of_file.py:fails": "of_file.py:fails raised KeyError: 'weights'",
+    "broken.py:net": "the import of broken.py raised ZeroDivisionError: division by zero",
+    "imports.py:net": "the import of imports.py failed: No module named 'not_there'",
+    "not_there:net": "the import of not_there failed: No module named 'not_there'",
 }
 
 

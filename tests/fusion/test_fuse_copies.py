@@ -2,7 +2,6 @@
 
 import copy
 import io
-import json
 import pickle
 import subprocess
 import sys
@@ -16,7 +15,6 @@ from fusing import Block, conv, doubled, image, picture, same, saved, small, uni
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-import fusedconvbn
 from fusedconvbn import fuse, is_fused, unfuse
 
 
@@ -546,46 +544,3 @@ def test_fuse_leaves_no_trace_when_it_fails():
     fused.__class__ = type("Sharded", (type(fused),), {})
     with pytest.raises(TypeError, match="before fully_shard"):
         unfuse(fused, inplace=True)
-
-
-def test_sources_are_found_by_the_command(capsys, tmp_path):
-    from fusedconvbn.__main__ import main
-
-    drawn, numbers = tmp_path / "out.png", tmp_path / "out.json"
-    main(
-        (
-            "explain torchvision:resnet18 --batch 2 --size 64 --budget 0.6 "
-            f"--plot {drawn} --json {numbers}"
-        ).split()
-    )
-    printed = capsys.readouterr().out
-    assert "20 of 20 pairs" in printed and drawn.stat().st_size > 10_000
-    main(["explain", "torchvision:resnet18", "--batch", "2", "--size", "64", "--budget", "0.001"])
-    assert "expected memory of at least" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="expected a source"):
-        main(["explain", "resnet18"])
-    source = tmp_path / "made.py"
-    source.write_text("from fusing import unit\ndef net():\n    return unit(3, 8)")
-    main(["explain", f"{source}:net", "--size", "16"])
-    assert "1 of 1 pairs" in capsys.readouterr().out
-    assert fusedconvbn.fuse is fuse
-
-
-def test_fit_is_a_command(capsys, tmp_path, monkeypatch):
-    from fusedconvbn.__main__ import main
-
-    monkeypatch.setattr(sys.modules["fusedconvbn.fusion.fit"], "_PLANS", ("eager", "auto"))
-    numbers = tmp_path / "out.json"
-    main(
-        (
-            "fit torchvision:resnet18 --size 64 --memory 512MiB --optimizer adam --dtype bfloat16 "
-            f"--device h200 --contiguous --json {numbers}"
-        ).split()
-    )
-    printed = capsys.readouterr().out
-    assert "resnet18, 3×64×64, bfloat16, optimizer adam, in 512.00 MiB" in printed
-    eager, auto = json.loads(numbers.read_text())["plans"]
-    assert f"eager  {eager['batch']:6}" in printed and "ms a sample, h200" in printed
-    assert auto["batch"] > eager["batch"] > 0
-    with pytest.raises(SystemExit, match="fit: expected memory in bytes"):
-        main(["fit", "torchvision:resnet18", "--memory", "much"])

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from fusing import unit
 from torch import nn
 from zoo import MODELS, NETWORKS, SMALL
 
@@ -73,3 +74,22 @@ def test_measured_times_are_taken_where_asked_for():
 def test_errors():
     with pytest.raises(ValueError, match="explain: expected example_inputs, got None"):
         explain(nn.Conv2d(3, 3, 1), None)
+
+
+class Draws(nn.Module):
+    """As a detector does that draws the size of its images from a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.sizes = unit(3, 8), [8, 8]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        size = self.sizes[int(torch.empty(1).uniform_(0.0, 2.0).item())]
+        return self.net(nn.functional.interpolate(x, size=(size, size)))
+
+
+def test_an_index_that_depends_on_a_value_breaks_the_graph():
+    report = explain(Draws(), torch.randn(2, 3, 16, 16))
+    assert report.fused_pairs == report.pairs == 1
+    assert "the graph breaks: it takes numbers or sizes out of tensors" in str(report)
+    assert not report.unfused
