@@ -135,6 +135,7 @@ $(SANITIZED)/built: $(VENV)/requirements $(SOURCES) $(wildcard fusedconvbn/*.py 
 lint: $(VENV)/requirements
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
 format: $(VENV)/requirements

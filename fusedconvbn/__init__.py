@@ -10,11 +10,11 @@ from . import dtensor, flops
 from .conversion import fold, revert_sync_batchnorm
 from .functional import conv_bn
 from .fusion.api import fuse, is_fused, unfuse
-from .fusion.fit import fit
-from .fusion.report import explain
+from .fusion.fit import Fit, PlanFit, fit
+from .fusion.report import ChainReport, FrontPoint, MapReport, Report, explain
 from .fusion.rescue import rescue
 from .fusion.sequential import FusedConvBNSequential
-from .memory import empty_cache, track_memory
+from .memory import MemoryReport, empty_cache, track_memory
 from .modules import (
     FusedConvBN,
     FusedConvBN1d,
@@ -32,6 +32,9 @@ flops.register()
 __version__ = "0.1.0"
 
 __all__ = [
+    "ChainReport",
+    "Fit",
+    "FrontPoint",
     "FusedConvBN",
     "FusedConvBN1d",
     "FusedConvBN2d",
@@ -40,6 +43,10 @@ __all__ = [
     "FusedConvTransposeBN1d",
     "FusedConvTransposeBN2d",
     "FusedConvTransposeBN3d",
+    "MapReport",
+    "MemoryReport",
+    "PlanFit",
+    "Report",
     "build_info",
     "check_recompute",
     "conv_bn",

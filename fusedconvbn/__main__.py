@@ -65,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
+    """Of all arguments of :func:`main`."""
     of_all = argparse.ArgumentParser("fusedconvbn", description=__doc__)
     version = f"fusedconvbn {__version__} (torch {torch.__version__})"
     of_all.add_argument("--version", action="version", version=version)
@@ -225,7 +226,7 @@ def _explain(options: argparse.Namespace) -> Report:
     images = torch.preserve_format
     if len(sample) == 3 and not options.contiguous:
         images = torch.channels_last
-        model = model.to(memory_format=images)
+        model = model.to(memory_format=images)  # type: ignore[call-overload]  # not in torch's types
 
     def placed(t: Tensor) -> Tensor:
         return t.to(device, memory_format=images if t.dim() == 4 else torch.preserve_format)

@@ -37,7 +37,9 @@ class _Loader(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         # Whoever looks at the module's loader later sees its own.
-        module.__loader__ = module.__spec__.loader = self.loader
+        module.__loader__ = self.loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self.loader
         self.loader.exec_module(module)
         self.then()
 

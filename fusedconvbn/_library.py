@@ -22,7 +22,7 @@ def build_info() -> dict[str, Any]:
     Needs only the small module `_C`, and so works where the operators do not load, too.
     """
     try:
-        from . import _C
+        from . import _C  # type: ignore[attr-defined]  # compiled
     except ImportError as error:
         what = f"fusedconvbn in {Path(__file__).parent} is not built"
         built = [path for path in sys.path if any(Path(path, "fusedconvbn").glob("_C*.so"))]
@@ -35,7 +35,8 @@ def build_info() -> dict[str, Any]:
             f"{what} ({error}); run `pip install .` in its sources, and import it from another "
             "folder than the sources"
         ) from None
-    return _C.build_info()
+    facts: dict[str, Any] = _C.build_info()
+    return facts
 
 
 def load() -> None:

@@ -173,8 +173,9 @@ def unpack(
         elif kind == _CONV:
             has_bias, transposed, groups, dims = islice(numbers, 4)
             weight, bias = next(given), next(given) if has_bias else None
-            lists = [list(islice(numbers, dims)) for _ in range(4)]
-            chain.append(Conv(weight, bias, *lists[:3], bool(transposed), lists[3], groups))
+            stride, padding, dilation, extra = (list(islice(numbers, dims)) for _ in range(4))
+            options = stride, padding, dilation, bool(transposed), extra, groups
+            chain.append(Conv(weight, bias, *options))
         else:
             weight, bias, residual = (
                 next(given) if present else None for present in islice(numbers, 3)

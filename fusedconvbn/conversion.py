@@ -2,7 +2,7 @@
 
 import copy
 from collections import OrderedDict
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +17,22 @@ class ConvActivation(nn.Sequential):
     """A folded layer: ``conv`` and ``activation``, both plain modules, with the fused layer's
     arguments."""
 
+    if TYPE_CHECKING:  # TorchScript would read this, too
+        conv: Any
+        activation: Any
+
     def forward(self, input: Tensor, residual: Optional[Tensor] = None) -> Tensor:  # noqa: UP045
         output = self.conv(input)
-        return self.activation(output if residual is None else output + residual)
+        result: Tensor = self.activation(output if residual is None else output + residual)
+        return result
 
 
 class ConvTransposeActivation(nn.Sequential):
     """The same with a transposed convolution."""
+
+    if TYPE_CHECKING:
+        conv: Any
+        activation: Any
 
     def forward(
         self,
@@ -32,9 +41,11 @@ class ConvTransposeActivation(nn.Sequential):
         residual: Optional[Tensor] = None,  # noqa: UP045
     ) -> Tensor:
         output = self.conv(input, output_size)
-        return self.activation(output if residual is None else output + residual)
+        result: Tensor = self.activation(output if residual is None else output + residual)
+        return result
 
 
+M = TypeVar("M", bound=nn.Module)
 _FORWARDS = (_FusedConvBN.forward, _FusedConvTransposeBN.forward)
 _FORWARD_HOOKS = (
     "_forward_hooks",
@@ -111,7 +122,7 @@ def _folded(layer: _ConvBN, keep_signature: bool) -> nn.Module:
     # Padding in numbers where that is possible: not every optimiser reads names.
     if isinstance(padding, str) and not layer._pad:
         padding = tuple(layer._padding)
-    conv = type(layer).conv_class(
+    conv: Any = type(layer).conv_class(
         old.in_channels,
         old.out_channels,
         old.kernel_size,
@@ -140,7 +151,8 @@ def _folded(layer: _ConvBN, keep_signature: bool) -> nn.Module:
     conv.weight = nn.Parameter(weight.to(dtype), trained)
     conv.bias = nn.Parameter(bias.to(dtype), trained)
     if not keep_signature and layer.activation == "none":
-        return conv.eval()
+        plain: nn.Module = conv.eval()
+        return plain
     kind: type[nn.Sequential] = nn.Sequential
     if keep_signature:
         kind = ConvTransposeActivation if old.transposed else ConvActivation
@@ -148,7 +160,7 @@ def _folded(layer: _ConvBN, keep_signature: bool) -> nn.Module:
     return kind(OrderedDict(conv=conv, activation=activation)).eval()
 
 
-def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
+def revert_sync_batchnorm(module: M) -> M:
     """Makes every synchronised fused layer in `module` use the statistics of its own process again,
     in place: the inverse of ``nn.SyncBatchNorm.convert_sync_batchnorm``, which takes models with
     fused layers.

@@ -60,7 +60,7 @@ def _run(func: Any, args: Any, kwargs: Any, mesh: Any) -> Any:
 
     placements = [Replicate()] * mesh.ndim
 
-    def local(t: Any) -> Tensor:
+    def local(t: Any) -> Any:
         whole = t if _replicated(t) else t.redistribute(placements=placements)
         return whole.to_local()
 

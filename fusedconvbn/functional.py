@@ -4,11 +4,17 @@ TorchScript reads the signature. It does not support `X | None`, nor a list as d
 """
 
 from numbers import Integral
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional, TypeVar, Union
 
 import torch
 from torch import Tensor
-from torch._jit_internal import BroadcastingList1  # an int, or one for each spatial dimension
+
+if TYPE_CHECKING:
+    # For type checkers; TorchScript reads this name: an int, or one for each spatial dimension.
+    T = TypeVar("T")
+    BroadcastingList1 = Union[T, list[T], tuple[T, ...]]  # noqa: UP007
+else:
+    from torch._jit_internal import BroadcastingList1
 
 # Looked up once: the look-up takes as long as a small layer's statistics.
 _operator = torch.ops.fusedconvbn.conv_bn
@@ -135,7 +141,7 @@ def conv_bn(
             stride, padding = _spatial("stride", stride), _spatial("padding", padding)
             dilation = _spatial("dilation", dilation)
             output_padding = _spatial("output_padding", output_padding)
-    return _operator(
+    result: Tensor = _operator(
         input,
         weight,
         bias,
@@ -158,3 +164,4 @@ def conv_bn(
         arithmetic,
         process_group,
     )
+    return result

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -26,7 +27,7 @@ def empty_cache() -> int:
     training and something else that needs memory. Maps in use are not affected. For the memory of a
     GPU, which PyTorch allocates, call :func:`torch.cuda.empty_cache`.
     """
-    return torch.ops.fusedconvbn._empty_cache()
+    return int(torch.ops.fusedconvbn._empty_cache())
 
 
 class MemoryReport:
@@ -157,7 +158,7 @@ def _counts(tensor: torch.Tensor, device: torch.device) -> bool:
     )
 
 
-def _replay(roots: Sequence, device: torch.device) -> tuple[int, int]:
+def _replay(roots: Sequence[Any], device: torch.device) -> tuple[int, int]:
     """Follows the allocator's events in time; returns bytes at the end of forward and the peak."""
     live: dict[int, int] = {}  # address → bytes, of the blocks that were allocated inside
     total = peak = 0
@@ -177,7 +178,7 @@ def _replay(roots: Sequence, device: torch.device) -> tuple[int, int]:
     return total if end_of_forward is None else end_of_forward, peak
 
 
-def _flatten(roots: Sequence) -> Iterator:
+def _flatten(roots: Sequence[Any]) -> Iterator[Any]:
     waiting = list(reversed(roots))
     while waiting:
         event = waiting.pop()

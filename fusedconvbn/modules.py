@@ -4,7 +4,7 @@ called; only their forward pre-hooks run, which may compute their parameters."""
 
 import inspect
 import math
-from typing import Any, ClassVar, Optional
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Optional, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,13 @@ from .hooks import (
 from .options import ConvOptions, refuse_lazy
 from .synchronised import NOT_SYNCHRONISED, Synchronised, plain_batch_norm
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Extents = int | tuple[int, ...]  # one for all spatial dimensions, or one for each
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
+Device = torch.device | str | int | None
+
 
 class _ConvBN(nn.Module):
     """The base of the six layers, which differ in `transposed` and in the classes of their
@@ -29,6 +36,9 @@ class _ConvBN(nn.Module):
 
     conv_class: ClassVar[type[nn.Module]]
     bn_class: ClassVar[type[nn.Module]]
+    if TYPE_CHECKING:  # TorchScript, which reads annotations too, takes children as they are
+        conv: Any
+        bn: Any
 
     # Read by TorchScript.
     activation: str
@@ -99,7 +109,7 @@ class _ConvBN(nn.Module):
     @classmethod
     def from_modules(
         cls, conv: nn.Module, bn: nn.Module, activation: str | nn.Module | None = None
-    ) -> "_ConvBN":
+    ) -> "Self":
         """The layer for a convolution and the batch norm behind it. Both become its children, so
         that their parameters and buffers are shared, not copied. An ``nn.SyncBatchNorm`` makes the
         layer synchronised; the child is then a plain batch norm with its parameters and buffers."""
@@ -206,7 +216,10 @@ _LAYER_DOC = """{conv} → {bn} → activation that saves one feature map for ba
     """
 
 
-def _documented(layer: type[_ConvBN]) -> type[_ConvBN]:
+Layer = TypeVar("Layer", bound=type[_ConvBN])
+
+
+def _documented(layer: Layer) -> Layer:
     layer.__doc__ = _LAYER_DOC.format(
         conv=layer.conv_class.__name__,
         bn=layer.bn_class.__name__,
@@ -220,20 +233,20 @@ class _FusedConvBN(_ConvBN):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int | tuple[int, ...],
-        stride: int | tuple[int, ...] = 1,
-        padding: int | tuple[int, ...] | str = 0,
-        dilation: int | tuple[int, ...] = 1,
+        kernel_size: Extents,
+        stride: Extents = 1,
+        padding: Extents | Literal["same", "valid"] = 0,
+        dilation: Extents = 1,
         groups: int = 1,
         bias: bool = False,
-        padding_mode: str = "zeros",
+        padding_mode: PaddingMode = "zeros",
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
         activation: str | nn.Module | None = None,
-        device: Any = None,
-        dtype: Any = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         conv = self.conv_class(
             in_channels,
@@ -266,21 +279,21 @@ class _FusedConvTransposeBN(_ConvBN):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int | tuple[int, ...],
-        stride: int | tuple[int, ...] = 1,
-        padding: int | tuple[int, ...] = 0,
-        output_padding: int | tuple[int, ...] = 0,
+        kernel_size: Extents,
+        stride: Extents = 1,
+        padding: Extents = 0,
+        output_padding: Extents = 0,
         groups: int = 1,
         bias: bool = False,
-        dilation: int | tuple[int, ...] = 1,
-        padding_mode: str = "zeros",
+        dilation: Extents = 1,
+        padding_mode: Literal["zeros"] = "zeros",
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
         activation: str | nn.Module | None = None,
-        device: Any = None,
-        dtype: Any = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         conv = self.conv_class(
             in_channels,
@@ -325,36 +338,54 @@ class _FusedConvTransposeBN(_ConvBN):
 class FusedConvBN1d(_FusedConvBN):
     conv_class = nn.Conv1d
     bn_class = nn.BatchNorm1d
+    if TYPE_CHECKING:
+        conv: nn.Conv1d
+        bn: nn.BatchNorm1d
 
 
 @_documented
 class FusedConvBN2d(_FusedConvBN):
     conv_class = nn.Conv2d
     bn_class = nn.BatchNorm2d
+    if TYPE_CHECKING:
+        conv: nn.Conv2d
+        bn: nn.BatchNorm2d
 
 
 @_documented
 class FusedConvBN3d(_FusedConvBN):
     conv_class = nn.Conv3d
     bn_class = nn.BatchNorm3d
+    if TYPE_CHECKING:
+        conv: nn.Conv3d
+        bn: nn.BatchNorm3d
 
 
 @_documented
 class FusedConvTransposeBN1d(_FusedConvTransposeBN):
     conv_class = nn.ConvTranspose1d
     bn_class = nn.BatchNorm1d
+    if TYPE_CHECKING:
+        conv: nn.ConvTranspose1d
+        bn: nn.BatchNorm1d
 
 
 @_documented
 class FusedConvTransposeBN2d(_FusedConvTransposeBN):
     conv_class = nn.ConvTranspose2d
     bn_class = nn.BatchNorm2d
+    if TYPE_CHECKING:
+        conv: nn.ConvTranspose2d
+        bn: nn.BatchNorm2d
 
 
 @_documented
 class FusedConvTransposeBN3d(_FusedConvTransposeBN):
     conv_class = nn.ConvTranspose3d
     bn_class = nn.BatchNorm3d
+    if TYPE_CHECKING:
+        conv: nn.ConvTranspose3d
+        bn: nn.BatchNorm3d
 
 
 class FusedConvBN(nn.Module):
@@ -384,8 +415,8 @@ class FusedConvBN(nn.Module):
         kernel_size: int,
         exp_avg_factor: float = 0.1,
         eps: float = 1e-3,
-        device: Any = None,
-        dtype: Any = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.exp_avg_factor = exp_avg_factor

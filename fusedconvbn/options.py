@@ -2,9 +2,8 @@
 refused."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
-from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 
@@ -28,7 +27,8 @@ class ConvOptions(NamedTuple):
     pad_mode: str
 
     @classmethod
-    def of(cls, conv: nn.Module) -> "ConvOptions":
+    def of(cls, conv: Any) -> "ConvOptions":
+        """Of a convolution module."""
         if conv.padding == "same":
             ends = same_padding(conv.dilation, conv.kernel_size)
         elif conv.padding == "valid":
@@ -60,7 +60,7 @@ def pad_after(ends: Sequence[tuple[int, int]], padding: Sequence[int]) -> list[i
 
 def refuse_lazy(where: str, name: str, module: Any) -> None:
     """Refuses a lazy module, whose parameters and class are not known before its first call."""
-    if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+    if isinstance(module, LazyModuleMixin) and cast(Any, module).has_uninitialized_params():
         raise TypeError(
             f"{where}: expected {name} with parameters, got a lazy {type(module).__name__}: "
             "call it, or its model, once"

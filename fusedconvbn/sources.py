@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,8 @@ def _builder(name: str) -> Callable[..., nn.Module]:
         models = _torchvision.models()
     if name not in models.list_models():
         raise ValueError(_no_model("torchvision", name, models.list_models()))
-    return models.get_model_builder(name)
+    builder: Callable[..., nn.Module] = models.get_model_builder(name)
+    return builder
 
 
 def _task(name: str) -> str:
@@ -170,13 +172,13 @@ def _module(where: str) -> Any:
 def _file(path: Path) -> Any:
     if not path.is_file():
         raise ValueError(f"expected the file of a source to exist, got {str(path)!r}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
+    loader = SourceFileLoader(path.stem, str(path))
+    module = importlib.util.module_from_spec(ModuleSpec(path.stem, loader, origin=str(path)))
     # As `python path` does: the folder of the file is searched, and the file is a module.
     sys.path.insert(0, str(path.parent))
     sys.modules.setdefault(path.stem, module)
     with _failing(str(path)):
-        spec.loader.exec_module(module)
+        loader.exec_module(module)
     return module
 
 
@@ -196,7 +198,7 @@ class _StandIns(TorchDispatchMode):
     constructors read them."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class Synchronised(NamedTuple):
@@ -18,8 +19,8 @@ class Synchronised(NamedTuple):
         is not synchronised, the group has one process, or this process is not in it."""
         if not self.on or not (dist.is_available() and dist.is_initialized()):
             return ""
-        group = self.group if self.group is not None else dist.group.WORLD
-        return group.group_name if dist.get_world_size(group) > 1 else ""
+        group: Any = self.group if self.group is not None else dist.group.WORLD
+        return str(group.group_name) if dist.get_world_size(group) > 1 else ""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Synchronised":
         return self  # a process group cannot be copied
@@ -36,7 +37,7 @@ def group_name_of(bn: nn.Module) -> str:
     return ""
 
 
-def plain_batch_norm(bn: nn.Module, kind: type[nn.Module]) -> nn.Module:
+def plain_batch_norm(bn: _BatchNorm, kind: type[nn.Module]) -> nn.Module:
     """A batch norm of class `kind` with the options, parameters, buffers and mode of `bn`."""
     plain = kind(
         bn.num_features, bn.eps, bn.momentum, bn.affine, bn.track_running_stats, device="meta"

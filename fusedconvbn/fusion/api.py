@@ -11,8 +11,8 @@ from torch.utils import _pytree as pytree
 
 from ..options import refuse_lazy
 from . import cuda_libraries
-from .copies import copied
-from .optimizers import OPTIMIZERS, optimizer_bytes
+from .copies import M, copied
+from .optimizers import OPTIMIZERS, Optimizer, optimizer_bytes
 from .plan import Memory, Peak, Plan, parse_memory
 
 if TYPE_CHECKING:
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 
 def fuse(
-    model: nn.Module,
+    model: M,
     example_inputs: Any = None,
     *,
     memory: float | int | str = "auto",
     inplace: bool = False,
     calibrate: bool = False,
-    optimizer: str = "adam",
-) -> nn.Module:
+    optimizer: Optimizer = "adam",
+) -> M:
     r"""The same network with less memory: its convolutions, batch norms and activations run as
     chains, which save some of their feature maps for backward and recompute the others.
 
@@ -75,7 +75,8 @@ def fuse(
             ``"adamw"``, or ``"none"``; without weight decay.
 
     Returns:
-        The fused model. ``print`` and :func:`fusedconvbn.is_fused` show that it is fused.
+        The fused model, of a subclass of its class. ``print`` and :func:`fusedconvbn.is_fused` show
+        that it is fused.
 
     Raises:
         ValueError: ``memory`` breaks the rule above, needs ``example_inputs``, or is less than the
@@ -91,21 +92,21 @@ def fuse(
         >>> model = fusedconvbn.fuse(torchvision.models.resnet50(), example, memory="auto")
         >>> model(images).sum().backward()
     """
-    memory = checked(model, example_inputs, memory, calibrate)
+    asked = checked(model, example_inputs, memory, calibrate)
     model = uncompiled(model)
-    memory = with_static(memory, model, example_inputs, optimizer)
-    plan, example = Plan(memory), None
+    budget = with_static(asked, model, example_inputs, optimizer)
+    plan, example = Plan(budget), None
     from .find import find  # imports TorchDynamo, which takes as long as torch itself
     from .model import fused
 
     if example_inputs is not None:
-        found = find(model, *args_and_kwargs(example_inputs), memory, calibrate)
+        found = find(model, *args_and_kwargs(example_inputs), budget, calibrate)
         plan, example = found.plan, _stand_ins(example_inputs)
         _warn_if_useless(type(model).__name__, found)
     return fused(unfuse(model, inplace=inplace), plan, example)
 
 
-def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+def unfuse(model: M, *, inplace: bool = False) -> M:
     """The model as it was before :func:`fuse`: it, and every module inside, runs its own
     ``forward`` again.
 
@@ -129,7 +130,8 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
                     f"{type(module).__name__} whose class was replaced since; unfuse it before "
                     "fully_shard"
                 )
-            module._fusion.take_off(module)
+            fusion: Any = module._fusion
+            fusion.take_off(module)
     return model
 
 
@@ -146,11 +148,11 @@ def checked(model: nn.Module, example_inputs: Any, memory: Any, calibrate: bool)
         )
     for name, module in model.named_modules():
         refuse_lazy("fuse", f"{name or 'model'!r}", module)
-    memory = parse_memory(memory)
-    if example_inputs is None and (calibrate or not isinstance(memory, str)):
-        what = "calibrate=True" if calibrate else f"memory={memory!r}"
+    budget = parse_memory(memory)
+    if example_inputs is None and (calibrate or not isinstance(budget, str)):
+        what = "calibrate=True" if calibrate else f"memory={budget!r}"
         raise ValueError(f"fuse: expected example_inputs with {what}, got None")
-    return memory
+    return budget
 
 
 def with_static(memory: Memory, model: nn.Module, example_inputs: Any, optimizer: str) -> Memory:
@@ -169,13 +171,14 @@ def with_static(memory: Memory, model: nn.Module, example_inputs: Any, optimizer
     return Peak(memory.nbytes, held, held + in_step)
 
 
-def uncompiled(model: nn.Module) -> nn.Module:
+def uncompiled(model: M) -> M:
     """The model inside the result of ``torch.compile``, since a compiled model cannot be
     captured."""
-    return getattr(model, "_orig_mod", model)
+    inside: M = getattr(model, "_orig_mod", model)
+    return inside
 
 
-def _sharing_copy(model: nn.Module) -> nn.Module:
+def _sharing_copy(model: M) -> M:
     return copied(model, (), lambda t: t, "inplace=True makes no copy")[0]
 
 

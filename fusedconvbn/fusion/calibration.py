@@ -71,4 +71,4 @@ def _by_events(run: Callable[[], Tensor], device: torch.device) -> float:
         run()
     last.record(stream)
     last.synchronize()
-    return first.elapsed_time(last) / 1e3 / _RUNS
+    return float(first.elapsed_time(last)) / 1e3 / _RUNS

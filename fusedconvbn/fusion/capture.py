@@ -58,7 +58,7 @@ def is_capturing() -> bool:
     return _capturing > 0
 
 
-is_capturing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+is_capturing._dynamo_marked_constant = True
 
 
 def _forward(self: nn.Module, input: Tensor) -> Tensor:

@@ -2,15 +2,17 @@
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+M = TypeVar("M", bound=nn.Module)
+
 
 def copied(
-    model: nn.Module, inputs: Any, of_tensor: Callable[[Tensor], Tensor], advice: str
-) -> tuple[nn.Module, Any]:
+    model: M, inputs: Any, of_tensor: Callable[[Tensor], Tensor], advice: str
+) -> tuple[M, Any]:
     """A copy of a model and of its inputs, in which each tensor is replaced by `of_tensor` of it.
     The tensors of a model are its parameters, its buffers, and what hooks computed for the last
     call, as pruning does.
@@ -26,7 +28,8 @@ def copied(
             plain = isinstance(t, nn.Parameter) and type(new) is Tensor
             new = memo[id(t)] = nn.Parameter(new, t.requires_grad) if plain else new
             memo[id(new)] = new  # so that deepcopy does not copy it
-        return memo[id(t)]
+        found: Tensor = memo[id(t)]
+        return found
 
     for m in model.modules():
         for t in (*m._parameters.values(), *m._buffers.values(), *m.__dict__.values()):

@@ -28,8 +28,8 @@ def workspace(func: Any, args: Sequence[Any]) -> int:
     if not torch.cuda.is_initialized():
         return 0
     cudnn = torch.backends.cudnn
-    flags = (cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32)
-    flags += (torch.are_deterministic_algorithms_enabled(),)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    flags = cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, deterministic
     return _measured(func, tuple(map(_described, args)), flags)
 
 

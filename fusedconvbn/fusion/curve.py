@@ -65,7 +65,7 @@ class Curve:
         segments has a higher peak than the fastest one without them."""
         if budget < self._least:
             return self._at(budget, self._most)
-        plain = self.point((), knapsack(self.row.maps(()), budget - self._least))
+        plain = self._plain(knapsack(self.row.maps(()), budget - self._least))
         return self._at(budget, plain.peak)
 
     def front(self) -> list[Point]:
@@ -75,7 +75,7 @@ class Curve:
         budgets = [self._least + total * i // _STEPS for i in reversed(range(_STEPS + 1))]
         budgets += [floor + (self._least - floor) * i // _STEPS for i in reversed(range(_STEPS))]
         found: list[Point] = []
-        for point in map(self.within, budgets):
+        for point in filter(None, map(self.within, budgets)):
             while found and found[-1].seconds >= point.seconds:
                 found.pop()
             found.append(point)
@@ -84,7 +84,8 @@ class Curve:
 
     def with_peak(self, peak: int) -> Point | None:
         """The fastest plan whose peak is at most `peak` bytes; None if there is none."""
-        best, most = None, peak
+        best: Point | None = None
+        most = peak
         for _ in range(_TRIES):
             point = self._with_peak(most)
             if point is None:
@@ -116,7 +117,7 @@ class Curve:
 
     def lowest(self) -> Point:
         """The plan with the lowest peak."""
-        point = self._with_peak(self._lowest_peak()) or self.point((), frozenset())
+        point = self._with_peak(self._lowest_peak()) or self._plain(frozenset())
         return point if point.layout else replace(point, peak=self._simulated(point))
 
     def _lowest_peak(self) -> int:
@@ -136,7 +137,7 @@ class Curve:
     def _most(self) -> float:
         """The highest peak of a plan that saves less than any plan without segments: somewhat less
         than theirs, where that is possible."""
-        peak = self.point((), frozenset()).peak
+        peak = self._plain(frozenset()).peak
         lower = _LOWER * peak
         layouts = self.row.layouts(lower).items()
         enough = any(n < self._least // 4 and self.point(k, frozenset(), lower) for k, n in layouts)
@@ -169,14 +170,21 @@ class Curve:
         again = relaxed_seconds(self.row.maps(layout), room)
         return sum(s.choices[0].seconds for s in layout) + again
 
+    def _plain(self, names: frozenset[str]) -> Point:
+        """The plan without segments that saves these inner maps."""
+        point = self.point((), names)
+        assert point is not None  # no peak is too high for it
+        return point
+
     def point(self, layout: Layout, names: frozenset[str], most: float = math.inf) -> Point | None:
         """The fastest plan of a layout that saves the inner maps `names` outside its segments and
         whose peak is at most `most`."""
         maps = self.row.maps(layout)
         again = [m for m in maps if m.name not in names]
         peak, in_front = self.row.live(layout, names)
-        choices = [s.within(most - n) for s, n in zip(layout, in_front, strict=True)]
-        if peak > most or None in choices:
+        within = (s.within(most - n) for s, n in zip(layout, in_front, strict=True))
+        choices = [choice for choice in within if choice is not None]
+        if peak > most or len(choices) < len(layout):
             return None
         return Point(
             self.row.least(layout) + sum(m.nbytes for m in maps if m.name in names),

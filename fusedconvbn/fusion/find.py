@@ -18,7 +18,7 @@ from .copies import copied, copy_of
 from .curve import Curve
 from .graph import Graph
 from .model import original_forward
-from .plan import InnerMap, Peak, Plan
+from .plan import InnerMap, Memory, Peak, Plan
 from .progress import progress
 from .random_states import random_states
 
@@ -76,7 +76,7 @@ def find(
     model: nn.Module,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
-    memory: float | int | str,
+    memory: Memory,
     calibrate: bool,
 ) -> Findings:
     """Captures a model in training mode, and makes its plan. If the model is in training mode

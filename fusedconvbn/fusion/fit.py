@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,7 +14,7 @@ from ..sources import factory_of, takes_a_batch, without_memory
 from . import cuda_libraries
 from .api import checked, uncompiled
 from .copies import copied
-from .optimizers import OPTIMIZERS, optimizer_bytes
+from .optimizers import OPTIMIZERS, Optimizer, optimizer_bytes
 from .plan import CPU, H100, H200, Device, OutOfReach, Plan, device_figures, parse_memory
 from .progress import progress
 
@@ -98,9 +98,9 @@ def fit(
     memory: int | str,
     *,
     sample: Sequence[int] = (3, 224, 224),
-    optimizer: str = "adam",
+    optimizer: Optimizer = "adam",
     dtype: torch.dtype = torch.float32,
-    device: str | None = None,
+    device: Literal["cpu", "h100", "h200"] | None = None,
     channels_last: bool = True,
 ) -> Fit:
     r"""The largest batch whose whole training step fits into a memory: unfused, as
@@ -153,14 +153,13 @@ def fit(
         if found not in known:
             names = ", ".join(map(str, known))
             raise ValueError(f"fit: expected {name} to be one of {names}, got {found!r}")
-    if device is None:
-        figures = device_figures(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-        device = next(name for name, known in DEVICES.items() if known is figures)
+    here = device_figures(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    speed: str = device or next(name for name, known in DEVICES.items() if known is here)
     name = model if isinstance(model, str) else getattr(model, "__name__", type(model).__name__)
     plans: list[PlanFit] = []
     with progress(f"fit {name}", 1 + len(_PLANS)) as stage:
         stage("build")
-        steps = _Steps(model, tuple(sample), optimizer, dtype, DEVICES[device], channels_last)
+        steps = _Steps(model, tuple(sample), optimizer, dtype, DEVICES[speed], channels_last)
         for plan in _PLANS:
             stage(f"memory {plan}")
             try:
@@ -181,7 +180,7 @@ def fit(
         )
     short = str(dtype).removeprefix("torch.")
     unfused = steps.unfused()
-    return Fit(steps.name, nbytes, tuple(sample), optimizer, short, device, plans, unfused)
+    return Fit(steps.name, nbytes, tuple(sample), optimizer, short, speed, plans, unfused)
 
 
 def bytes_of(memory: int | str) -> int:
@@ -369,5 +368,5 @@ class _Steps:
             made = torch.empty(t.shape, dtype=t.dtype, device="cpu", memory_format=format)
         return nn.Parameter(made, t.requires_grad) if isinstance(t, nn.Parameter) else made
 
-    def _autocast(self) -> AbstractContextManager:
+    def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast("cpu", torch.bfloat16, enabled=self._dtype == torch.bfloat16)

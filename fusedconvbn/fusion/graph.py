@@ -63,8 +63,8 @@ class Graph:
     step_flops: int = 0
     device: Device = CPU
     runs: int = 0
-    eager: Profile | None = None
-    least: Profile | None = None
+    eager: Profile = field(default_factory=Profile)
+    least: Profile = field(default_factory=Profile)
     calls: list[tuple[fx.Node, Match]] = field(default_factory=list)
     example_inputs: Sequence[Any] = ()
     _inside: "list[Graph]" = field(default_factory=list)  # of its checkpoints

@@ -45,14 +45,16 @@ def _is_plus(node: Any, x: fx.Node, number: float) -> bool:
     ):
         return False
     a, b = node.args
-    return (a is x and b == number) or (b is x and a == number)
+    return bool((a is x and b == number) or (b is x and a == number))
 
 
 class _Product:
     """The factors of a product of nodes, its number, and the nodes that compute it."""
 
     def __init__(self, node: Any) -> None:
-        self.number, self.factors, self.nodes = 1.0, [], []
+        self.number = 1.0
+        self.factors: list[Any] = []
+        self.nodes: list[Any] = []
         self._take(node)
 
     def _take(self, node: Any, divide: bool = False) -> None:
@@ -127,7 +129,8 @@ def name_activations(graph: fx.Graph) -> None:
         if not {user for node in inner for user in node.users} <= {*inner, root}:
             continue  # read by others too
         with graph.inserting_before(root):
-            named = graph.call_function(ACTIVATIONS[name].calls[0], (x,))
+            function: Any = ACTIVATIONS[name].calls[0]
+            named = graph.call_function(function, (x,))
         named.meta = {**root.meta, "stands_for": [node.name for node in (*inner, root)]}
         root.replace_all_uses_with(named)
         for node in sorted({*inner, root}, reverse=True):

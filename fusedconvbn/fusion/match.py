@@ -1,6 +1,7 @@
 """A chain that was found in a captured graph, and its links."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import fx
 
@@ -54,7 +55,8 @@ class Match:
     def ops(self) -> list[ChainLink]:
         """The links for :func:`fusedconvbn.chain.pack`."""
         ops: list[ChainLink] = [link.op for link in self.links]
-        return ops if self.gate is None else [Gate(self.gate), *ops]
+        gate: Any = self.gate  # a node, as all that the links hold
+        return ops if gate is None else [Gate(gate), *ops]
 
     def inner(self) -> list[Link]:
         """The links whose results the chain may save or recompute. The result of the first one is

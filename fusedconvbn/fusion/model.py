@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 
 from .calls import is_training
 from .capture import captured, global_hooks, groups_of, is_capturing, paths_of
+from .copies import M
 from .curve import Curve
 from .graph import Graph
 from .plan import Plan
@@ -73,7 +74,7 @@ class Fused:
         return scriptable(self)
 
     def _get_name(self) -> str:
-        return f"Fused[{super()._get_name()}]"  # type: ignore[misc]
+        return f"Fused[{super()._get_name()}]"
 
 
 class Fusion:
@@ -242,7 +243,7 @@ def fused_graph(
     return graph
 
 
-def fused(model: nn.Module, plan: Plan, example: Any = None) -> nn.Module:
+def fused(model: M, plan: Plan, example: Any = None) -> M:
     """Turns a model into a fused one, in place."""
     fusion = Fusion(model, plan, example)
 
@@ -253,7 +254,7 @@ def fused(model: nn.Module, plan: Plan, example: Any = None) -> nn.Module:
             return fusion.run_traced(self, args, kwargs)
         return fusion.run(self, args, kwargs)
 
-    forward.__signature__ = inspect.signature(fusion.kind.forward)  # type: ignore[attr-defined]
+    forward.__signature__ = inspect.signature(fusion.kind.forward)
     names = ("__module__", "__qualname__", "__doc__")
     namespace = {name: getattr(fusion.kind, name) for name in names}
     kind = type(fusion.kind)(

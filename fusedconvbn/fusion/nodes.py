@@ -65,7 +65,7 @@ def single_use(node: fx.Node) -> bool:
 def module_of(node: fx.Node) -> str:
     """The id of the innermost module that makes a call, as a string."""
     stack = node.meta.get("nn_module_stack") or {"": None}
-    return next(reversed(stack)).split("@")[0]
+    return str(next(reversed(stack))).split("@")[0]
 
 
 def nbytes_of(t: Tensor) -> int:

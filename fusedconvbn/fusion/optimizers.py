@@ -1,9 +1,11 @@
 """The memory of optimizers, without weight decay."""
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import nn
+
+Optimizer = Literal["none", "sgd", "adam", "adamw"]
 
 
 class _Optimizer(NamedTuple):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..chain import Conv, Norm
+from ..chain import Conv, Link
 
 if TYPE_CHECKING:
     from .curve import Curve, Point
@@ -112,7 +112,7 @@ class InnerMap:
         return InnerMap(self.name, self.nbytes * runs, self.flops * runs, self.seconds * runs)
 
 
-def flops_per_value(op: Conv | Norm, weight: Sequence[int]) -> float:
+def flops_per_value(op: Link, weight: Sequence[int]) -> float:
     """Floating point operations for each value of a link's result: 0 for a batch norm. `weight` is
     the shape of a convolution's weight."""
     if not isinstance(op, Conv):
@@ -127,7 +127,7 @@ def group_channels(weight: Sequence[int], transposed: bool, groups: int) -> int:
 
 
 def seconds_per_value(
-    op: Conv | Norm,
+    op: Link,
     weight: Sequence[int],
     itemsize: int,
     device: Device,
@@ -154,9 +154,8 @@ def seconds_per_value(
 
 
 def is_winograd(op: Conv, weight: Sequence[int]) -> bool:
-    return torch.ops.fusedconvbn._winograd_takes(
-        weight, op.stride, op.dilation, op.transposed, op.groups
-    )
+    options = op.stride, op.dilation, op.transposed, op.groups
+    return bool(torch.ops.fusedconvbn._winograd_takes(weight, *options))
 
 
 # What torch.compiler.assume_constant_result does, without its import of Dynamo: the compiler asks,
@@ -238,7 +237,7 @@ def knapsack(maps: Iterable[InnerMap], budget: int | None, price: float = 0.0) -
     # gains[b]: the most time that b units of saved maps can gain. For each map a row says for which
     # b it is among them.
     gains = torch.zeros(room + 1, dtype=torch.float64, device="cpu")
-    taken = []
+    taken: list[tuple[int, torch.Tensor] | None] = []
     for m, gain in worth:
         size = -(-m.nbytes // unit)
         if size > room:
@@ -260,7 +259,7 @@ def knapsack(maps: Iterable[InnerMap], budget: int | None, price: float = 0.0) -
 def relaxed_seconds(maps: Iterable[InnerMap], budget: int) -> float:
     """A lower bound of the seconds that recomputing takes within a budget: of plans that may save a
     fraction of a map."""
-    room, seconds = budget, 0.0
+    room, seconds = float(budget), 0.0
     for m in sorted(maps, key=lambda m: m.nbytes / max(m.seconds, 1e-12)):
         share = min(1.0, room / max(m.nbytes, 1))
         room -= share * m.nbytes
@@ -364,12 +363,13 @@ class Plan:
     def _take(self, curve: "Curve", eager: int) -> None:
         """Takes the fastest plan of a curve within the budget."""
         if isinstance(self.memory, Peak):
-            point = self._with_peak(curve)
+            point = self._with_peak(curve, self.memory)
         else:
             budget = self._budget(eager)
-            point = curve.within(budget)
-            if point is None:
+            found = curve.within(budget)
+            if found is None:
                 raise OutOfReach(self._out_of_reach(budget, curve.floor(), eager))
+            point = found
         self.saved |= point.names
         self.segments |= curve.segments(point)
         self._add(point.saved, point.flops, point.seconds)
@@ -379,15 +379,15 @@ class Plan:
         self.added_flops += flops
         self.added_seconds += seconds
 
-    def _with_peak(self, curve: "Curve") -> "Point":
-        point = curve.with_peak(self.memory.nbytes - self.memory.static)
-        if point is None or self.memory.nbytes < self.memory.least:
-            least = max(self.memory.static + curve.lowest().peak, self.memory.least)
+    def _with_peak(self, curve: "Curve", budget: Peak) -> "Point":
+        point = curve.with_peak(budget.nbytes - budget.static)
+        if point is None or budget.nbytes < budget.least:
+            least = max(budget.static + curve.lowest().peak, budget.least)
             raise OutOfReach(
                 f"fuse: expected memory with a peak of at least {least} bytes, the least that is "
-                f"possible, got {self.memory.nbytes}"
+                f"possible, got {budget.nbytes}"
             )
-        self.peak = max(self.memory.static + point.peak, self.memory.least)
+        self.peak = max(budget.static + point.peak, budget.least)
         return point
 
     def _named_plan(
@@ -401,14 +401,15 @@ class Plan:
         return knapsack(maps, budget)
 
     def _budget(self, eager: int) -> int:
-        return (
-            int(self.memory * eager) if isinstance(self.memory, float) else self.memory - self.spent
-        )
+        """The bytes of a fraction, or those that are left."""
+        memory = self.memory
+        assert isinstance(memory, (int, float))
+        return int(memory * eager) if isinstance(memory, float) else memory - self.spent
 
     def _out_of_reach(self, budget: int, floor: int, eager: int) -> str:
-        found = self.memory
-        if isinstance(found, float):
-            found = f"{found!r}, which is {budget} bytes"
+        found = str(self.memory)
+        if isinstance(self.memory, float):
+            found = f"{self.memory!r}, which is {budget} bytes"
         return (
             f"fuse: expected memory of at least {floor + self.spent} bytes "
             f"({floor / max(eager, 1):.3f} of the {eager} bytes that eager saves for these "

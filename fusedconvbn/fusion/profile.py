@@ -43,7 +43,7 @@ class _Operators(TorchDispatchMode):
     """Counts what the operators of the running node do."""
 
     def __init__(self, found: Profile) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.found, self.running = found, ""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -64,9 +64,9 @@ class _Recorded(fx.Interpreter):
         self.numbers: dict[StorageWeakRef, int] = {}
         self._saved: set[int] = set()
 
-    def run(self, *inputs: Any) -> Any:
+    def run(self, *inputs: Any, **options: Any) -> Any:
         with self.operators:
-            return super().run(*inputs)
+            return super().run(*inputs, **options)
 
     def run_node(self, node: fx.Node) -> Any:
         self.operators.running = node.name

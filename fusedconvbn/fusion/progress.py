@@ -20,18 +20,18 @@ def progress(title: str, stages: int) -> Iterator[Callable[[str], None]]:
         yield lambda stage: None
         return
     start, done = time.monotonic(), threading.Event()
-    current = [0, ""]
+    stage, begun = "", 0
 
-    def begin(stage: str) -> None:
-        current[0] += 1
-        current[1] = stage
+    def begin(name: str) -> None:
+        nonlocal stage, begun
+        stage, begun = name, begun + 1
 
     def draw() -> None:
         done.wait(_PATIENCE)
         while not done.wait(_INTERVAL):
-            full = _WIDTH * (current[0] - 1) // stages
+            full = _WIDTH * (begun - 1) // stages
             bar = "█" * full + "░" * (_WIDTH - full)
-            line = f"{title} {bar} {current[1]} {time.monotonic() - start:.0f} s"
+            line = f"{title} {bar} {stage} {time.monotonic() - start:.0f} s"
             # One that is wrapped could not be written over.
             line = line[: shutil.get_terminal_size().columns - 1]
             sys.stderr.write(f"\r{line}\033[K")

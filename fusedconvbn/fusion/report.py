@@ -9,6 +9,7 @@ from torch import nn
 from ..memory import MIB
 from .api import args_and_kwargs, checked, uncompiled, with_static
 from .match import Match
+from .optimizers import Optimizer
 from .plan import OutOfReach, knapsack
 from .progress import progress
 from .segments import boundaries
@@ -160,7 +161,7 @@ def explain(
     *,
     memory: float | int | str = "auto",
     calibrate: bool = False,
-    optimizer: str = "adam",
+    optimizer: Optimizer = "adam",
 ) -> Report:
     """What :func:`fusedconvbn.fuse` would do to a model, and why it would leave some layers
     unfused.
@@ -179,14 +180,14 @@ def explain(
     """
     if example_inputs is None:
         raise ValueError("explain: expected example_inputs, got None")
-    memory = checked(model, example_inputs, memory, calibrate)
+    asked = checked(model, example_inputs, memory, calibrate)
     model, reason = uncompiled(model), ""
-    memory = with_static(memory, model, example_inputs, optimizer)
+    budget = with_static(asked, model, example_inputs, optimizer)
     args, kwargs = args_and_kwargs(example_inputs)
     from .find import find
 
     try:
-        found = find(model, args, kwargs, memory, calibrate)
+        found = find(model, args, kwargs, budget, calibrate)
     except OutOfReach as error:
         reason = str(error)
         found = find(model, args, kwargs, "min", calibrate)

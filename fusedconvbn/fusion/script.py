@@ -34,7 +34,7 @@ def scriptable(model: Any) -> nn.Module:
             reason = f"torch.jit.script got its original forward, as {error}"
     fusion.warn_once(reason)
     with model._plain() as plain:
-        original = plain.__class__.__new__(plain.__class__)
+        original: nn.Module = plain.__class__.__new__(plain.__class__)
         original.__dict__.update(plain.__dict__)
     return original
 
@@ -67,7 +67,7 @@ def _bare(model: nn.Module) -> nn.Module:
         bare._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
         bare.training = module.training
     for module, bare in bares.items():
-        bare._modules = {name: bares.get(child) for name, child in module._modules.items()}
+        bare._modules = {name: child and bares[child] for name, child in module._modules.items()}
     return bares[model]
 
 

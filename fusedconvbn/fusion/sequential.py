@@ -3,7 +3,7 @@
 import operator
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -58,9 +58,11 @@ class FusedConvBNSequential(nn.Sequential):
     """
 
     def __init__(
-        self, *modules: "nn.Module | OrderedDict[str, nn.Module]", memory: str = "auto"
+        self,
+        *modules: "nn.Module | OrderedDict[str, nn.Module]",
+        memory: Literal["auto", "min"] = "auto",
     ) -> None:
-        super().__init__(*modules)
+        super().__init__(*modules)  # type: ignore[arg-type]  # what it takes has two signatures
         if memory not in ("auto", "min"):
             raise ValueError(
                 f'FusedConvBNSequential: expected memory "auto" or "min", got {memory!r}'
@@ -105,7 +107,7 @@ class FusedConvBNSequential(nn.Sequential):
         """The indices of the inner maps that take longer to recompute than their bytes are worth.
         There is no budget. The sizes are not known either, so the time of launches is not
         counted."""
-        weights = [module.weight for module in modules]
+        weights: list[Any] = [module.weight for module in modules]
         device = next((w.device for w in weights if w is not None), torch.device("cpu"))
         figures = device_figures(device)
         saved = []
@@ -126,7 +128,8 @@ class FusedConvBNSequential(nn.Sequential):
             raise ValueError(
                 "FusedConvBNSequential: expected no residual, as the last module is a convolution"
             )
-        parts, (pad, mode) = input, _padding(links[0][1])
+        parts: Any = input
+        pad, mode = _padding(links[0][1])
         if pad:
             whole = input if isinstance(input, Tensor) else torch.cat(list(input), 1)
             parts = F.pad(whole, pad, mode)
@@ -146,13 +149,14 @@ class FusedConvBNSequential(nn.Sequential):
             ops, modules = [op for op, _ in run], [module for _, module in run]
             packed = pack(parts, ops)
             parts = torch.ops.fusedconvbn.conv_bn_chain(*packed.call(self._saved(ops, modules)))
-        return parts
+        result: Tensor = parts
+        return result
 
     def __prepare_scriptable__(self) -> nn.Module:
         """TorchScript takes one tensor and no residual."""
         refuse_hooks_in_script("FusedConvBNSequential", self)
         graph = fx.Graph()
-        input = graph.placeholder("input", type_expr=Tensor)
+        input: Any = graph.placeholder("input", type_expr=Tensor)
         links = list(self._links())
         pad, mode = _padding(links[0][1])
         if pad:
@@ -168,7 +172,7 @@ class FusedConvBNSequential(nn.Sequential):
                 # Computed in the graph, as the module's mode may change later.
                 norms.append(graph.call_function(batch_norm_link, attributes))
             ops.append(op)
-        packed = pack(input, ops)
+        packed: Any = pack(input, ops)
         buffers, packed.buffer_counts, packed.momenta, packed.training = (
             [graph.call_function(operator.getitem, (norm, i)) for norm in norms] for i in range(4)
         )
@@ -186,7 +190,7 @@ def _padding(module: nn.Module) -> tuple[list[int], str]:
     return ([], "") if options is None else (options.pad, options.pad_mode)
 
 
-def _op(module: nn.Module, activation: str) -> Link:
+def _op(module: Any, activation: str) -> Link:
     if isinstance(module, nn.PReLU):
         return Prelu(module.weight)
     if isinstance(module, _CONVOLUTIONS):

@@ -113,7 +113,7 @@ class _Live(TorchDispatchMode):
         self._alone = _uses_of_a_gradient()
         self._unit = 512 if device.type == "cuda" else 1  # of the allocator
         self._bytes: dict[int, int] = {}  # of the storages that are live, by their identity
-        self._references: dict[int, weakref.ref] = {}
+        self._references: dict[int, weakref.ref[Any]] = {}
 
     def leave_out(self, t: Tensor) -> None:
         self._add(t, 0)

@@ -49,11 +49,11 @@ def _in_float(t: Tensor) -> int:
 
 
 def _max_pool(_: Any, __: Any, result: Any) -> int:
-    return 8 * result[0].numel()  # PyTorch's indices
+    return 8 * int(result[0].numel())  # PyTorch's indices
 
 
 def _max_pool_backward(args: Sequence[Any], _: Any, __: Any) -> int:
-    return 8 * args[0].numel()
+    return 8 * int(args[0].numel())
 
 
 class _OneDNN:
@@ -114,7 +114,9 @@ def _is_grouped(x: Tensor, weight: Tensor, stride: int) -> bool:
 def _is_mkldnn(x: Tensor, weight: Tensor, bias: Tensor | None, options: Sequence[Any]) -> bool:
     names = ("stride", "padding", "dilation", "transposed", "output_padding", "groups")
     given = dict(zip(names, options, strict=False))
-    return torch._C._select_conv_backend(x, weight, bias, **given) == torch._C._ConvBackend.Mkldnn
+    backends: Any = torch._C  # torch's types have another name for one of the two
+    found = backends._select_conv_backend(x, weight, bias, **given)
+    return bool(found == backends._ConvBackend.Mkldnn)
 
 
 def _convolution(args: Sequence[Any], _: Any, y: Tensor) -> int:
