@@ -35,7 +35,7 @@ python_maximum_signature_line_length = 88
 nitpick_ignore_regex = [
     (r"py:.*", r"(torch|nn|collections|pathlib|typing|Path|Tensor)\b.*"),
     (r"py:.*", r"fusedconvbn\..*\._\w+"),
-    (r"py:.*", r"(.*\.)?[PR]"),  # variables for types
+    (r"py:.*", r"(.*\.)?[MPR]"),  # variables for types
 ]
 
 html_math_renderer = "mathml"
