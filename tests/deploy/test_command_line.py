@@ -393,7 +393,7 @@ def test_a_bar_is_shown_while_it_works(arguments, titles, models, monkeypatch, t
 # ------------------------------------------------------------------------------------------- docs
 
 ROOT = Path(__file__).parents[2]
-COMMAND = re.compile(r"^(?: {4,}|\$ | {4,}\$ )fusedconvbn((?: [^#\n]*)?)", re.MULTILINE)
+COMMAND = re.compile(r"^(?: {4,}|\$ | {4,}\$ )fusedconvbn( [^#\n]*)", re.MULTILINE)
 SHOWN = [
     (page.name, arguments)
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
