@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from ..memory import empty_cache
 from .api import is_fused, uncompiled, unfuse
-from .plan import Peak, Plan
+from .plan import Memory, Peak, Plan
 from .random_states import random_states
 
 P = ParamSpec("P")
@@ -70,8 +70,9 @@ def rescue(
         >>> step = fusedconvbn.rescue(model, step)
     """
     model = uncompiled(model)
-    if not is_fused(model) or model._fusion.example is None:
-        how = "one that was fused without example_inputs" if is_fused(model) else "an unfused one"
+    fusion: Any = model._fusion if is_fused(model) else None
+    if fusion is None or fusion.example is None:
+        how = "one that was fused without example_inputs" if fusion else "an unfused one"
         raise ValueError(
             "rescue: expected a model that fuse made with example_inputs, got "
             f"{how} ({type(model).__name__})"
@@ -117,19 +118,23 @@ def _tighten(model: nn.Module) -> bool:
     from .find import decide, find  # imports TorchDynamo
     from .model import fused
 
-    fusion = model._fusion
+    fusion: Any = model._fusion
     args, kwargs = fusion.example
-    share = fusion.plan.share
+    share: float = fusion.plan.share
     with contextlib.ExitStack() as context:
         for kind, dtype in fusion.plan.autocast.items():
             context.enter_context(torch.autocast(kind, dtype))
         found = find(model, args, kwargs, "min", False)
         is_last = _LESS * share * found.eager < found.least
-        if not is_last or found.curve is not None:
-            parts = found.plan.parts
-            found.plan = Plan(Peak(found.curve.lowest().peak) if is_last else _LESS * share)
-            found.plan.parts = parts
-            decide(found)
+        memory: Memory = "min"
+        if not is_last:
+            memory = _LESS * share
+        elif found.curve is not None:
+            memory = Peak(found.curve.lowest().peak)
+        parts = found.plan.parts
+        found.plan = Plan(memory)
+        found.plan.parts = parts
+        decide(found)
     warnings.warn(
         "rescue: a step ran out of memory; it runs again with a plan that saves "
         f"{found.plan.share:.2f} of eager's bytes for backward, instead of {share:.2f}",
@@ -158,10 +163,16 @@ class _Undo:
         self._unchanged = [(t, t._version) for t in (*parameters, *tensors)]
         # A reference to the gradient itself would keep zero_grad from freeing it.
         self._grads = [(p, _identity(p.grad), _version(p.grad)) for p in parameters]
-        self._places = [(ours, n) for _, ours in self._owners for n in ours if ours[n] is not None]
-        buffers = [ours[name] for ours, name in self._places]
+        places = [
+            (owner, name, t)
+            for _, owner in self._owners
+            for name, t in owner.items()
+            if t is not None
+        ]
+        self._places = [(owner, name) for owner, name, _ in places]
+        buffers = [t for *_, t in places]
         if [*map(id, buffers)] != [*map(id, self._buffers)]:
-            self._buffers, self._kept = buffers, [*map(torch.empty_like, buffers)]
+            self._buffers, self._kept = buffers, [torch.empty_like(t) for t in buffers]
         _copy(self._buffers, self._kept)
         self._restore_random = random_states(parameters[0].device)
         self._optimizer_began = False
@@ -176,7 +187,7 @@ class _Undo:
         if any(t._version != version for t, version in self._unchanged):
             return "a parameter or an argument of the step was changed in place"
         for p, identity, version in self._grads:
-            if _is(p.grad, identity) and p.grad._version != version:
+            if _is(p.grad, identity) and _version(p.grad) != version:
                 return "a gradient of an earlier step was changed in place"
         return "other processes may wait for this one" if _processes() > 1 else ""
 
@@ -212,9 +223,11 @@ def _version(grad: Tensor | None) -> int:
 
 def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
     """With a launch for each type, not for each tensor."""
-    groups: dict[Any, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    groups: dict[Any, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
     for source, target in zip(sources, targets, strict=True):
-        groups[source.dtype, source.device].append((target, source))
+        into, out_of = groups[source.dtype, source.device]
+        into.append(target)
+        out_of.append(source)
     with torch.no_grad():
-        for pairs in groups.values():
-            torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
+        for into, out_of in groups.values():
+            torch._foreach_copy_(into, out_of)
