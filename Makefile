@@ -191,5 +191,37 @@ gpu-bundle: build/gpu/_C.py
 build/gpu/_C.py: $(CUDA_VENV)/requirements $(SOURCES) tests/kernels/build_cuda.py $(wildcard tests/kernels/cuda_shim/*)
 	$(CUDA_VENV)/bin/python tests/kernels/build_cuda.py bundle build/gpu
 
+RELEASE_VENV := .venv-release
+WHEEL_TORCHES ?= 2.11.0 2.12.1 2.13.0 2.14.1
+.PHONY: sdist wheels
+
+# dist/fusedconvbn-VERSION.tar.gz, without torch. A copy of what git knows: nothing else that lies in this folder gets into it.
+sdist: $(RELEASE_VENV)/requirements
+	rm -rf build/sdist dist/*.tar.gz && mkdir -p build/sdist
+	git ls-files -z | xargs -0 cp --parents -t build/sdist
+	$(RELEASE_VENV)/bin/python -m build --sdist --outdir dist build/sdist
+	$(RELEASE_VENV)/bin/twine check --strict dist/*.tar.gz
+
+$(RELEASE_VENV)/requirements: Makefile
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet build==1.6.1 twine==7.0.0
+	touch $@
+
+# A wheel of the sdist for each torch, for the Python that is $(PYTHON), without CUDA kernels unless FORCE_CUDA=1. Each is built
+# and tried in a new environment that holds torch alone.
+wheels: $(WHEEL_TORCHES:%=wheel-%)
+
+wheel-%: export FUSEDCONVBN_LABEL := 1
+wheel-%: export FORCE_CUDA ?= 0
+wheel-%: sdist
+	rm -rf build/$@
+	$(PYTHON) -m venv build/$@
+	build/$@/bin/pip install --quiet torch==$*
+	build/$@/bin/pip wheel --quiet --no-cache-dir --no-deps --wheel-dir build/$@ dist/*.tar.gz
+	build/$@/bin/pip install --quiet build/$@/*.whl
+	build/$@/bin/python tests/deploy/smoke.py $*
+	mv build/$@/*.whl dist
+	rm -rf build/$@
+
 clean:
-	rm -rf build $(VENV) $(CUDA_VENV) $(COVERAGE_VENV) $(DOCS_VENV) $(RECIPES_VENV) .venv-torch-* fusedconvbn/*.so *.egg-info
+	rm -rf build dist $(VENV) .venv-* fusedconvbn/*.so *.egg-info

@@ -29,7 +29,7 @@ from .recompute_check import check_recompute
 dtensor.register()
 flops.register()
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "ChainReport",

@@ -49,7 +49,8 @@ def load() -> None:
     if _minor(built) != _minor(torch.__version__):
         raise ImportError(
             f"fusedconvbn was built against torch {built}, found torch {torch.__version__}; "
-            f"{_REBUILD}"
+            f"install its wheel for torch {'.'.join(_minor(torch.__version__))}, or {_REBUILD}, or "
+            f'return to that torch by `pip install "torch=={".".join(_minor(built))}.*"`'
         )
     library = Path(__file__).with_name("_ops.so")
     try:

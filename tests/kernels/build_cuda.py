@@ -128,7 +128,7 @@ def install() -> None:
     for name in ("csrc", "fusedconvbn"):
         shutil.rmtree(sources / name, ignore_errors=True)
         shutil.copytree(ROOT / name, sources / name, ignore=shutil.ignore_patterns("*.so"))
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "requirements-dev.txt"):
         shutil.copy2(ROOT / name, sources)
     architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", ";".join(CHECKED))
     without = os.environ.get("FORCE_CUDA") == "0"
