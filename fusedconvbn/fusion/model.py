@@ -283,7 +283,7 @@ def _is_traced() -> bool:
     return (
         torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
-        or torch.fx._symbolic_trace._is_fx_tracing_flag
+        or torch.fx._symbolic_trace.is_fx_symbolic_tracing()
         or torch.compiler.is_compiling()
         or forward_ad._current_level >= 0
     )
