@@ -39,7 +39,7 @@ def description() -> str:
         text, path = found["text"], found["path"]
         if found["code"] or (path and path.startswith("https://")):
             return found[0]
-        return "" if text is None else text if text in path else f"{text} ({path})"
+        return "" if text is None else text if text == path else f"{text} ({path})"
 
     return LINK.sub(plain, (ROOT / "README.md").read_text("utf-8"))
 

@@ -26,16 +26,17 @@ def check_installation(expected: str) -> None:
 
 
 def check_command_line() -> None:
-    """In a folder where no sources are found."""
-    with tempfile.TemporaryDirectory() as folder:
-        facts = subprocess.run(
-            [sys.executable, "-m", "fusedconvbn"],
-            cwd=folder,
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout
-    assert f"torch: {torch.__version__}" in facts, facts
+    """By module, in a folder where no sources are found, and by each script of the package."""
+    scripts = importlib.metadata.distribution("fusedconvbn").entry_points
+    commands = [
+        [Path(sys.executable).with_name(s.name)] for s in scripts.select(group="console_scripts")
+    ]
+    for command in ([sys.executable, "-m", "fusedconvbn"], *commands):
+        with tempfile.TemporaryDirectory() as folder:
+            facts = subprocess.run(
+                command, cwd=folder, check=True, stdout=subprocess.PIPE, text=True
+            ).stdout
+        assert f"torch: {torch.__version__}" in facts, facts
     print(facts, end="")
 
 
