@@ -276,7 +276,7 @@ def hollow_wheel(sources, tmp_path_factory):
 def another_torch(tmp_path_factory):
     """The Python of an environment in which pip finds torch 1.0."""
     folder = tmp_path_factory.mktemp("another_torch")
-    venv.create(folder, with_pip=True, symlinks=True)
+    venv.create(folder, symlinks=True)
     (packages,) = folder.glob("lib/python*/site-packages")
     info = packages / "torch-1.0.dist-info"
     info.mkdir()
@@ -286,10 +286,10 @@ def another_torch(tmp_path_factory):
 
 
 def pip_would(interpreter, wheel, extra=""):
-    command = [interpreter, "-m", "pip", "install", "--dry-run", "--no-index", f"{wheel}{extra}"]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PIP_")}
     environment |= {"PIP_CONFIG_FILE": os.devnull}
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+    command = ("-m", "pip", "--python", interpreter, "install", "--dry-run", "--no-index")
+    return python(*command, f"{wheel}{extra}", env=environment)
 
 
 def test_the_name_of_a_wheel_has_its_torch(hollow_wheel):
@@ -333,7 +333,7 @@ def test_wheel_and_tests_work_from_the_sdist(sdist, tmp_path):
     }
     assert all(f.startswith(("fusedconvbn/", "fusedconvbn-")) for f in files)
 
-    venv.create(tmp_path / "new", with_pip=True, symlinks=True)
+    venv.create(tmp_path / "new", symlinks=True)
     (packages,) = (tmp_path / "new").glob("lib/python*/site-packages")
     here = os.pathsep.join(site.getsitepackages())
     (packages / "torch.pth").write_text(
@@ -341,8 +341,8 @@ def test_wheel_and_tests_work_from_the_sdist(sdist, tmp_path):
     )
     new = tmp_path / "new/bin/python"
     run = {"cwd": unpacked, "check": True}
-    install = ("-m", "pip", "install", "--no-index", "--no-deps", "--ignore-installed", wheel)
-    subprocess.run([new, *install], **run)
+    install = ("--no-index", "--no-deps", "--ignore-installed", wheel)
+    subprocess.run([sys.executable, "-m", "pip", "--python", new, "install", *install], **run)
     subprocess.run([new, "tests/deploy/smoke.py", torch.__version__.split("+")[0]], **run)
     # Not `-m pytest`, which would import the sources of this folder.
     pytest_alone = "import sys, pytest; sys.path.remove(''); sys.exit(pytest.main(sys.argv[1:]))"
