@@ -50,6 +50,7 @@ test-all: build lint check-cuda
 
 # An hour and more on two cores; nothing else should run. `make bench-models` alone goes on where it was stopped.
 bench: build
+	$(BIN)/python benchmarks/experiment.py
 	$(BIN)/python benchmarks/conv_bn.py
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/growth.py

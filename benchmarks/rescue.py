@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--gibibytes", type=float, default=12.0)
     parser.add_argument("--size", type=int, default=224, help="of an image")
     arguments = parser.parse_args()
-    batch, results = arguments.batch, begin(arguments)
+    batch, results = arguments.batch, begin(arguments) | {"size": arguments.size}
     results["cost"] = {f"batch {n}": cost(arguments, n) for n in (SMALL, min(batch, LARGE))}
     save(results, output_path(arguments))
     if arguments.device.type == "cuda":

@@ -21,7 +21,7 @@ from rivals import COMPILED
 from targets import REQUIRED_COLUMNS, faster_compiled, required_rows, required_rows_on_gpu
 from workloads import ON_CPU
 
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (ROOT / "README.md", ROOT / "examples/README.md", *sorted((ROOT / "docs").glob("*.md")))
 TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 NETWORK = "resnet50"
 FULL = "float32, channels last, 2 threads"
@@ -71,6 +71,20 @@ def network_table() -> str:
     return markdown(
         ["", "saved for backward", "peak", *(f"time, {n}" for n in results["network"])], rows
     )
+
+
+def experiment_table() -> str:
+    """The experiment of examples/mnist.py, which `make demo` runs."""
+    found = load("experiment-cpu")
+    machine, difference = found["machine"], found["difference of the losses"]
+    facts = f"{machine['device']}, {machine['cores']} cores, torch {machine['torch']}, commit "
+    facts += f"{machine['commit']}; {found['title']}. The losses of the first ten steps differ by "
+    facts += f"at most {difference:.1e}, relative.\n\n"
+    rows = [
+        [name, form.format(a), form.format(b), f"{b / a:.2f}"]
+        for name, form, a, b in found["figures"]
+    ]
+    return facts + markdown(["", "unfused", "fused", "ratio"], rows)
 
 
 def layers_table() -> str:
@@ -185,6 +199,27 @@ def gpu_table() -> str:
     names = [f"{path.stem}-{NETWORK}" for path in gpu_models()]
     pictures = [f"![{name}](../benchmarks/results/{name}.png)\n" for name in names]
     return "\n".join([table, *pictures[:1]])
+
+
+def rescue_table() -> str:
+    """What `rescue` costs where memory suffices, and what it does where it does not."""
+    found = load("gpu-rescue")
+    machine, limited = found["machine"], found["limited"]
+    facts = f"{machine['device']}, torch {machine['torch']}, commit {machine['commit']}: resnet50, "
+    facts += f"bfloat16, channels last, Adam, {found['size']}×{found['size']}.\n\n"
+    rows = [
+        [f"a step with `rescue`, {batch}", f"{row['rescue']['ratio']:.3f} of that without"]
+        for batch, row in found["cost"].items()
+    ]
+    where = f"batch {limited['batch']} in {limited['GiB']:.0f} GiB"
+    rows += [
+        [f"{where}: eager", limited["eager"]],
+        [f"{where}: `fuse`, 1.0, with `rescue`", f"{limited['plans']} other plans"],
+        ["the last of them saves, of eager's bytes", f"{limited['saved']:.2f}"],
+        ["its first step, with the search", f"{limited['first step']:.1f} s"],
+        ["each step from then on", f"{1e3 * limited['step']:.0f} ms"],
+    ]
+    return facts + markdown(["", ""], rows)
 
 
 def kernels_table(name: str = "kernels-cpu") -> str:
@@ -348,6 +383,8 @@ def compilers_table() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "experiment": experiment_table,
+    "rescue": rescue_table,
     "cuda-kernels": cuda_kernels_table,
     "peaks-cpu": peaks_table,
     "gpu-peaks": lambda: peaks_table("gpu-peaks"),

@@ -246,7 +246,8 @@ def largest_difference(unfused: Result, fused: Result) -> float:
     return max(abs(a - b) / abs(a) for a, b in pairs)
 
 
-def table(unfused: Result, fused: Result) -> str:
+def figures(unfused: Result, fused: Result) -> list[tuple[str, str, float, float]]:
+    """The rows of the table: what it is, how it is written, unfused and fused."""
     rows = [
         ("loss of the last step", "{:.4f}", lambda result: result.losses[-1]),
         ("test accuracy (%)", "{:.2f}", lambda result: 100 * result.accuracy),
@@ -255,9 +256,12 @@ def table(unfused: Result, fused: Result) -> str:
         ("peak of a step (MiB)", "{:.1f}", lambda result: result.memory.peak / MIB),
         ("saved for backward (MiB)", "{:.1f}", lambda result: result.memory.saved / MIB),
     ]
+    return [(name, form, value(unfused), value(fused)) for name, form, value in rows]
+
+
+def table(unfused: Result, fused: Result) -> str:
     lines = [f"{'':26}{'unfused':>10}{'fused':>10}{'ratio':>8}"]
-    for name, form, value in rows:
-        a, b = value(unfused), value(fused)
+    for name, form, a, b in figures(unfused, fused):
         ratio = f"{b / a:.2f}" if a else "-"
         lines.append(f"{name:26}{form.format(a):>10}{form.format(b):>10}{ratio:>8}")
     return "\n".join(lines)
@@ -349,11 +353,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    arguments = parse_arguments(argv)
+def run(arguments: argparse.Namespace) -> tuple[str, Result, Result]:
+    """What is trained, and the results of the unfused and the fused network."""
     # The profiler, which measures the memory, otherwise logs its start and stop on stderr.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-
     try:
         data = (
             load_digits(arguments.seed)
@@ -381,6 +384,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{arguments.data}, batch {batch_size}, {arguments.arithmetic} arithmetic, "
         f"{arguments.dtype}, {layout}, {arguments.device}"
     )
+    return title, unfused, fused
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
+    title, unfused, fused = run(arguments)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     plot(unfused, fused, title, arguments.output)
     print(f"\n{title}\n\n{table(unfused, fused)}\n")

@@ -188,6 +188,6 @@ def test_the_table_of_a_gpu_says_what_is_missed(tmp_path, monkeypatch):
         "0.800 at 0.94 (peak 1.04) |",
         "| resnet50, fuse min, batch 128 | ≤ 1.10 | 0.95 | 1.000 at 0.25 (peak 0.35) | "
         "1.200 at 0.20 (peak 0.30) |",
-        "![gpu-models-128-resnet50](benchmarks/results/gpu-models-128-resnet50.png)",
+        "![gpu-models-128-resnet50](../benchmarks/results/gpu-models-128-resnet50.png)",
     ):
         assert line in table
