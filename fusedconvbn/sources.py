@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from importlib.machinery import ModuleSpec, SourceFileLoader
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
 
@@ -172,8 +172,10 @@ def _module(where: str) -> Any:
 def _file(path: Path) -> Any:
     if not path.is_file():
         raise ValueError(f"expected the file of a source to exist, got {str(path)!r}")
-    loader = SourceFileLoader(path.stem, str(path))
-    module = importlib.util.module_from_spec(ModuleSpec(path.stem, loader, origin=str(path)))
+    loader = SourceFileLoader(path.stem, str(path.absolute()))
+    spec = importlib.util.spec_from_file_location(path.stem, path.absolute(), loader=loader)
+    assert spec is not None  # with a loader
+    module = importlib.util.module_from_spec(spec)
     # As `python path` does: the folder of the file is searched, and the file is a module.
     sys.path.insert(0, str(path.parent))
     sys.modules.setdefault(path.stem, module)

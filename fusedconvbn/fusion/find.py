@@ -195,7 +195,7 @@ def _run_in_parts(
             t for t in pytree.tree_leaves((other_args, other_kwargs)) if isinstance(t, Tensor)
         ]
         device = tensors[0].device if tensors else torch.device("cpu")
-        restore = random_states(device)
+        restore = random_states([device])
         try:
             with saved_storages(device) as storages:
                 result = call(other, "0", original_forward(other), other_args, other_kwargs)

@@ -35,7 +35,8 @@ def rescue(
     The next plan saves at most 0.7 of what the last one saves for backward. Below what ``"min"``
     saves it is the plan with the lowest peak, the last one. A plan stays for all later steps. Each
     change takes the seconds of a new capture, and is told in a warning, which has the share to give
-    to :func:`fusedconvbn.fuse` the next time.
+    to :func:`fusedconvbn.fuse` the next time. (A model inside ``torch.compile`` has no segments, so
+    there it saves no less than with ``"min"``.)
 
     Before it is repeated, what the step has changed is as it was: buffers, gradients, and the
     states of Python's, NumPy's and torch's random numbers. So the results are those of a step that
@@ -44,8 +45,11 @@ def rescue(
     Args:
         model: made by :func:`fusedconvbn.fuse` with ``example_inputs``. It is fused anew in place.
         step: forward and backward, and the optimizer's step if you like. What it does beside that
-            happens again: it should be given its batch, not take it from an iterator. It may not
-            add to gradients of an earlier step; ``optimizer.zero_grad()`` may be at its beginning.
+            happens again, unnoticed: it should be given its batch, not take it from an iterator,
+            and write to parameters by an optimizer, not by ``.data``.
+            ``optimizer.zero_grad()`` may be at its beginning; it may not add to gradients of an
+            earlier step, which is noticed unless ``create_graph=True``. A ``GradScaler`` is not
+            brought back: behind its ``unscale_`` a step cannot be repeated.
         also: other modules whose gradients or buffers the step changes.
 
     Returns:
@@ -56,8 +60,8 @@ def rescue(
 
     The function raises what ``step`` raises. That is the error of the allocator, with the reason
     added, where the last plan does not fit, or where the step cannot be undone: an optimizer had
-    begun its step; a parameter, an argument or an older gradient was changed in place; or other
-    processes wait in a collective.
+    begun its step; a parameter, an argument or an older gradient was changed in place; a process
+    group is in use, whose other processes may wait; or the model cannot be planned from shapes.
 
     Example:
         >>> model = fusedconvbn.fuse(model, images, memory=1.0)  # the fastest plan
@@ -72,40 +76,61 @@ def rescue(
     model = uncompiled(model)
     fusion: Any = model._fusion if is_fused(model) else None
     if fusion is None or fusion.example is None:
-        how = "one that was fused without example_inputs" if fusion else "an unfused one"
+        found = "one that was fused without example_inputs" if fusion else "an unfused one"
+        if not fusion and any(map(is_fused, model.modules())):
+            found = "one that has it inside, as its module"
         raise ValueError(
             "rescue: expected a model that fuse made with example_inputs, got "
-            f"{how} ({type(model).__name__})"
+            f"{found} ({type(model).__name__})"
         )
-    undo = _Undo([model, *also])
+    modules = [model, *also]
     is_last = False  # whether there is no tighter plan
 
     @functools.wraps(step)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         nonlocal is_last
         while True:
-            undo.begin((args, kwargs))
-            hook = register_optimizer_step_pre_hook(undo.optimizer_begins)
+            before = _Before(modules, (args, kwargs))
+            # Lists and dicts of their own, from which the step may take things.
+            own_args, own_kwargs = pytree.tree_map(lambda leaf: leaf, (args, kwargs))
+            hook = register_optimizer_step_pre_hook(before.optimizer_begins)
             try:
-                return step(*args, **kwargs)
+                return step(*own_args, **own_kwargs)
             except (RuntimeError, MemoryError) as error:
                 if not _is_out_of_memory(error):
                     raise
-                reason = "no plan needs less memory" if is_last else undo.what_stays()
+                reason = "no plan needs less memory" if is_last else before.what_stays()
                 if reason:
-                    error.args = (f"{error}\nrescue: the step is not repeated: {reason}",)
+                    _add(error, reason)
                     raise
                 traceback.clear_frames(error.__traceback__)  # which hold tensors of the step
+                failure = error
             finally:
                 hook.remove()
-            undo.restore()
-            gc.collect()
-            empty_cache()
-            if torch.cuda.is_initialized():
-                torch.cuda.empty_cache()
-            is_last = _tighten(model)
+            del own_args, own_kwargs
+            before.restore()
+            try:
+                _free()
+                is_last = _tighten(model)
+            except Exception as error:
+                reason = f"the model cannot be planned again: {error}"
+                _add(failure, reason)
+                raise failure from error
+            finally:
+                del failure
 
     return run
+
+
+def _add(error: Exception, reason: str) -> None:
+    error.args = (f"{error}\nrescue: the step is not repeated: {reason}",)
+
+
+def _free() -> None:
+    gc.collect()
+    empty_cache()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -125,7 +150,7 @@ def _tighten(model: nn.Module) -> bool:
         for kind, dtype in fusion.plan.autocast.items():
             context.enter_context(torch.autocast(kind, dtype))
         found = find(model, args, kwargs, "min", False)
-        is_last = _LESS * share * found.eager < found.least
+        is_last = _LESS * share * found.eager <= found.least
         memory: Memory = "min"
         if not is_last:
             memory = _LESS * share
@@ -144,37 +169,30 @@ def _tighten(model: nn.Module) -> bool:
     return is_last
 
 
-class _Undo:
-    """Brings back the gradients, buffers and random numbers of the time before a training step, if
-    the step has changed nothing else."""
+class _Before:
+    """What a training step may change, as it was before it.
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        every = nn.ModuleList(modules).modules()
-        self._owners = [(m._parameters, m._buffers) for m in every if m._parameters or m._buffers]
-        self._parameters: list[nn.Parameter] = []
-        self._buffers: list[Tensor] = []
-        self._kept: list[Tensor] = []  # copies of the buffers
+    Args:
+        modules: whose parameters, gradients and buffers may change.
+        arguments: of the step.
+    """
 
-    def begin(self, arguments: Any) -> None:
-        """A step with these arguments begins."""
-        parameters = [p for ours, _ in self._owners for p in ours.values() if p is not None]
+    def __init__(self, modules: Sequence[nn.Module], arguments: Any) -> None:
+        every = list(nn.ModuleList(modules).modules())
+        parameters = [p for m in every for p in m._parameters.values() if p is not None]
         tensors = [t for t in pytree.tree_leaves(arguments) if isinstance(t, Tensor)]
-        tensors = [t for t in tensors if not t.is_inference()]  # these have no version
-        self._unchanged = [(t, t._version) for t in (*parameters, *tensors)]
+        tensors = [*parameters, *(t for t in tensors if not t.is_inference())]  # without a version
+        self._unchanged = [(t, t._version) for t in tensors]
         # A reference to the gradient itself would keep zero_grad from freeing it.
-        self._grads = [(p, _identity(p.grad), _version(p.grad)) for p in parameters]
-        places = [
-            (owner, name, t)
-            for _, owner in self._owners
-            for name, t in owner.items()
-            if t is not None
-        ]
-        self._places = [(owner, name) for owner, name, _ in places]
-        buffers = [t for *_, t in places]
-        if [*map(id, buffers)] != [*map(id, self._buffers)]:
-            self._buffers, self._kept = buffers, [torch.empty_like(t) for t in buffers]
-        _copy(self._buffers, self._kept)
-        self._restore_random = random_states(parameters[0].device)
+        leaves = [t for t in tensors if t.is_leaf and t.requires_grad]
+        self._grads = [(t, _identity(t.grad), _version(t.grad)) for t in leaves]
+        self._owners = [(m._buffers, dict(m._buffers)) for m in every if m._buffers]
+        buffers = [t for _, owned in self._owners for t in owned.values() if t is not None]
+        # An expanded one cannot be written to. A batch norm does not count its writes as versions.
+        self._buffers = [t for t in buffers if not _is_expanded(t)]
+        self._copies = [torch.empty_like(t) for t in self._buffers]
+        _copy(self._buffers, self._copies)
+        self._restore_random = random_states({t.device for t in tensors})
         self._optimizer_began = False
 
     def optimizer_begins(self, *_: Any) -> None:
@@ -186,25 +204,23 @@ class _Undo:
             return "an optimizer had begun its step"
         if any(t._version != version for t, version in self._unchanged):
             return "a parameter or an argument of the step was changed in place"
-        for p, identity, version in self._grads:
-            if _is(p.grad, identity) and _version(p.grad) != version:
+        for t, identity, version in self._grads:
+            if _is(t.grad, identity) and _version(t.grad) != version:
                 return "a gradient of an earlier step was changed in place"
-        return "other processes may wait for this one" if _processes() > 1 else ""
+        distributed = torch.distributed
+        if distributed.is_available() and distributed.is_initialized():
+            return "other processes of a group may wait for this one"
+        return ""
 
     def restore(self) -> None:
-        for p, identity, _ in self._grads:
-            if not _is(p.grad, identity):
-                p.grad = None
-        for (owner, name), t in zip(self._places, self._buffers, strict=True):
-            owner[name] = t
-        _copy(self._kept, self._buffers)
+        for t, identity, _ in self._grads:
+            if not _is(t.grad, identity):
+                t.grad = None
+        for owner, owned in self._owners:
+            owner.clear()
+            owner.update(owned)
+        _copy(self._copies, self._buffers)
         self._restore_random()
-
-
-def _processes() -> int:
-    distributed = torch.distributed
-    is_used = distributed.is_available() and distributed.is_initialized()
-    return distributed.get_world_size() if is_used else 1
 
 
 def _identity(grad: Tensor | None) -> StorageWeakRef | None:
@@ -219,6 +235,10 @@ def _is(grad: Tensor | None, identity: StorageWeakRef | None) -> bool:
 
 def _version(grad: Tensor | None) -> int:
     return 0 if grad is None else grad._version
+
+
+def _is_expanded(t: Tensor) -> bool:
+    return any(size > 1 and stride == 0 for size, stride in zip(t.shape, t.stride(), strict=True))
 
 
 def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:

@@ -119,9 +119,9 @@ def test_other_dtensors_are_refused(pool):
     pool(2).run(data_parallel.check_dtensor_refusals)
 
 
-def test_dtensor_is_imported_by_who_wants_it():
+def test_dtensor_is_imported_by_who_wants_it(tmp_path):
     code = "import sys, fusedconvbn; assert 'torch.distributed.tensor' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
 
 
 # -------------------------------------------------------------------------------------- one process

@@ -89,6 +89,8 @@ def test_a_library_that_does_not_load_is_explained(tmp_path):
 
 @pytest.mark.parametrize("installed", (False, True))
 def test_sources_that_are_not_built_are_explained(installed, tmp_path):
+    if not installed and Path(torch.__file__).parents[1] == PACKAGE.parent:
+        pytest.skip("the package is installed beside torch, which is needed without it")
     for library in copy_package(tmp_path).glob("*.so"):
         library.unlink()
     # An editable install would find the libraries of the sources.

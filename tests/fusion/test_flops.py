@@ -232,7 +232,7 @@ def test_the_formula_alone_has_both():
 
 
 @pytest.mark.parametrize("first", ("fusedconvbn", "torch.utils.flop_counter"))
-def test_the_counter_is_imported_by_who_wants_it(first):
+def test_the_counter_is_imported_by_who_wants_it(first, tmp_path):
     code = f"""
 import sys
 import torch, {first}
@@ -245,4 +245,4 @@ for name in [n for n in sys.modules if n.startswith("fusedconvbn")]:
     del sys.modules[name]
 import fusedconvbn
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)

@@ -91,5 +91,5 @@ class Draws(nn.Module):
 def test_an_index_that_depends_on_a_value_breaks_the_graph():
     report = explain(Draws(), torch.randn(2, 3, 16, 16))
     assert report.fused_pairs == report.pairs == 1
-    assert "the graph breaks: it takes numbers or sizes out of tensors" in str(report)
+    assert "the graph breaks" in str(report)  # the words are torch's from 2.14 on
     assert not report.unfused

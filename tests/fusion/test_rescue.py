@@ -6,6 +6,8 @@ import os
 import random
 import subprocess
 import sys
+import warnings
+import weakref
 from pathlib import Path
 
 import pytest
@@ -250,7 +252,6 @@ def test_what_cannot_be_undone(step, reason):
 
 def test_another_process_waits(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     with pytest.raises(torch.OutOfMemoryError, match="other processes"):
         rescue(made(), Fails(1))()
 
@@ -270,14 +271,111 @@ def test_other_modules_of_a_step():
     assert other.weight.grad is not None
 
 
-@pytest.mark.parametrize("model", [Net().double(), fuse(Net().double())])
-def test_errors(model):
-    with pytest.raises(ValueError, match="rescue: expected a model that fuse made with example"):
+@pytest.mark.parametrize(
+    "model, what",
+    [
+        (Net(), "an unfused one"),
+        (fuse(Net()), "fused without example_inputs"),
+        (nn.Sequential(fuse(Net())), "has it inside"),
+    ],
+)
+def test_errors(model, what):
+    expected = rf"rescue: expected a model that fuse made with example_inputs, got .*{what}"
+    with pytest.raises(ValueError, match=expected):
         rescue(model, lambda: None)
 
 
+def test_gradients_of_arguments():
+    """As of an adversarial example: those of a failed step are not added to."""
+    net, fails, grads = made(), Fails(1), []
+
+    def step(x):
+        net(x).square().sum().backward()
+        fails()
+
+    for _ in range(2):
+        torch.manual_seed(0)
+        x = images().requires_grad_()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            rescue(net.eval(), step)(x)
+        grads.append(x.grad)
+    torch.testing.assert_close(*grads)
+
+
+def test_buffers_that_are_made_in_a_step():
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("seen", None)
+            self.register_buffer("grid", torch.arange(3.0).expand(2, 3))  # nobody can write to it
+
+        def forward(self, x):
+            self.seen = torch.ones(()) if self.seen is None else self.seen + 1
+            self.register_buffer(f"step_{self.seen:.0f}", x.sum())
+            return x
+
+    net, counts, fails = made(), Counts(), Fails(1)
+
+    def step(x):
+        net(counts(x)).sum().backward()
+        fails()
+
+    with pytest.warns(UserWarning, match="rescue"):
+        rescue(net, step, also=[counts])(images())
+    assert counts.seen == 1
+    assert [*counts._buffers] == ["seen", "grid", "step_1"]
+
+
+def test_a_batch_that_is_taken_apart():
+    net, fails = made(), Fails(1)
+
+    def step(batch):
+        out = net(batch.pop("x"))
+        fails()
+        return out
+
+    with pytest.warns(UserWarning, match="rescue"):
+        assert rescue(net, step)({"x": images()}).shape == (4, 5)
+
+
+def test_a_model_that_saves_nothing():
+    net = fuse(Net().double().requires_grad_(False), images(), memory="min")
+    fails = Fails(100)
+    with (
+        pytest.warns(UserWarning, match="rescue"),
+        pytest.raises(torch.OutOfMemoryError, match="no plan needs less memory"),
+    ):
+        rescue(net, fails)()
+    assert fails.times == 98
+
+
+def test_a_model_that_cannot_be_planned_from_shapes():
+    class Decides(Net):
+        def forward(self, x):
+            return super().forward(x if x.sum() > 0 else -x)
+
+    x = images()
+    net = fuse(Decides().double(), x, memory=1.0)
+
+    def step(x):
+        net(x).sum().backward()
+        raise oom()
+
+    with pytest.raises(torch.OutOfMemoryError, match=r"MiB\nrescue: .*cannot be planned again"):
+        rescue(net, step)(x)
+
+
+def test_a_batch_is_not_held():
+    net, x = made(), images()
+    rescue(net, lambda x: net(x).sum().backward())(x)
+    reference = weakref.ref(x)
+    del x
+    assert reference() is None
+
+
 def test_a_step_holds_nothing_more():
-    """But the copies of the buffers, which are there, and the state of the random numbers."""
+    """But copies of the buffers, and the state of the random numbers."""
     net, x = made("min"), images()
 
     def step(x):
@@ -291,7 +389,8 @@ def test_a_step_holds_nothing_more():
         with track_memory() as memory:
             f(x)
         peaks.append(memory.peak)
-    assert peaks[1] <= peaks[0] + torch.get_rng_state().nbytes
+    buffers = sum(b.nbytes for b in net.buffers())
+    assert peaks[1] <= peaks[0] + buffers + torch.get_rng_state().nbytes
 
 
 def test_an_allocator_with_a_limit(device):

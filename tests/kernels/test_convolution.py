@@ -212,9 +212,9 @@ for dtype in (torch.float16, torch.bfloat16, torch.float32):
 
 
 @pytest.mark.parametrize("isa", ("DEFAULT", "AVX2"))
-def test_where_onednn_ends_the_process(isa):
+def test_where_onednn_ends_the_process(isa, tmp_path):
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": isa, "MALLOC_CHECK_": "3"}
-    result = subprocess.run(
-        [sys.executable, "-c", ENDS_THE_PROCESS], env=environment, capture_output=True, text=True
-    )
+    command = [sys.executable, "-c", ENDS_THE_PROCESS]
+    options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
+    result = subprocess.run(command, **options)
     assert result.returncode == 0, result.stderr

@@ -161,9 +161,9 @@ os._exit(0)
 """
 
 
-def test_forks_beside_a_thread_that_allocates():
+def test_forks_beside_a_thread_that_allocates(tmp_path):
     result = subprocess.run(
-        [sys.executable, "-c", FORKS], capture_output=True, text=True, timeout=100
+        [sys.executable, "-c", FORKS], cwd=tmp_path, capture_output=True, text=True, timeout=100
     )
     assert result.returncode == 0, result.stdout + result.stderr
 
