@@ -73,6 +73,7 @@ class Run:
                     stdout=file,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
+                    preexec_fn=heed_interrupts,
                 )
             running[stage.name] = stage, process, said
         late: dict[str, float] = {}  # since when
@@ -124,6 +125,11 @@ class Run:
         width = max((len(o.stage) for o in self.outcomes), default=0)
         for o in self.outcomes:
             print(f"  {o.stage.ljust(width)}  {o.status:11}  {o.seconds:4.0f} s  {o.said}")
+
+
+def heed_interrupts() -> None:
+    """A job that a shell has started with `&` ignores SIGINT, and so does what it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def end_all(process: subprocess.Popen) -> None:
