@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 NOTEBOOK = Path(__file__).parents[2] / "examples" / "quickstart.ipynb"
-CELLS = [c for c in json.loads(NOTEBOOK.read_text("utf-8"))["cells"] if c["cell_type"] == "code"]
+ALL_CELLS = json.loads(NOTEBOOK.read_text("utf-8"))["cells"]
+CELLS = [c for c in ALL_CELLS if c["cell_type"] == "code"]
 
 
 def words(text):
@@ -40,3 +41,14 @@ def test_outputs_are_of_one_run(number):
     assert not any(
         o["output_type"] == "error" or o.get("name") == "stderr" for o in cell["outputs"]
     )
+
+
+def test_pictures_are_files():
+    """A picture inside of the notebook would be one line of a quarter of a megabyte, new in every
+    run. The cell that draws it writes the file that the text below it shows."""
+    assert all(o["output_type"] == "stream" for cell in CELLS for o in cell["outputs"])
+    texts = "".join("".join(c["source"]) for c in ALL_CELLS if c["cell_type"] == "markdown")
+    pictures = re.findall(r"!\[[^]]*\]\(([^)]*)\)", texts)
+    assert pictures and all((NOTEBOOK.parent / path).is_file() for path in pictures)
+    code = "".join(line for c in CELLS for line in c["source"])
+    assert all(f'"{path}"' in code for path in pictures)
